@@ -1,0 +1,175 @@
+"""Configuration: frozen dataclasses, one for each stage, and the only source of the command-line flags.
+
+A field is a flag (`max_bad_fraction` is `--max-bad-fraction`), its default is the flag's default and the
+string under it is the flag's help. Comma lists are plain strings here, taken apart where they are used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """How images are read, whatever their source."""
+
+    id_column: str | None = None
+    """Column with the row's unique name; by default `id` where it exists, else file name and row number."""
+    image_column: str | None = None
+    """Column with image bytes, URIs or bytes/path structs; by default image, img, jpg, bytes, uri, url or path."""
+    label_column: str | None = None
+    """Column with labels, read for evaluation only; by default label, labels or cls where it exists."""
+    max_bad_fraction: float = 0.5
+    """Stop when more than this share of the images cannot be read."""
+    max_pixels: int = 100_000_000
+    """Images with more pixels than this are quarantined before they are decoded."""
+    max_bytes: int = 100_000_000
+    """Encoded images larger than this are quarantined before they are decoded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """Which frozen encoder, and how it runs."""
+
+    encoder: str = "lite"
+    """`lite` (embedded, not CLIP), an open_clip model name such as ViT-B-32, or hf-hub:OWNER/NAME."""
+    pretrained: str | None = None
+    """open_clip's tag of the weights (laion2b_s34b_b79k, openai, ...) or a local checkpoint file."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights' dtype; auto takes bfloat16 where the device computes in it, else float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """How images become features."""
+
+    views: str = "weak,mirror"
+    """Views of each image, by comma: weak (always first), mirror, strong, strong2, ..., corruption:severity."""
+    batch_size: int = 64
+    """Images in one forward pass."""
+    num_actors: int | None = None
+    """Encoder actors; by default one for each GPU, or one for every eight CPUs."""
+    features: str | None = None
+    """Folder that holds the feature stores, to share them between runs; OUT/features by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassConfig:
+    """The classes, in words."""
+
+    classes: str | None = None
+    """Class names by comma, or a text file with one a line (`label<TAB>name` maps a label to its name)."""
+    templates: str = "default"
+    """Prompt templates: default, simple, openai (80), or a text file with one a line, {} for the class name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfTrainingConfig:
+    """The rounds."""
+
+    solver: Literal["gaussian", "gradient"] = "gaussian"
+    """gaussian: closed form from class means and one covariance; gradient: LP-CLIP (reconstructed)."""
+    rounds: int = 20
+    """Self-training rounds at most; they end earlier when fewer than 0.2% of the labels change."""
+    temperature: float | None = None
+    """The teacher's softmax temperature; the encoder's own by default."""
+    threshold: float = 0.0
+    """Pseudo-labels with a confidence under this are left out of the fit."""
+    prior: str = "estimated"
+    """Class prior: estimated, uniform, none, or a text file with one weight a line (or `name<TAB>weight`)."""
+    num_workers: int = 0
+    """Ray Train workers for the rounds; 0 runs the same code in this process."""
+    seed: int = 0
+    """Seed of the strong views and of the gradient solver's batches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where MLflow keeps the runs."""
+
+    experiment: str = "lpclip"
+    """MLflow experiment. The server is MLFLOW_TRACKING_URI, or a SQLite file mlflow.db in this folder."""
+    run_name: str | None = None
+    """Name of the MLflow run; the output folder's name by default."""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as a flat dict, nested stages merged, in declaration order."""
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        flat.update(to_dict(value) if dataclasses.is_dataclass(value) else {item.name: value})
+    return flat
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (hex) of a JSON-able value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeJob:
+    """Encode images once into a feature store."""
+
+    data: str = "fashion-mnist"
+    """Folder, Parquet, WebDataset tar, CSV/JSONL manifest, or fashion-mnist, cifar10, cifar100 (+ :train, :test)."""
+    out: str = "runs/encode"
+    """Output folder."""
+    limit: int | None = None
+    """Use only this many images, chosen by a hash of their ids."""
+    source: SourceConfig = field(default_factory=SourceConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    names: ClassConfig = field(default_factory=ClassConfig)
+    seed: int = 0
+    """Seed of the strong views."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelftrainJob:
+    """Train a linear probe on unlabelled images, from a CLIP model's own pseudo-labels."""
+
+    data: str = "fashion-mnist"
+    """Unlabelled images: folder, Parquet, WebDataset tar, CSV/JSONL manifest, a feature store, or
+    fashion-mnist, cifar10, cifar100. Labels, where they exist, are never read in training."""
+    eval_data: str | None = None
+    """Labelled images to evaluate on; a named data set's own test split by default."""
+    out: str = "runs/selftrain"
+    """Output folder."""
+    limit: int | None = None
+    """Use only this many of the unlabelled images, chosen by a hash of their ids."""
+    eval_limit: int | None = None
+    """Use only this many of the images to evaluate on."""
+    supervised: bool = False
+    """Also fit a supervised probe on the true labels of --data: the ceiling, saved to OUT/supervised."""
+    source: SourceConfig = field(default_factory=SourceConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    names: ClassConfig = field(default_factory=ClassConfig)
+    training: SelfTrainingConfig = field(default_factory=SelfTrainingConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictJob:
+    """Label images with a saved probe."""
+
+    probe: str
+    """Folder of a saved probe (OUT/probe of selftrain.py)."""
+    data: str
+    """Images: folder, Parquet, WebDataset tar, CSV/JSONL manifest, named data set or feature store."""
+    out: str
+    """Parquet file to write: id, label, probability, top-k."""
+    top_k: int = 5
+    """How many labels to keep for each image."""
+    limit: int | None = None
+    """Use only this many images, chosen by a hash of their ids."""
+    pretrained: str | None = None
+    """Where the encoder's local checkpoint lies now, if it has moved since training."""
+    batch_size: int = 64
+    """Images in one forward pass."""
+    source: SourceConfig = field(default_factory=SourceConfig)

@@ -1,0 +1,365 @@
+"""From images to features: a Ray Data pipeline that reads, decodes, encodes and commits, unit by unit.
+
+    unit ──► read + decode (CPU tasks) ──► encode (one actor a GPU) ──► commit a part (CPU task) ──► progress
+
+A decode task hands on uint8 pixels at the encoder's input size; encoded bytes never leave it. The driver sees
+counts only. Requested CPUs differ from stage to stage so that Ray keeps the stages apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+
+from lpclip import files, prompts, store
+from lpclip.config import ClassConfig, EncodeConfig, EncoderConfig, SourceConfig, digest
+from lpclip.encoders import load_encoder
+from lpclip.images import Source
+from lpclip.progress import Progress
+from lpclip.views import Preprocess, decode_image, parse_views, pixel_views, render, view_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """A zero-shot head: class embeddings and the temperature that turns cosines into probabilities."""
+
+    class_names: tuple[str, ...]
+    weight: np.ndarray
+    """(K, d) float32, unit norm."""
+    temperature: float
+    identity: str
+    """Digest of encoder, class names, templates and temperature."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderInfo:
+    """What the driver must know of an encoder, which it never loads itself."""
+
+    name: str
+    identity: dict[str, Any]
+    preprocess: Preprocess
+    logit_scale: float
+    heads: tuple[np.ndarray, ...]
+    device: str
+
+
+def _describe(config: EncoderConfig, prompt_sets: list[tuple[tuple[str, ...], tuple[str, ...]]]) -> EncoderInfo:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    encoder = load_encoder(config, device=device)
+    heads = [prompts.zero_shot_head(encoder, names, templates=t).cpu().numpy() for names, t in prompt_sets]
+    identity = {**encoder.identity, "dim": encoder.dim}
+    return EncoderInfo(
+        name=encoder.name,
+        identity=identity,
+        preprocess=encoder.preprocess,
+        logit_scale=encoder.logit_scale,
+        heads=tuple(heads),
+        device=device,
+    )
+
+
+def has_gpus() -> bool:
+    """Whether the cluster has GPUs."""
+    return ray.cluster_resources().get("GPU", 0) >= 1
+
+
+def describe_encoder(config: EncoderConfig, *, head_of: tuple[tuple[str, ...], ClassConfig] | None = None) -> Any:
+    """An encoder's identity, preprocessing and, for class names, its zero-shot weights, from a Ray task.
+
+    Raises ValueError when the encoder cannot be loaded.
+    """
+    sets = [(head_of[0], prompts.read_templates(head_of[1].templates))] if head_of else []
+    task = ray.remote(num_cpus=1, num_gpus=1 if has_gpus() else 0, max_retries=1)(_describe)
+    return ray.get(task.remote(config, sets))
+
+
+def make_head(info: EncoderInfo, names: tuple[str, ...], *, temperature: float | None) -> Head:
+    """The zero-shot head of the class names that `info` was asked for."""
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"--temperature must be above 0, not {temperature}")
+    used = temperature if temperature is not None else 1 / info.logit_scale
+    (weight,) = info.heads
+    identity = digest([info.identity, names, hashlib.sha256(weight.tobytes()).hexdigest(), used])
+    return Head(class_names=names, weight=weight, temperature=used, identity=identity)
+
+
+def store_identity(source: Source, info: EncoderInfo, views: tuple[str, ...], *, seed: int) -> dict[str, Any]:
+    """Whatever changes a feature. The seed counts only where a view draws random numbers."""
+    return {
+        "source": source.identity,
+        "encoder": info.identity,
+        "preprocessing": asdict(info.preprocess),
+        "views": list(views),
+        "seed": seed if any(view not in store.BASE_VIEWS for view in views) else None,
+    }
+
+
+def _decode_unit(
+    index: dict[str, Any], *, units: Any, reader: Any, limits: SourceConfig, views: tuple[str, ...],
+    preprocess: Preprocess, seed: int,
+) -> Iterator[pa.Table]:
+    """One unit to tables with a row an image: id, label, error, place in the unit, digest, a pixel column a view."""
+    (position,) = index["id"]
+    row = units_table = ray.get(units)
+    row = units_table.slice(int(position), 1)
+    unit, start = row["unit"][0].as_py(), 0
+    held: pa.Table | None = None
+    for rows in reader.tables(row["spec"][0].as_py()):
+        if held is not None:
+            yield held
+        held = _decode_rows(rows, unit, start, limits=limits, views=views, preprocess=preprocess, seed=seed)
+        start += len(rows)
+    if held is None:
+        return
+    last = pa.array([False] * (len(held) - 1) + [True])
+    yield held.set_column(held.schema.get_field_index("last"), "last", last)
+
+
+def _decode_rows(
+    rows: pa.Table, unit: int, start: int, *, limits: SourceConfig, views: tuple[str, ...],
+    preprocess: Preprocess, seed: int,
+) -> pa.Table:
+    ids, errors = rows["id"].to_pylist(), rows["error"].to_pylist()
+    stages = [None if error is None else "read" for error in errors]
+    size = preprocess.size
+    pixels = {view: np.zeros((len(ids), size, size, 3), np.uint8) for view in views}
+    digests = []
+    for i, data in enumerate(rows["image"]):
+        image = data.as_py()
+        digests.append(hashlib.blake2b(ids[i].encode() + b"\0" + (image or b""), digest_size=16).digest())
+        if image is None:
+            continue
+        try:
+            decoded = decode_image(image, max_pixels=limits.max_pixels, max_bytes=limits.max_bytes)
+            for view in views:
+                pixels[view][i] = render(
+                    decoded, view=view, preprocess=preprocess, seed=view_seed(ids[i], view=view, seed=seed)
+                )
+        except ValueError as error:
+            errors[i], stages[i] = str(error), "decode"
+    columns = {
+        "id": rows["id"],
+        "label": rows["label"],
+        "error": pa.array(errors, pa.string()),
+        "stage": pa.array(stages, pa.string()),
+        "digest": pa.array(digests, pa.binary(16)),
+        "unit": pa.array(np.full(len(ids), unit, np.int32)),
+        "row": pa.array(np.arange(start, start + len(ids), dtype=np.int32)),
+        "last": pa.array([False] * len(ids)),
+    }
+    for view in views:
+        dtype = pa.binary(size * size * 3)
+        buffer = pa.py_buffer(np.ascontiguousarray(pixels[view]))
+        columns[f"pixels:{view}"] = pa.FixedSizeBinaryArray.from_buffers(dtype, len(ids), [None, buffer])
+    return pa.table(columns)
+
+
+class _Encode:
+    """The actor that holds the encoder: pixel columns to feature columns."""
+
+    def __init__(self, config: EncoderConfig, views: tuple[str, ...], batch_size: int, num_threads: int) -> None:
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device == "cpu":
+            torch.set_num_threads(num_threads)
+        self.encoder = load_encoder(config, device=self.device)
+        self.views, self.batch_size = views, batch_size
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        begin = time.perf_counter()
+        good = table.filter(table["error"].is_null())
+        kept = table.drop_columns([name for name in table.column_names if name.startswith("pixels:")])
+        size, dim = self.encoder.preprocess.size, self.encoder.dim
+        for view in self.views:
+            source = "weak" if view == "mirror" else view
+            pixels = _pixel_array(good[f"pixels:{source}"], size)
+            found = np.zeros((len(table), dim), np.float16)
+            found[table["error"].is_null().to_numpy()] = self._features(pixels, mirror=view == "mirror")
+            flat = pa.FixedSizeListArray.from_arrays(pa.array(found.reshape(-1)), dim)
+            kept = kept.append_column(view, flat)
+        seconds = np.full(len(table), (time.perf_counter() - begin) / len(table))
+        return kept.append_column("seconds", pa.array(seconds))
+
+    def _features(self, pixels: np.ndarray, *, mirror: bool) -> np.ndarray:
+        out = np.empty((len(pixels), self.encoder.dim), np.float16)
+        for start in range(0, len(pixels), self.batch_size):
+            chunk = pixels[start : start + self.batch_size]
+            # Every batch has one shape: kernels, and so roundings, may differ with the batch size.
+            padded = np.zeros((self.batch_size, *pixels.shape[1:]), np.uint8)
+            padded[: len(chunk)] = chunk
+            batch = torch.from_numpy(padded).to(self.device, non_blocking=True)
+            found = self.encoder.encode_image(batch.flip(2) if mirror else batch)
+            out[start : start + len(chunk)] = found[: len(chunk)].to(torch.float16).cpu().numpy()
+        return out
+
+
+def _pixel_array(column: pa.ChunkedArray, size: int) -> np.ndarray:
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
+    width = size * size * 3
+    if not len(array):
+        return np.empty((0, size, size, 3), np.uint8)
+    flat = np.frombuffer(array.buffers()[1], np.uint8, count=len(array) * width, offset=array.offset * width)
+    return flat.reshape(-1, size, size, 3)
+
+
+def _commit(table: pa.Table, *, path: str, views: tuple[str, ...], head: Head | None, scores_path: str) -> pa.Table:
+    """Write the parts of a table, one a unit; returns counts."""
+    counts = []
+    for unit in table["unit"].unique().to_pylist():
+        rows = table.filter(pa.compute.equal(table["unit"], unit))
+        place = rows["row"].to_numpy()
+        assert (np.diff(place) == 1).all(), "a block holds a run of its unit's rows"
+        part = store.Part(unit=unit, start=int(place[0]), stop=int(place[-1]) + 1, last=rows["last"][-1].as_py())
+        bad = rows.filter(rows["error"].is_valid())
+        good = rows.filter(rows["error"].is_null()).select(["id", "label", *views])
+        total = sum(int.from_bytes(value.as_py(), "big") for value in rows["digest"])
+        if head is not None:
+            labels = pseudo_label(good, head=head, dim=head.weight.shape[1])
+            _write_table(files.join(scores_path, part.name), labels)
+        store.write_part(
+            path,
+            part,
+            rows=good,
+            quarantine=bad.select(["id", "stage", "error"]).to_pylist(),
+            content_digest=total % store.DIGEST_MODULUS,
+        )
+        seconds = float(np.sum(rows["seconds"].to_numpy()))
+        counts.append({"unit": unit, "images": len(rows), "bad": len(bad), "encode_seconds": seconds})
+    return pa.Table.from_pylist(counts)
+
+
+def _write_table(path: str, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    files.write_bytes(path, sink.getvalue())
+
+
+def pseudo_label(table: pa.Table, *, head: Head, dim: int) -> pa.Table:
+    """Zero-shot pseudo-labels of rows with base-view columns: id, label, confidence."""
+    base = [v for v in store.BASE_VIEWS if v in table.column_names]
+    features = store.mean_view([store.matrix(table, view, dim) for view in base]).astype(np.float32)
+    logits = features @ head.weight.T / head.temperature
+    p = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
+    p /= p.sum(axis=1, keepdims=True)
+    confidence = p.max(axis=1, initial=0).astype(np.float32)
+    return pa.table({"id": table["id"], "label": p.argmax(axis=1).astype(np.int32), "confidence": confidence})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How the pipeline lies on the machine."""
+
+    num_actors: int
+    cpus_per_actor: float
+    gpus_per_actor: float
+    num_threads: int
+
+    def __str__(self) -> str:
+        place = "1 GPU each" if self.gpus_per_actor else f"{self.num_threads} CPU threads each"
+        return f"{self.num_actors} encoder actor{'s' * (self.num_actors != 1)}, {place}"
+
+
+def plan_actors(num_actors: int | None) -> Plan:
+    """One actor for each GPU, else one for every eight CPUs of a node. Half of a node's CPUs stay for decoding.
+
+    An actor that held all CPUs would starve the tasks that feed it, and the pipeline would wait for ever.
+    """
+    if num_actors is not None and num_actors < 1:
+        raise ValueError(f"--num-actors must be at least 1, not {num_actors}")
+    if has_gpus():
+        count = num_actors or int(ray.cluster_resources()["GPU"])
+        return Plan(num_actors=count, cpus_per_actor=0, gpus_per_actor=1, num_threads=1)
+    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    nodes = [cpus for cpus in nodes if cpus >= 1]
+    count = num_actors or sum(max(1, int(cpus) // 8) for cpus in nodes)
+    share = min(nodes) / max(1, -(-count // len(nodes)))
+    # Never a whole CPU: stages with the same request would be fused into one process.
+    cpus = 0.45 * share if 0.45 * share != 1 else 0.9
+    return Plan(num_actors=count, cpus_per_actor=cpus, gpus_per_actor=0, num_threads=max(1, int(share)))
+
+
+def encode(
+    source: Source, *, info: EncoderInfo, encoder: EncoderConfig, config: EncodeConfig, seed: int, path: str,
+    head: Head | None = None, scores_path: str = "",
+) -> dict[str, Any]:
+    """Encode a source into the feature store at `path`, going on from what is there. Returns its manifest.
+
+    With a head, zero-shot pseudo-labels of the images that are encoded now go to `scores_path`, part by part.
+    Raises ValueError when too many images are bad, or the folder is another store's.
+    """
+    views = parse_views(config.views)
+    identity = store_identity(source, info, views, seed=seed)
+    done = store.open_store(path, identity)
+    todo = [unit for unit in range(len(source.units)) if unit not in done]
+    if head is not None:
+        files.make_folder(scores_path)
+    progress = Progress(f"encoding {source.name}", total=source.num_rows, done=sum(done.values()))
+    if todo:
+        dataset = _pipeline(
+            source, todo, info=info, encoder=encoder, config=config, seed=seed, path=path, head=head,
+            scores_path=scores_path,
+        )
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            progress.advance(sum(batch["images"].to_pylist()), bad=sum(batch["bad"].to_pylist()))
+            _check_bad(source, bad=progress.bad, seen=source.num_rows)
+        progress.close()
+    manifest = store.finish_store(path, identity, num_units=len(source.units), seconds=progress.seconds)
+    total = manifest["num_rows"] + manifest["num_quarantined"]
+    _check_bad(source, bad=manifest["num_quarantined"], seen=total)
+    manifest["rate"] = progress.rate if todo else None
+    return manifest
+
+
+def _check_bad(source: Source, *, bad: int, seen: int | None) -> None:
+    limit = source.config.max_bad_fraction
+    if seen and (bad > limit * seen or bad == seen):
+        raise ValueError(
+            f"{bad:,} of {seen:,} images of {source.name} cannot be read, more than --max-bad-fraction "
+            f"{limit:g} allows; the reasons lie in the feature store's parts and quarantine.parquet"
+        )
+
+
+def _pipeline(
+    source: Source, todo: list[int], *, info: EncoderInfo, encoder: EncoderConfig, config: EncodeConfig,
+    seed: int, path: str, head: Head | None, scores_path: str,
+) -> ray.data.Dataset:
+    views = parse_views(config.views)
+    plan = plan_actors(config.num_actors)
+    units = ray.put(pa.table({"unit": todo, "spec": [source.units[i] for i in todo]}))
+    decode_arguments = {
+        "units": units,
+        "reader": source.reader,
+        "limits": source.config,
+        "views": pixel_views(views),
+        "preprocess": info.preprocess,
+        "seed": seed,
+    }
+    decoded = ray.data.range(len(todo), override_num_blocks=len(todo)).map_batches(
+        _decode_unit, batch_size=1, fn_kwargs=decode_arguments, num_cpus=1
+    )
+    encoded = decoded.map_batches(
+        _Encode,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_constructor_args=(encoder, views, config.batch_size, plan.num_threads),
+        compute=ray.data.ActorPoolStrategy(size=min(plan.num_actors, len(todo))),
+        num_cpus=plan.cpus_per_actor,
+        num_gpus=plan.gpus_per_actor,
+    )
+    return encoded.map_batches(
+        _commit,
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"path": path, "views": views, "head": head, "scores_path": scores_path},
+        num_cpus=0.1,
+    )

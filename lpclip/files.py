@@ -1,0 +1,99 @@
+"""Files on any file system that pyarrow reaches: local paths, s3://, gs://, hdfs://."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+
+
+def resolve(path: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a path or URI, and the path on it.
+
+    Raises ValueError when the URI's scheme is none that pyarrow knows.
+    """
+    if "://" not in path:
+        return fs.LocalFileSystem(), str(Path(path).expanduser().absolute())
+    try:
+        return fs.FileSystem.from_uri(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot open {path!r}: {error}") from error
+
+
+def join(path: str, *names: str) -> str:
+    """A path below another, for local paths and URIs alike."""
+    return "/".join([path.rstrip("/"), *names])
+
+
+def exists(path: str) -> bool:
+    """Whether a file or folder is there."""
+    filesystem, inner = resolve(path)
+    return filesystem.get_file_info(inner).type != fs.FileType.NotFound
+
+
+def list_names(folder: str) -> list[str]:
+    """Sorted names of the files in a folder, empty when the folder is not there."""
+    filesystem, inner = resolve(folder)
+    infos = filesystem.get_file_info(fs.FileSelector(inner, allow_not_found=True))
+    return sorted(info.base_name for info in infos if info.type == fs.FileType.File)
+
+
+def make_folder(folder: str) -> None:
+    """Create a folder and its parents; ValueError when it cannot be written."""
+    filesystem, inner = resolve(folder)
+    try:
+        filesystem.create_dir(inner, recursive=True)
+        probe = join(inner, f".write-test-{uuid.uuid4().hex}")
+        with filesystem.open_output_stream(probe) as stream:
+            stream.write(b"")
+        filesystem.delete_file(probe)
+    except OSError as error:
+        raise ValueError(f"cannot write to the output folder {folder}: {error}") from error
+
+
+def write_bytes(path: str, data: bytes | memoryview) -> None:
+    """Write a file so that it is there whole or not at all."""
+    filesystem, inner = resolve(path)
+    temporary = f"{inner}.{uuid.uuid4().hex}.tmp"
+    with filesystem.open_output_stream(temporary) as stream:
+        stream.write(data)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        os.replace(temporary, inner)
+    else:
+        filesystem.move(temporary, inner)
+
+
+def read_bytes(path: str) -> bytes:
+    """A whole file; FileNotFoundError when it is not there."""
+    filesystem, inner = resolve(path)
+    with filesystem.open_input_file(inner) as stream:
+        return stream.read()
+
+
+def write_json(path: str, value: Any) -> None:
+    """Write JSON, atomically. NaN and infinities are refused: they are not JSON."""
+    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: str) -> Any:
+    """Read JSON; ValueError with the path when it is not valid."""
+    try:
+        return json.loads(read_bytes(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): it may be damaged") from error
+
+
+def delete(path: str) -> None:
+    """Delete a file."""
+    filesystem, inner = resolve(path)
+    filesystem.delete_file(inner)
+
+
+def delete_folder(folder: str) -> None:
+    """Delete a folder and all in it."""
+    filesystem, inner = resolve(folder)
+    filesystem.delete_dir(inner)

@@ -1,0 +1,163 @@
+"""The linear probe: logits = features . weight' + bias on unit-norm features, and its two solvers' mathematics."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from lpclip import files
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A linear classifier of unit-norm features; probabilities are softmax(logits / temperature)."""
+
+    weight: Tensor
+    """(K, d) float32."""
+    bias: Tensor
+    """(K,) float32."""
+    temperature: float = 1.0
+    class_names: tuple[str, ...] = ()
+    encoder: dict[str, Any] = field(default_factory=dict)
+    """Whatever is needed to make the same features again: configuration, identity, preprocessing, views."""
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    def logits(self, features: Tensor | np.ndarray) -> Tensor:
+        """(N, d) unit-norm features of any float dtype to (N, K) float32 logits."""
+        rows = torch.as_tensor(features)
+        # In pieces: a float32 copy of all features would double the memory.
+        pieces = [piece.float() @ self.weight.T + self.bias for piece in rows.split(16384)]
+        return torch.cat(pieces) if pieces else torch.empty(0, len(self.bias))
+
+    def probabilities(self, features: Tensor | np.ndarray) -> Tensor:
+        """(N, d) unit-norm features to (N, K) float32 class probabilities."""
+        return torch.softmax(self.logits(features) / self.temperature, dim=1)
+
+    def save(self, folder: str) -> None:
+        """Write probe.safetensors, then probe.json: the folder is a probe when the second is there."""
+        files.make_folder(folder)
+        tensors = {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}
+        files.write_bytes(files.join(folder, "probe.safetensors"), save_tensors(tensors))
+        text = {
+            "format": FORMAT,
+            "class_names": list(self.class_names),
+            "temperature": self.temperature,
+            "feature_normalisation": "l2",
+            "encoder": self.encoder,
+            "summary": self.summary,
+        }
+        files.write_json(files.join(folder, "probe.json"), text)
+
+
+def load_probe(folder: str) -> Probe:
+    """Read a saved probe. Raises ValueError with the reason when the folder holds none, or a damaged one."""
+    try:
+        text = files.read_json(files.join(folder, "probe.json"))
+        tensors = load_tensors(files.read_bytes(files.join(folder, "probe.safetensors")))
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} holds no probe: probe.json and probe.safetensors belong there") from error
+    except SafetensorError as error:
+        raise ValueError(f"{folder}/probe.safetensors is damaged: {error}") from error
+    if text.get("format") != FORMAT:
+        raise ValueError(f"{folder}/probe.json is not of format {FORMAT}: another version of lpclip made it")
+    weight, bias = tensors["weight"], tensors["bias"]
+    if weight.ndim != 2 or bias.shape != weight.shape[:1] or len(text["class_names"]) != len(weight):
+        raise ValueError(f"{folder} is damaged: weights, biases and class names do not fit each other")
+    return Probe(
+        weight=weight,
+        bias=bias,
+        temperature=text["temperature"],
+        class_names=tuple(text["class_names"]),
+        encoder=text["encoder"],
+        summary=text["summary"],
+    )
+
+
+def zero_shot_probe(head: Tensor, *, temperature: float, **names: Any) -> Probe:
+    """The zero-shot classifier as a probe: text embeddings (K, d) over the temperature, no bias."""
+    return Probe(weight=head.float() / temperature, bias=torch.zeros(len(head)), **names)
+
+
+def calibrated(probe: Probe, *, temperature: float) -> Probe:
+    """The same probe with another temperature: its labels stay, its confidence changes."""
+    return replace(probe, temperature=temperature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """Features centred and whitened by their shrunk covariance: z = (f - mean) . whitener."""
+
+    mean: Tensor
+    """(d,) float64."""
+    whitener: Tensor
+    """(d, d) float64: eigenvectors over the root of the shrunk eigenvalues."""
+    variance: Tensor
+    """(d,) float64: what is left of each whitened direction's variance, at most about 1."""
+    shrinkage: float
+
+
+def feature_space(moments: Tensor) -> Space:
+    """The whitened space of features with moments (d + 1, d + 1) float64: the sum of [1 f]'[1 f] over all rows.
+
+    The covariance is shrunk toward a multiple of the identity by max(0.1, 2d / (2d + n)): with fewer images
+    than dimensions, directions that the sample did not see must not be blown up.
+    """
+    num_rows, dim = moments[0, 0], len(moments) - 1
+    mean = moments[0, 1:] / num_rows
+    covariance = moments[1:, 1:] / num_rows - torch.outer(mean, mean)
+    shrinkage = max(0.1, 2 * dim / (2 * dim + float(num_rows)))
+    values, vectors = torch.linalg.eigh(covariance)
+    values = values.clamp_min(0)
+    floor = values.mean().clamp_min(1e-12)
+    shrunk = (1 - shrinkage) * values + shrinkage * floor
+    return Space(mean=mean, whitener=vectors / shrunk.sqrt(), variance=values / shrunk, shrinkage=shrinkage)
+
+
+def row_moments(features: Tensor) -> Tensor:
+    """Sum of [1 f]'[1 f] over rows (N, d), float64 (d + 1, d + 1)."""
+    rows = torch.cat([torch.ones(len(features), 1), features.float()], dim=1)
+    return (rows.T @ rows).double()
+
+
+def gaussian_probe(sums: Tensor, counts: Tensor, *, space: Space) -> tuple[Tensor, Tensor]:
+    """Shared-covariance Gaussian classes: weight (K, d) and bias (K,), float32, of the logits of raw features.
+
+    `sums` (K, d) and `counts` (K,), float64, are the targets' sums of features and of ones. In the whitened
+    space the within-class covariance is total minus between, S = D - M' P M with D diagonal, M the class
+    means (K, d) and P = diag(counts / n). It is shrunk by L toward its mean variance t,
+        (1 - L) S + L t I = E - (1 - L) M' P M,    E = (1 - L) D + L t I,
+    and inverted by the Woodbury identity, a K x K system:
+        S^-1 M' = E^-1 M' (I + (((1 - L) P)^-1 - G)^-1 G),    G = M E^-1 M'.
+    Logits: z . S^-1 mu_k - mu_k' S^-1 mu_k / 2 (linear discriminant analysis, equal priors).
+    """
+    seen = counts.clamp_min(1e-3)
+    share = seen / seen.sum()
+    means = (sums / seen[:, None] - space.mean) @ space.whitener
+    shrinkage = max(0.3, space.shrinkage)
+    within = (space.variance.sum() - (share[:, None] * means**2).sum()) / len(space.variance)
+    diagonal = (1 - shrinkage) * space.variance + shrinkage * within.clamp_min(1e-6)
+    scaled = means / diagonal
+    gram = scaled @ means.T
+    inner = torch.diag(1 / (share * (1 - shrinkage))) - gram
+    directions = scaled + torch.linalg.solve(inner, gram).T @ scaled
+    weight = directions @ space.whitener.T
+    bias = -(directions * means).sum(dim=1) / 2 - weight @ space.mean
+    return weight.float(), bias.float()
+
+
+def weighted_cross_entropy_gradient(
+    features: Tensor, targets: Tensor, weights: Tensor, *, weight: Tensor, bias: Tensor
+) -> Tensor:
+    """Gradient (K, d + 1) float64 of sum_i w_i CE(targets_i, softmax(f_i weight' + bias)), bias last."""
+    residual = (torch.softmax(features @ weight.T + bias, dim=1) - targets) * weights[:, None]
+    return torch.cat([residual.T @ features, residual.sum(dim=0)[:, None]], dim=1).double()

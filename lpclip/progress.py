@@ -1,0 +1,59 @@
+"""Progress of long work, on one line of a terminal or as a line every few seconds of a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+class Progress:
+    """Counts images against the clock. `total` is None where it is unknown until the end."""
+
+    def __init__(self, what: str, *, total: int | None, done: int = 0, stream: TextIO | None = None) -> None:
+        self._what, self._total, self._first = what, total, done
+        self._stream = stream or sys.stderr
+        self._tty = self._stream.isatty()
+        self._start = self._shown = time.monotonic()
+        self.done, self.bad = done, 0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._start
+
+    @property
+    def rate(self) -> float:
+        """Images a second since the start, those done before it left out."""
+        return (self.done - self._first) / max(self.seconds, 1e-9)
+
+    def advance(self, images: int, *, bad: int = 0) -> None:
+        """Count images (bad ones among them) and show it, when the last line is old enough."""
+        self.done += images
+        self.bad += bad
+        if time.monotonic() - self._shown >= (0.5 if self._tty else 5.0):
+            self._show()
+
+    def close(self) -> None:
+        """Show the last line."""
+        self._show()
+        if self._tty:
+            print(file=self._stream)
+
+    def _show(self) -> None:
+        self._shown = time.monotonic()
+        share = eta = ""
+        if self._total:
+            share = f" of {self._total:,} ({self.done / self._total:.0%})"
+            if self.rate > 0 and self.done < self._total:
+                eta = f", {clock((self._total - self.done) / self.rate)} left"
+        bad = f", {self.bad:,} quarantined" if self.bad else ""
+        line = f"{self._what}: {self.done:,}{share} images, {self.rate:.0f} a second{bad}{eta}"
+        print(f"\r{line:<100}" if self._tty else line, end="" if self._tty else "\n", file=self._stream, flush=True)

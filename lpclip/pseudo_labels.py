@@ -1,0 +1,80 @@
+"""Pseudo-labels: from a linear teacher's logits to soft targets and weights, without any label.
+
+Everything works on rows of one shard and on sums that add up over shards; `all_reduce` adds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+AllReduce = Callable[[Tensor], Tensor]
+
+# Sharp softmaxes are full of denormal floats, which slow a matrix product many times over.
+SMALLEST_TARGET = 1e-6
+
+
+def soft_targets(logits: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Posteriors p0 = softmax(logits) and targets p proportional to p0 v, both (N, K), for column factors v (K,)."""
+    posterior = torch.softmax(logits, dim=1)
+    targets = posterior * factors
+    targets = targets / targets.sum(dim=1, keepdim=True).clamp_min(1e-30)
+    return posterior, torch.where(targets < SMALLEST_TARGET, 0.0, targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prior:
+    """The classes' shares that targets are corrected to.
+
+    `shares` (K,) is a known prior. With None it is estimated from the posteriors' class counts n_k, halfway to
+    the uniform one: (n_k + n/K) / 2n. Strength 0 leaves the targets alone.
+    """
+
+    shares: Tensor | None = None
+    strength: float = 1.0
+
+    def target(self, counts: Tensor) -> Tensor:
+        """The prior (K,) float64, given the posteriors' class counts (K,)."""
+        if self.shares is not None:
+            return self.shares.double()
+        num_rows = counts.sum().clamp_min(1)
+        return (counts + num_rows / len(counts)) / (2 * num_rows)
+
+
+def prior_sums(posterior: Tensor, factors: Tensor) -> Tensor:
+    """Sums (2, K) float64 over rows that a step of `update_factors` needs: of p0, and of p0 / (p0 . v)."""
+    mixture = (posterior @ factors).clamp_min(1e-30)
+    return torch.stack([posterior.double().sum(dim=0), (posterior / mixture[:, None]).double().sum(dim=0)])
+
+
+def update_factors(sums: Tensor, *, prior: Prior) -> Tensor:
+    """A step of v_k <- (q_k / mean_i(p0_ik / sum_j p0_ij v_j))^a, normalised to mean 1; `sums` of all shards.
+
+    Always from the original posteriors p0: iterating on corrected ones would end at q for every strength a > 0.
+    """
+    counts, ratios = sums
+    if prior.strength == 0:
+        return torch.ones_like(counts).float()
+    num_rows = counts.sum().clamp_min(1)
+    wanted = prior.target(counts) / (ratios / num_rows).clamp_min(1e-12)
+    factors = wanted.clamp(1e-6, 1e6) ** prior.strength
+    return (factors / factors.mean()).float()
+
+
+def scale_to_confidence(logits: Tensor, target: float, *, all_reduce: AllReduce) -> float:
+    """The factor on logits (N, K) that gives them this mean maximal probability, by bisection of its log."""
+    low, high = -12.0, 12.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        found = all_reduce(confidence_sums(logits * 2.0**middle))
+        low, high = (middle, high) if found[0] < target * found[1] else (low, middle)
+    return 2.0 ** ((low + high) / 2)
+
+
+def confidence_sums(logits: Tensor) -> Tensor:
+    """(2,) float64: the sum of maximal probabilities, and the number of rows."""
+    top = torch.softmax(logits, dim=1).amax(dim=1) if len(logits) else logits.new_zeros(0)
+    return torch.stack([top.double().sum(), torch.tensor(float(len(logits)), dtype=torch.float64)])

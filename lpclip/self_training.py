@@ -1,0 +1,330 @@
+"""The rounds: pseudo-label with the teacher, fit the student, let it teach; under Ray Train or in this process.
+
+A round is one pass over a worker's rows. Rows stand in the order of a hash of their ids and are cut into fixed
+chunks; chunks are dealt to workers in runs, their sums are taken in float64 and added over workers. So the
+probe does not depend on the number of workers beyond float64's rounding. Labels are not even loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpclip.config import SelfTrainingConfig
+from lpclip.probe import (
+    Space,
+    feature_space,
+    gaussian_probe,
+    row_moments,
+    weighted_cross_entropy_gradient,
+)
+from lpclip.pseudo_labels import (
+    AllReduce,
+    Prior,
+    confidence_sums,
+    prior_sums,
+    scale_to_confidence,
+    soft_targets,
+    update_factors,
+)
+
+CHUNK_ROWS = 4096
+# Rows that set the Gaussian logits' scale: enough for a mean, few enough to bisect on.
+SAMPLE_ROWS = 8192
+STOP_FLIP_RATE = 0.002
+
+# The recipe's constants: one set for all data. docs/method.md has the measurements behind them.
+CONFIDENCE = 0.8
+ZERO_SHOT_SHARE = 0.3
+FIRST_PRIOR_STEPS = 10
+GRADIENT_EPOCHS = 5
+GRADIENT_BATCH = 512
+GRADIENT_RATE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A worker's rows."""
+
+    features: np.ndarray
+    """(n, d) float16, unit norm: what the teacher sees."""
+    strong: tuple[np.ndarray, ...] = ()
+    """Strong views, each (n, d) float16: what the gradient solver's student sees (the base view without them)."""
+    first_row: int = 0
+    """Place of the shard's first row among all rows."""
+    num_rows: int = 0
+    """Rows of all shards."""
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Row slices and their features (m, d) as float32."""
+        for start in range(0, len(self.features), CHUNK_ROWS):
+            rows = slice(start, min(start + CHUNK_ROWS, len(self.features)))
+            yield rows, torch.from_numpy(self.features[rows]).float()
+
+
+@dataclass(kw_only=True)
+class State:
+    """What a round hands to the next one, and all that a checkpoint holds."""
+
+    round: int
+    weight: Tensor
+    """(K, d) float32: the teacher, in units of logits."""
+    bias: Tensor
+    """(K,) float32, without the prior's log factors."""
+    factors: Tensor
+    """(K,) float32: the prior's column factors."""
+    scale: float = 1.0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def probe_bias(self) -> Tensor:
+        """The bias with the prior's factors in it: what a probe of this state uses, (K,)."""
+        return self.bias + self.factors.clamp_min(1e-12).log()
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """For safetensors."""
+        return {"weight": self.weight, "bias": self.bias, "factors": self.factors}
+
+
+@dataclass(kw_only=True)
+class Pass:
+    """Sums of one pass of a teacher over the rows."""
+
+    sums: Tensor
+    counts: Tensor
+    prior: Tensor
+    numbers: Tensor
+    labels: np.ndarray
+    confidence: np.ndarray
+    kept: np.ndarray
+
+
+def read_prior(spec: str, class_names: tuple[str, ...], *, text: str | None = None) -> Prior:
+    """The prior that `--prior` names; `text` is the content of its file, one weight a line or `name<TAB>weight`.
+
+    Raises ValueError when the weights do not fit the classes.
+    """
+    if spec == "estimated":
+        return Prior()
+    if spec == "none":
+        return Prior(strength=0.0)
+    if spec == "uniform":
+        return Prior(shares=torch.full((len(class_names),), 1 / len(class_names)))
+    assert text is not None, spec
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        if all("\t" in line for line in lines):
+            named = {name.strip(): float(weight) for name, weight in (line.rsplit("\t", 1) for line in lines)}
+            missing = [name for name in class_names if name not in named]
+            if missing or len(named) != len(class_names):
+                raise ValueError(f"--prior {spec} must name each class once; missing: {missing or 'none'}")
+            weights = [named[name] for name in class_names]
+        else:
+            weights = [float(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"--prior {spec} holds something that is not a weight: {error}") from error
+    if len(weights) != len(class_names):
+        raise ValueError(f"--prior {spec} has {len(weights)} weights for {len(class_names)} classes")
+    if not all(math.isfinite(w) and w > 0 for w in weights):
+        raise ValueError(f"--prior {spec}: weights must be positive numbers")
+    shares = torch.tensor(weights, dtype=torch.float64)
+    return Prior(shares=shares / shares.sum())
+
+
+def check_config(config: SelfTrainingConfig) -> None:
+    """ValueError for values out of range."""
+    if config.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, not {config.rounds}")
+    if not 0 <= config.threshold < 1:
+        raise ValueError(f"--threshold must be at least 0 and below 1, not {config.threshold}")
+    if config.num_workers < 0:
+        raise ValueError(f"--num-workers must not be negative, not {config.num_workers}")
+
+
+def run_pass(
+    shard: Shard, teacher: State, *, zero_shot: Tensor, threshold: float, previous: np.ndarray | None
+) -> Pass:
+    """Label all rows of a shard with the teacher; the sums are this shard's own."""
+    num_classes, dim = zero_shot.shape
+    sums, counts = torch.zeros(num_classes, dim, dtype=torch.float64), torch.zeros(num_classes).double()
+    prior, numbers = torch.zeros(2, num_classes, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+    labels = np.empty(len(shard.features), np.int32)
+    confidence, kept = np.empty(len(labels), np.float32), np.empty(len(labels), bool)
+    for rows, features in shard.chunks():
+        posterior, targets = soft_targets(features @ teacher.weight.T + teacher.bias, teacher.factors)
+        top, label = targets.max(dim=1)
+        keep = top >= threshold
+        prior += prior_sums(posterior, teacher.factors)
+        targets = targets * keep[:, None]
+        sums += (targets.T @ features).double()
+        counts += targets.double().sum(dim=0)
+        base = (features @ zero_shot.T).argmax(dim=1)
+        flips = torch.from_numpy(previous[rows]) != label if previous is not None else torch.zeros(len(label))
+        numbers += torch.stack(
+            [torch.tensor(float(len(label))), keep.sum(), top.sum(), flips.sum(), (base == label).sum()]
+        ).double()
+        labels[rows], confidence[rows], kept[rows] = label.numpy(), top.numpy(), keep.numpy()
+    return Pass(
+        sums=sums, counts=counts, prior=prior, numbers=numbers, labels=labels, confidence=confidence, kept=kept
+    )
+
+
+def _reduce(found: Pass, all_reduce: AllReduce) -> Pass:
+    fields = ("sums", "counts", "prior", "numbers")
+    flat = all_reduce(torch.cat([getattr(found, name).flatten() for name in fields]))
+    pieces = flat.split([getattr(found, name).numel() for name in fields])
+    shaped = {n: p.reshape(getattr(found, n).shape) for n, p in zip(fields, pieces, strict=True)}
+    return replace(found, **shaped)
+
+
+def _metrics(found: Pass) -> dict[str, float]:
+    rows, kept, confidence, flips, agreement = found.numbers.tolist()
+    share = found.counts / found.counts.sum().clamp_min(1e-12)
+    entropy = -(share * share.clamp_min(1e-12).log()).sum() / math.log(len(share))
+    return {
+        "coverage": kept / rows,
+        "mean_confidence": confidence / rows,
+        "class_entropy": float(entropy),
+        "flip_rate": flips / rows,
+        "zero_shot_agreement": agreement / rows,
+    }
+
+
+def self_train(
+    shard: Shard,
+    *,
+    zero_shot: Tensor,
+    temperature: float,
+    config: SelfTrainingConfig,
+    prior: Prior,
+    all_reduce: AllReduce = lambda tensor: tensor,
+    start: State | None = None,
+) -> Iterator[tuple[State, Pass]]:
+    """Self-training rounds on features (n, d), from a zero-shot head (K, d) of unit norm.
+
+    Yields after every round the student with its metrics, and its own pass over the shard (sums of all shards).
+    `start` is the state of the last round of an interrupted run. Raises ValueError when no row is left to fit.
+    """
+    first = State(
+        round=0,
+        weight=zero_shot / temperature,
+        bias=torch.zeros(len(zero_shot)),
+        factors=torch.ones(len(zero_shot)),
+    )
+    space = feature_space(_moments(shard, all_reduce=all_reduce)) if config.solver == "gaussian" else None
+    teacher, previous = start or first, None
+    if start is None:
+        _settle_prior(shard, teacher, prior=prior, all_reduce=all_reduce)
+    found = _reduce(
+        run_pass(shard, teacher, zero_shot=zero_shot, threshold=config.threshold, previous=None), all_reduce
+    )
+    for number in range(teacher.round + 1, config.rounds + 1):
+        if found.numbers[1] == 0:
+            raise ValueError(
+                f"no pseudo-label has a confidence of at least {config.threshold:g} (--threshold) in round {number}; "
+                "lower the threshold or the temperature"
+            )
+        if space is not None:
+            student = _gaussian_student(shard, found, first=first, space=space, all_reduce=all_reduce)
+        else:
+            student = _gradient_student(shard, teacher, found, config=config, all_reduce=all_reduce)
+        student.round, student.factors = number, update_factors(found.prior, prior=prior)
+        previous = found.labels
+        found = _reduce(
+            run_pass(shard, student, zero_shot=zero_shot, threshold=config.threshold, previous=previous),
+            all_reduce,
+        )
+        student.metrics = _metrics(found)
+        yield student, found
+        teacher = student
+        if student.metrics["flip_rate"] < STOP_FLIP_RATE:
+            return
+
+
+def _moments(shard: Shard, *, all_reduce: AllReduce) -> Tensor:
+    dim = shard.features.shape[1]
+    total = torch.zeros(dim + 1, dim + 1, dtype=torch.float64)
+    for _, features in shard.chunks():
+        total += row_moments(features)
+    return all_reduce(total)
+
+
+def _settle_prior(shard: Shard, teacher: State, *, prior: Prior, all_reduce: AllReduce) -> None:
+    """Bring the zero-shot teacher's factors to their fixed point; later rounds go on from there, a step each."""
+    for _ in range(FIRST_PRIOR_STEPS if prior.strength else 0):
+        sums = torch.zeros(2, len(teacher.bias), dtype=torch.float64)
+        for _, features in shard.chunks():
+            posterior = torch.softmax(features @ teacher.weight.T + teacher.bias, dim=1)
+            sums += prior_sums(posterior, teacher.factors)
+        teacher.factors = update_factors(all_reduce(sums), prior=prior)
+
+
+def _gaussian_student(
+    shard: Shard, found: Pass, *, first: State, space: Space, all_reduce: AllReduce
+) -> State:
+    """Gaussian classes from the targets, at a constant confidence, plus a share of the zero-shot logits.
+
+    Constant: with a confidence that grows from round to round accuracy declines after its best round.
+    """
+    weight, bias = gaussian_probe(found.sums, found.counts, space=space)
+    rows = max(0, min(SAMPLE_ROWS, shard.num_rows) - shard.first_row)
+    sample = torch.from_numpy(shard.features[:rows]).float()
+    scale = scale_to_confidence(sample @ weight.T + bias, CONFIDENCE, all_reduce=all_reduce)
+    mixed = scale * weight + ZERO_SHOT_SHARE * first.weight
+    return State(round=0, weight=mixed, bias=scale * bias, factors=first.factors, scale=scale)
+
+
+def _gradient_student(
+    shard: Shard, teacher: State, found: Pass, *, config: SelfTrainingConfig, all_reduce: AllReduce
+) -> State:
+    """LP-CLIP's objective (reconstructed): cross-entropy of the strong views against the teacher's labels.
+
+    Each row counts by its confidence; rows under the threshold are left out. Adam on batches that are cut from
+    a seeded permutation of all rows, so that every worker count takes the same steps.
+    """
+    parameters = torch.cat([teacher.weight, teacher.bias[:, None]], dim=1)
+    first, second = torch.zeros_like(parameters), torch.zeros_like(parameters)
+    views = shard.strong or (shard.features,)
+    weights = torch.from_numpy(np.where(found.kept, found.confidence, 0).astype(np.float32))
+    steps = 0
+    for epoch in range(GRADIENT_EPOCHS):
+        seed = config.seed * 1_000_003 + teacher.round * 1009 + epoch
+        order = torch.randperm(shard.num_rows, generator=torch.Generator().manual_seed(seed)).numpy()
+        for batch in np.array_split(order, max(1, round(shard.num_rows / GRADIENT_BATCH))):
+            mine = np.sort(batch[(batch >= shard.first_row) & (batch < shard.first_row + len(weights))])
+            mine = mine - shard.first_row
+            view = views[(epoch + teacher.round) % len(views)]
+            gradient = weighted_cross_entropy_gradient(
+                torch.from_numpy(view[mine]).float(),
+                torch.nn.functional.one_hot(
+                    torch.from_numpy(found.labels[mine]).long(), len(teacher.bias)
+                ).float(),
+                weights[mine],
+                weight=parameters[:, :-1],
+                bias=parameters[:, -1],
+            )
+            total = all_reduce(gradient) / len(batch)
+            steps += 1
+            first = 0.9 * first + 0.1 * total.float()
+            second = 0.999 * second + 0.001 * total.float() ** 2
+            step = (first / (1 - 0.9**steps)) / ((second / (1 - 0.999**steps)).sqrt() + 1e-8)
+            parameters = parameters - GRADIENT_RATE * step
+    return State(round=0, weight=parameters[:, :-1].contiguous(), bias=parameters[:, -1], factors=teacher.factors)
+
+
+def mean_confidence(shard: Shard, state: State, *, all_reduce: AllReduce) -> float:
+    """Mean maximal probability of a state's probe over all rows."""
+    total = torch.zeros(2, dtype=torch.float64)
+    for _, features in shard.chunks():
+        total += confidence_sums(features @ state.weight.T + state.probe_bias())
+    total = all_reduce(total)
+    return float(total[0] / total[1])
+
+
+def config_identity(config: SelfTrainingConfig) -> dict[str, object]:
+    """What of the configuration decides the result: everything but the number of workers."""
+    return {key: value for key, value in asdict(config).items() if key != "num_workers"}

@@ -1,0 +1,1 @@
+"""Image sources, one file for each kind; `lpclip.images` is the way in."""

@@ -1,0 +1,324 @@
+"""Runs in MLflow: the only file that imports it, and only the driver of a job does so.
+
+Everything goes through a client and a run id. MLflow's module-level functions keep a current run and a
+current server in the process, where two users of one process meet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import re
+import ssl
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+from pyarrow import fs
+
+from lpclip import files
+from lpclip.config import TrackingConfig, digest
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+DEFAULT_URI = "sqlite:///mlflow.db"
+KEY_TAG = "lpclip.resume_key"
+
+
+class Run:
+    """One MLflow run. Made by `track`.
+
+    `run_id` is MLflow's id, `uri` the server or database without user name and password, fit for printing.
+    A server that goes away costs the record, never the job: the first failure is a warning on stderr, and the
+    run logs nothing more.
+    """
+
+    def __init__(self, client: MlflowClient, run_id: str, *, uri: str, resumed: bool) -> None:
+        self.run_id = run_id
+        self.uri = uri
+        self.resumed = resumed
+        self._client = client
+        self._lost = False
+        self._steps: dict[str, set[int]] = {}
+
+    def log(self, metrics: dict[str, float | None], step: int) -> None:
+        """Log numbers at a step, once for each name and step, also when a resumed job comes by again.
+
+        None is left out. NaN and infinities are left out with a warning: MLflow's databases change them.
+        Characters that MLflow refuses in names become underscores.
+        """
+        numbers = {metric_name(key): float(value) for key, value in metrics.items() if value is not None}
+        for key in [key for key, value in numbers.items() if not math.isfinite(value)]:
+            _warn(f"{key} at step {step} is {numbers.pop(key)}, which MLflow cannot keep")
+        self._attempt("metrics", lambda: self._log_new(numbers, step))
+
+    def set_tags(self, tags: dict[str, Any]) -> None:
+        """Set tags; a tag that is there is replaced."""
+        self._attempt("tags", lambda: self._log_tags(tags))
+
+    def artifact(self, path: str | Path, folder: str | None = None) -> None:
+        """Store a file, or a folder with all in it, under the run's artifacts or a folder of them.
+
+        `path` may lie on any file system that pyarrow reaches. A refused upload is a warning.
+        """
+        filesystem, inner = files.resolve(str(path))
+        if isinstance(filesystem, fs.LocalFileSystem):
+            assert Path(inner).exists(), inner
+            self._attempt(f"artifact {inner}", lambda: self._client.log_artifact(self.run_id, inner, folder))
+            return
+        with tempfile.TemporaryDirectory() as folder_here:
+            copy = Path(folder_here, Path(inner).name)
+            fs.copy_files(inner, str(copy), source_filesystem=filesystem)
+            self.artifact(copy, folder)
+
+    def log_params(self, params: dict[str, Any]) -> None:
+        """Log parameters. MLflow keeps a parameter's first value for good, so those of a resumed run stay."""
+        self._attempt("parameters", lambda: self._log_params(params))
+
+    def end(self, status: str) -> None:
+        """Mark the run FINISHED, FAILED or KILLED."""
+        self._attempt("status", lambda: self._client.set_terminated(self.run_id, status))
+
+    def _log_new(self, numbers: dict[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = time.time_ns() // 1_000_000
+        new = {key: value for key, value in numbers.items() if step not in self._logged_steps(key)}
+        metrics = [Metric(key, value, now, step) for key, value in new.items()]
+        for start in range(0, len(metrics), 1000):
+            self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000], synchronous=True)
+        for key in new:
+            self._steps[key].add(step)
+
+    def _logged_steps(self, key: str) -> set[int]:
+        if key not in self._steps:
+            history = self._client.get_metric_history(self.run_id, key) if self.resumed else []
+            self._steps[key] = {metric.step for metric in history}
+        return self._steps[key]
+
+    def _log_tags(self, tags: dict[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        pairs = [RunTag(metric_name(key), redact(str(value))) for key, value in tags.items()]
+        for start in range(0, len(pairs), 100):
+            self._client.log_batch(self.run_id, tags=pairs[start : start + 100], synchronous=True)
+
+    def _log_params(self, params: dict[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        there = self._client.get_run(self.run_id).data.params if self.resumed else {}
+        texts = {metric_name(key): redact(str(value)) for key, value in params.items()}
+        new = [Param(key, text) for key, text in texts.items() if key not in there]
+        for start in range(0, len(new), 100):
+            self._client.log_batch(self.run_id, params=new[start : start + 100], synchronous=True)
+
+    def _attempt(self, what: str, call: Callable[[], Any]) -> None:
+        from mlflow.exceptions import MlflowException
+
+        if self._lost:
+            return
+        try:
+            call()
+        except (MlflowException, OSError) as error:
+            # A server without an artifact store still takes numbers.
+            self._lost = not what.startswith("artifact")
+            rest = "; the rest of this run is not logged" if self._lost else ""
+            _warn(f"MLflow did not take the {what} ({redact(_line(error))}){rest}")
+
+
+@contextlib.contextmanager
+def track(
+    config: TrackingConfig,
+    *,
+    name: str,
+    params: dict[str, Any],
+    tags: dict[str, Any] | None = None,
+    resume_key: str | None = None,
+) -> Iterator[Run]:
+    """One MLflow run around a job: FINISHED at the end, FAILED on an error, KILLED on Ctrl-C or an exit.
+
+    `name` is the run's name unless the configuration has one. With a `resume_key`, an unfinished run of the
+    same key in the experiment goes on instead of a second one beginning: two jobs that may run at once need
+    different keys. Raises ValueError or OSError, with a sentence for the user, when the server or the
+    database cannot be used.
+    """
+    # MLflow reports usage to its makers unless told otherwise before it is first imported.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    uri = tracking_uri()
+    with _explained(uri):
+        client = _connect(uri)
+        experiment_id = _experiment(client, config.experiment, uri)
+        run = _resume(client, experiment_id, resume_key, uri) if resume_key else None
+        if run is None:
+            info = client.create_run(experiment_id, run_name=config.run_name or name).info
+            run = Run(client, info.run_id, uri=redact(uri), resumed=False)
+    key_tag = {KEY_TAG: digest(resume_key)} if resume_key else {}
+    run.set_tags({"mlflow.source.name": Path(sys.argv[0]).name, **(tags or {}), **key_tag})
+    run.log_params(params)
+    try:
+        yield run
+    except (KeyboardInterrupt, SystemExit):
+        run.end("KILLED")
+        raise
+    except BaseException as error:
+        run.set_tags({"lpclip.error": f"{type(error).__name__}: {_line(error)}"})
+        run.end("FAILED")
+        raise
+    run.end("FINISHED")
+
+
+def tracking_uri() -> str:
+    """Where runs go: MLFLOW_TRACKING_URI, or mlflow.db in the working directory; SQLite paths made absolute.
+
+    Raises ValueError for a folder of files, which MLflow has given up.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    if uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks")):
+        raise ValueError(
+            f"MLFLOW_TRACKING_URI is {uri}, a folder, and MLflow keeps runs in databases or on servers: "
+            "set it to sqlite:////folder/mlflow.db or http://host:port, or unset it for ./mlflow.db"
+        )
+    database = _database(uri)
+    return f"sqlite:///{database}" if database else uri
+
+
+def redact(text: str) -> str:
+    """The text with the user names and passwords of its URIs taken out."""
+    return re.sub(r"://[^/\s]*@", "://", text)
+
+
+def metric_name(name: str) -> str:
+    """The nearest name that MLflow takes for a metric, parameter or tag on every platform."""
+    parts = [part for part in re.sub(r"[^\w/. -]+", "_", name).split("/") if part.strip(".")]
+    return "/".join(parts)[:250] or "_"
+
+
+def _database(uri: str) -> Path | None:
+    """The absolute path of a SQLite URI's file; None for every other URI."""
+    path = uri.removeprefix("sqlite:///")
+    return Path(path).absolute() if uri.startswith("sqlite:///") and path != ":memory:" else None
+
+
+def _connect(uri: str) -> MlflowClient:
+    """A client that has reached its server, or made its SQLite file's tables."""
+    database = _database(uri)
+    if database is None:
+        _reach(uri)
+        return _client(uri)
+    if "MLFLOW_TRACKING_URI" not in os.environ and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        _warn(f"MLFLOW_TRACKING_URI is not set: the run goes to {database}, in the job's temporary folder")
+    artifacts = database.parent / "mlruns"
+    artifacts.mkdir(parents=True, exist_ok=True)
+    # Two processes that make the tables of one new file at once break each other.
+    with filelock.FileLock(artifacts / ".lock"):
+        with database.open("a+b") as file:
+            file.seek(0)
+            if file.read(16) not in (b"", b"SQLite format 3\0"):
+                raise ValueError(
+                    f"{database} is not an SQLite database: move it away or set MLFLOW_TRACKING_URI"
+                )
+        return _patiently(lambda: _client(uri))
+
+
+def _client(uri: str) -> MlflowClient:
+    from mlflow import MlflowClient
+
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    return MlflowClient(uri, registry_uri=uri)
+
+
+def _patiently(open_database: Callable[[], MlflowClient], attempts: int = 10) -> MlflowClient:
+    """Try again while a process that does not know our lock, such as `mlflow ui`, makes the tables."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import DatabaseError
+
+    for _ in range(attempts - 1):
+        try:
+            return open_database()
+        except (MlflowException, DatabaseError) as error:
+            if not re.search("already exists|locked|out-of-date|UNIQUE", str(error)):
+                raise
+            time.sleep(1)
+    return open_database()
+
+
+def _reach(uri: str) -> None:
+    """One quick request: MLflow's own client tries for minutes before it says that nobody answers."""
+    if not uri.startswith(("http://", "https://")):
+        return
+    try:
+        urllib.request.urlopen(redact(uri), timeout=20).close()
+    except urllib.error.HTTPError:
+        return
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLError):  # MLflow has its own settings for certificates
+            return
+        raise ConnectionError(
+            f"no MLflow server answers at {redact(uri)} ({reason}): start it, or unset MLFLOW_TRACKING_URI "
+            "to keep the runs in ./mlflow.db"
+        ) from error
+
+
+def _experiment(client: MlflowClient, name: str, uri: str) -> str:
+    """The id of the experiment, created if need be; SQLite files keep their artifacts beside them."""
+    from mlflow.exceptions import MlflowException
+
+    database = _database(uri)
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        location = (database.parent / "mlruns" / metric_name(name)).as_uri() if database else None
+        try:
+            return client.create_experiment(name, artifact_location=location)
+        except MlflowException:
+            experiment = client.get_experiment_by_name(name)  # another driver was faster
+            if experiment is None:
+                raise
+    if experiment.lifecycle_stage == "deleted":
+        raise ValueError(
+            f"the MLflow experiment {name!r} is deleted: restore it or choose another --experiment"
+        )
+    return experiment.experiment_id
+
+
+def _resume(client: MlflowClient, experiment_id: str, resume_key: str, uri: str) -> Run | None:
+    """The latest unfinished run of the key, RUNNING again."""
+    found = client.search_runs(
+        [experiment_id],
+        filter_string=f"tags.`{KEY_TAG}` = '{digest(resume_key)}' and attributes.status != 'FINISHED'",
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+    )
+    if not found:
+        return None
+    run_id = found[0].info.run_id
+    client.update_run(run_id, status="RUNNING")
+    return Run(client, run_id, uri=redact(uri), resumed=True)
+
+
+@contextlib.contextmanager
+def _explained(uri: str) -> Iterator[None]:
+    """Turn what MLflow raises while a run is opened into a sentence for the user."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        raise ValueError(f"MLflow at {redact(uri)}: {redact(_line(error))}") from error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500]
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,266 @@
+"""Decoding and views: encoded bytes to an RGB image, and an image to the uint8 pixels an encoder takes.
+
+Only Pillow and NumPy are imported here, so that the processes that decode stay small and start fast.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+Pixels = NDArray[np.uint8]
+
+CORRUPTIONS = (
+    *(
+        "gaussian_noise",
+        "shot_noise",
+        "impulse_noise",
+        "defocus_blur",
+        "glass_blur",
+        "motion_blur",
+        "zoom_blur",
+    ),
+    *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+    *("speckle_noise", "gaussian_blur", "spatter", "saturate"),
+)
+"""ImageNet-C's 15 corruptions, then its 4 extra ones (Hendrycks and Dietterich, 2019)."""
+
+# Formats that Pillow decodes by itself: EPS, for one, would start another program on the user's bytes.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "JPEG2000", "AVIF", "PPM", "ICO", "DIB")
+
+# Beyond this aspect ratio only the middle is resized: a 1 x 1,000,000 image would fill the memory otherwise.
+MAX_ASPECT = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """What an encoder wants its images to be; the fields are open_clip's, so is their meaning."""
+
+    size: int
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resize: Literal["shortest", "squash", "longest"] = "shortest"
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fill: int = 0
+
+    @property
+    def resample(self) -> Image.Resampling:
+        """Pillow's filter for `interpolation`."""
+        return Image.Resampling[self.interpolation.upper()]
+
+
+def decode_image(data: bytes, *, max_pixels: int, max_bytes: int) -> Image.Image:
+    """The first frame of an encoded image as upright RGB; transparency is laid on white, 16 bits become 8.
+
+    Raises ValueError with a short reason for whatever cannot be decoded; sizes are checked in the header.
+    """
+    if not data:
+        raise ValueError("empty")
+    if len(data) > max_bytes:
+        raise ValueError(f"{len(data)} bytes, more than {max_bytes}")
+    try:
+        with _pillow_limits(max_pixels), Image.open(io.BytesIO(data), formats=_formats()) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ValueError(f"{width}x{height}, more than {max_pixels} pixels")
+            image.load()
+            return _to_rgb(_upright(image))
+    except Image.UnidentifiedImageError as error:
+        raise ValueError("not an image that can be decoded") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"more than {max_pixels} pixels") from error
+    except Exception as error:
+        # Decoders raise whatever broken bytes lead them to (SyntaxError, struct.error, MemoryError, ...).
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def weak_view(image: Image.Image, preprocess: Preprocess) -> Pixels:
+    """The encoder's own evaluation view of an RGB image, uint8 (S, S, 3): open_clip's up to its ToTensor."""
+    size, resample = preprocess.size, preprocess.resample
+    if preprocess.resize == "squash":
+        return np.array(image.resize((size, size), resample))
+    if preprocess.resize == "shortest":
+        image = _trim(image)
+        short = min(image.size)
+        width, height = (int(size * side / short) for side in image.size)
+    else:
+        ratio = max(image.size) / size
+        width, height = (max(round(side / ratio), 1) for side in image.size)
+    return _center(np.asarray(image.resize((width, height), resample)), size=size, fill=preprocess.fill)
+
+
+def strong_view(image: Image.Image, preprocess: Preprocess, *, seed: int) -> Pixels:
+    """A seeded augmentation of an RGB image, uint8 (S, S, 3): crop, flip, colour jitter, grey, blur."""
+    rng = np.random.default_rng(seed)
+    size = preprocess.size
+    view = image.resize((size, size), preprocess.resample, box=_random_box(image.size, rng))
+    flip, jitter, grey, blur = rng.random(4) < (0.5, 0.8, 0.2, 0.2)
+    factors, radius = rng.uniform(0.6, 1.4, size=3), rng.uniform(0.1, 1.5) * size / 224
+    if flip:
+        view = ImageOps.mirror(view)
+    if jitter:
+        enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+        for enhancer, factor in zip(enhancers, factors, strict=True):
+            view = enhancer(view).enhance(factor)
+    if grey:
+        view = view.convert("L").convert("RGB")
+    if blur:
+        view = view.filter(ImageFilter.GaussianBlur(radius))
+    return np.array(view)
+
+
+def corrupt(pixels: Pixels, *, name: str, severity: int, seed: int) -> Pixels:
+    """ImageNet-C's corruption `name` at severity 1 to 5 of uint8 (S, S, 3), S >= 32; seed is a uint32."""
+    if min(pixels.shape[:2]) < 32:
+        raise ValueError(
+            f"corruptions need images of at least 32x32 pixels, not {pixels.shape[1]}x{pixels.shape[0]}"
+        )
+    import imagecorruptions
+
+    # Two corruptions take a seed, all others draw from NumPy's global generator: it is lent to them.
+    seeded = {"seed": seed} if name in ("impulse_noise", "glass_blur") else {}
+    state = np.random.get_state()  # noqa: NPY002
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        return np.asarray(imagecorruptions.corrupt(pixels, severity=severity, corruption_name=name, **seeded))
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
+
+
+def view_seed(id: str, *, view: str, seed: int) -> int:  # noqa: A002
+    """The uint32 seed of one view of one image: a hash, so that no order of work can change it."""
+    return int.from_bytes(blake2b(f"{seed}\0{view}\0{id}".encode(), digest_size=4).digest(), "big")
+
+
+def parse_views(spec: str) -> tuple[str, ...]:
+    """The views in a comma list, `weak` first; ValueError for unknown or repeated ones, or no `weak`."""
+    views = [view.strip() for view in spec.split(",")]
+    for view in views:
+        _check_view(view)
+    repeated = sorted({view for view in views if views.count(view) > 1})
+    if repeated:
+        raise ValueError(f"view named twice: {', '.join(repeated)}")
+    if "weak" not in views:
+        raise ValueError(f"the views must include weak, and {spec!r} does not")
+    return ("weak", *(view for view in views if view != "weak"))
+
+
+def pixel_views(views: tuple[str, ...]) -> tuple[str, ...]:
+    """The views that need pixels of their own: `mirror` is weak, flipped on the device."""
+    return tuple(view for view in views if view != "mirror")
+
+
+def render(
+    image: Image.Image,
+    *,
+    id: str,  # noqa: A002
+    view: str,
+    preprocess: Preprocess,
+    seed: int,
+) -> Pixels:
+    """One of `pixel_views` of an RGB image, uint8 (S, S, 3): a pure function of its arguments."""
+    if view == "weak":
+        return weak_view(image, preprocess)
+    own_seed = view_seed(id, view=view, seed=seed)
+    if view.startswith("strong"):
+        return strong_view(image, preprocess, seed=own_seed)
+    name, _, severity = view.partition(":")
+    return corrupt(weak_view(image, preprocess), name=name, severity=int(severity), seed=own_seed)
+
+
+def _check_view(view: str) -> None:
+    if re.fullmatch(r"weak|mirror|strong([2-9]|[1-9]\d+)?", view):
+        return
+    name, _, severity = view.partition(":")
+    if name not in CORRUPTIONS:
+        known = (
+            f"weak, mirror, strong, strong2, ..., or corruption:severity with one of {', '.join(CORRUPTIONS)}"
+        )
+        raise ValueError(f"unknown view {view!r}; known are {known}")
+    if severity not in ("1", "2", "3", "4", "5"):
+        raise ValueError(f"view {view!r} needs a severity from 1 to 5, as in {name}:3")
+
+
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@contextmanager
+def _pillow_limits(max_pixels: int) -> Iterator[None]:
+    # Pillow has a pixel limit of its own, from which it warns, and at twice of which it raises.
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # A broken EXIF block says nothing about the pixels, which are decoded by now.
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        image = Image.fromarray(_to_8_bit(np.asarray(image)))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB")
+
+
+def _to_8_bit(grey: NDArray[np.generic]) -> Pixels:
+    """Wide grey values (H, W) to uint8: integers from 16 bits, floats from [0, 1] if all lie there."""
+    if grey.dtype.kind == "f":
+        values = np.nan_to_num(grey.astype(np.float32))
+        return np.round(np.clip(values * (255 if values.max() <= 1 else 1), 0, 255)).astype(np.uint8)
+    return ((np.clip(grey.astype(np.int64), 0, 65535) + 128) // 257).astype(np.uint8)
+
+
+def _trim(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    longest = MAX_ASPECT * min(width, height)
+    left, top = max(width - longest, 0) // 2, max(height - longest, 0) // 2
+    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
+
+
+def _center(pixels: Pixels, *, size: int, fill: int) -> Pixels:
+    """The middle (size, size, 3) of pixels (H, W, 3), filled up where a side is shorter."""
+    missing = [max(size - side, 0) for side in pixels.shape[:2]]
+    if any(missing):
+        margins = [(total // 2, (total + 1) // 2) for total in missing]
+        pixels = np.pad(pixels, (*margins, (0, 0)), constant_values=fill)
+    top, left = (round((side - size) / 2) for side in pixels.shape[:2])
+    return pixels[top : top + size, left : left + size].copy()
+
+
+def _random_box(size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """A box of half to all of the area and an aspect ratio of 3:4 to 4:3, or the middle where none fits."""
+    width, height = size
+    for area, log_ratio, x, y in rng.uniform(
+        (0.5, np.log(3 / 4), 0, 0), (1, np.log(4 / 3), 1, 1), size=(10, 4)
+    ):
+        box_width = round((width * height * area * np.exp(log_ratio)) ** 0.5)
+        box_height = round((width * height * area / np.exp(log_ratio)) ** 0.5)
+        if 0 < box_width <= width and 0 < box_height <= height:
+            left, top = int(x * (width - box_width + 1)), int(y * (height - box_height + 1))
+            return left, top, left + box_width, top + box_height
+    side = min(size)
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side

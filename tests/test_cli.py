@@ -1,0 +1,163 @@
+"""Flags become a configuration, and errors one line and an exit code, in real processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from lpclip.cli import main, users_mistake
+from lpclip.config import EncodeJob, PredictJob, SelftrainJob, to_dict
+
+
+def parse(flags: str, config_type: type, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    seen: list[dict[str, object]] = []
+    monkeypatch.setattr(sys, "argv", ["job.py", *flags.split()])
+    main(lambda config: seen.append(to_dict(config)), config_type)
+    return seen[0]
+
+
+@pytest.mark.parametrize("config_type", [EncodeJob, SelftrainJob])
+def test_no_flags_is_the_default_configuration(config_type: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse("", config_type, monkeypatch) == to_dict(config_type())
+
+
+def test_fields_of_every_stage_are_plain_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = "--encoder ViT-B-32 --views weak,strong --limit 60 --supervised --max_bad_fraction 0.1 --rounds 3"
+    config = parse(flags, SelftrainJob, monkeypatch)
+    changed = {key: value for key, value in config.items() if value != to_dict(SelftrainJob())[key]}
+    assert changed == {
+        "encoder": "ViT-B-32",
+        "views": "weak,strong",
+        "limit": 60,
+        "supervised": True,
+        "max_bad_fraction": 0.1,
+        "rounds": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"), [("--bogus 3", "--bogus"), ("--rounds many", "--rounds"), ("--solver x", "--solver")]
+)
+def test_wrong_flags_are_named_and_exit_with_2(
+    flags: str, word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(flags, SelftrainJob, monkeypatch)
+    assert stop.value.code == 2
+    assert word in capsys.readouterr().err
+
+
+def test_a_required_flag_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse("--data photos", PredictJob, monkeypatch)
+    assert stop.value.code == 2
+    assert "--probe" in capsys.readouterr().err
+
+
+def test_help_explains_every_flag(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse("--help", SelftrainJob, monkeypatch)
+    assert stop.value.code == 0
+    help_text = capsys.readouterr().out
+    flags = [f"--{name.replace('_', '-')}" for name in to_dict(SelftrainJob())]
+    assert [flag for flag in flags if not re.search(rf"{flag}\b", help_text)] == []
+    assert "Column with the row's unique name" in help_text
+
+
+JOB = """
+import os, signal, sys
+from dataclasses import dataclass
+from lpclip.cli import main
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    end: str = "well"
+
+def run(job):
+    if job.end == "value":
+        raise ValueError("no such path: photos\\nreally")
+    if job.end == "file":
+        open("photos/missing")
+    if job.end == "bug":
+        raise KeyError("bug")
+    if job.end == "interrupt":
+        os.kill(os.getpid(), signal.SIGINT)
+
+main(run, Job)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "last_line"),
+    [
+        ("well", 0, ""),
+        ("value", 1, "error: no such path: photos really"),
+        ("file", 1, "error: [Errno 2] No such file or directory: 'photos/missing'"),
+        ("bug", 1, "KeyError: 'bug'"),
+        ("interrupt", 130, "interrupted: finished work is kept, the same command goes on from there"),
+    ],
+)
+def test_how_a_job_ends(end: str, code: int, last_line: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", JOB, "--end", end]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr.strip().split("\n")[-1] == last_line
+    assert ("Traceback" in done.stderr) == (end == "bug")
+    traced = subprocess.run(
+        command, env={**environment, "LPCLIP_TRACEBACK": "1"}, capture_output=True, text=True, check=False
+    )
+    assert ("Traceback" in traced.stderr) == (end in ("value", "file", "bug"))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@ray.remote(max_retries=0, num_cpus=0)
+def raise_in_task(kind: str) -> None:
+    if kind == "nested":
+        ray.get(raise_in_task.remote("value"))
+    raise {"value": ValueError("no such class"), "bug": KeyError("bug")}[kind]
+
+
+@ray.remote(num_cpus=0)
+class Encoder:
+    def __init__(self) -> None:
+        raise ValueError("no such model")
+
+    def encode(self) -> None:
+        pass
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_mistake_found_by_a_ray_worker_is_told_as_one_found_here() -> None:
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+    def raise_in_stage(batch: dict) -> dict:
+        raise ValueError("every image is bad")
+
+    broken = {
+        "no such class": lambda: ray.get(raise_in_task.remote("nested")),
+        "no such model": lambda: ray.get(Encoder.remote().encode.remote()),
+        "every image is bad": lambda: ray.data.range(3).map_batches(raise_in_stage).materialize(),
+        None: lambda: ray.get(raise_in_task.remote("bug")),
+    }
+    for message, call in broken.items():
+        with pytest.raises(Exception) as caught:
+            call()
+        assert users_mistake(caught.value) == message

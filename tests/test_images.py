@@ -1,0 +1,532 @@
+"""Image sources: whatever holds the images, every one of them arrives once, or with a reason why not."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from lpclip.config import SourceConfig
+from lpclip.images import ROWS, UNIT_ROWS, Source, open_source
+
+CONFIG = SourceConfig()
+
+
+def png(colour: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (colour % 256, colour // 256, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write(path: Path, data: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+def write_parquet(
+    path: Path, columns: dict[str, Any], *, metadata: dict[str, str] | None = None, **options: Any
+) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), path, **options)
+    return path
+
+
+def write_tar(path: Path, members: Sequence[tuple[str, bytes]], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def rows(source: Source) -> list[dict[str, Any]]:
+    """All rows, as workers read them: the reader travels to them by pickle."""
+    reader = pickle.loads(pickle.dumps(source.reader))
+    tables = [reader.read(unit) for unit in source.units]
+    assert all(table.schema == ROWS for table in tables)
+    return pa.concat_tables(tables).to_pylist()
+
+
+def by_id(source: Source) -> dict[str, dict[str, Any]]:
+    read = rows(source)
+    assert source.num_rows in (None, len(read))
+    assert len({row["id"] for row in read}) == len(read)
+    return {row["id"]: row for row in read}
+
+
+class TestFolder:
+    def test_subfolders_are_labels_and_every_image_is_read_once(self, tmp_path: Path) -> None:
+        for n, name in enumerate(["cat/1.jpg", "cat/old/2.PNG", "dog/3.webp", "loose.gif"]):
+            write(tmp_path / name, png(n))
+        source = open_source(str(tmp_path), config=CONFIG)
+        assert (source.kind, source.num_rows, source.has_labels) == ("folder", 4, True)
+        assert source.label_names == ("cat", "dog")
+        read = by_id(source)
+        assert {name: row["label"] for name, row in read.items()} == {
+            "cat/1.jpg": 0,
+            "cat/old/2.PNG": 0,
+            "dog/3.webp": 1,
+            "loose.gif": None,
+        }
+        assert read["dog/3.webp"]["image"] == png(2)
+
+    def test_a_flat_folder_and_a_single_image_have_no_labels(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "My photos!" / "a b%20?x=1.jpg", png(1))
+        for data in (path, path.parent):
+            source = open_source(str(data), config=CONFIG)
+            assert (source.has_labels, source.label_names) == (False, None)
+            assert by_id(source)["a b%20?x=1.jpg"]["image"] == png(1)
+        assert source.name == "My-photos"
+
+    def test_other_files_are_counted_and_hidden_ones_passed_by(self, tmp_path: Path) -> None:
+        for name in ("1.jpg", "2.jpg", "notes.txt", "movie.mp4", ".DS_Store", ".thumbs/1.jpg"):
+            write(tmp_path / name, png(0))
+        source = open_source(str(tmp_path), config=CONFIG)
+        assert source.num_rows == 2
+        assert "2 files" in source.notes[0]
+        assert ".mp4" in source.notes[0]
+
+    def test_files_that_cannot_be_read_are_rows_with_reasons(self, tmp_path: Path) -> None:
+        for name in ("gone.jpg", "large.jpg", "empty.jpg", "fine.jpg"):
+            write(tmp_path / name, png(0))
+        write(tmp_path / "large.jpg", bytes(1001))
+        write(tmp_path / "empty.jpg", b"")
+        source = open_source(str(tmp_path), config=SourceConfig(max_bytes=1000))
+        (tmp_path / "gone.jpg").unlink()
+        read = by_id(source)
+        assert "No such file" in read["gone.jpg"]["error"]
+        assert read["large.jpg"]["error"] == "1001 bytes, more than 1000"
+        assert (read["empty.jpg"]["image"], read["empty.jpg"]["error"]) == (b"", None)
+        assert (read["fine.jpg"]["image"], read["fine.jpg"]["error"]) == (png(0), None)
+
+    def test_units_are_small(self, tmp_path: Path) -> None:
+        for n in range(2 * UNIT_ROWS + 1):
+            write(tmp_path / f"{n}.png", b"x")
+        source = open_source(str(tmp_path), config=CONFIG)
+        assert [len(source.reader.read(unit)) for unit in source.units] == [UNIT_ROWS, UNIT_ROWS, 1]
+        assert len(by_id(source)) == 2 * UNIT_ROWS + 1
+
+    def test_a_file_uri_is_read_like_its_path(self, tmp_path: Path) -> None:
+        write(tmp_path / "with space" / "cat" / "1.jpg", png(1))
+        by_path = open_source(str(tmp_path / "with space"), config=CONFIG)
+        by_uri = open_source((tmp_path / "with space").as_uri(), config=CONFIG)
+        assert rows(by_uri) == rows(by_path)
+        assert by_uri.identity == by_path.identity
+
+
+class TestIdentity:
+    def test_it_survives_a_move_but_no_change(self, tmp_path: Path) -> None:
+        folder = tmp_path / "a"
+        write(folder / "cat" / "1.jpg", png(1))
+        before = open_source(str(folder), config=CONFIG).identity
+        assert json.loads(json.dumps(before)) == before
+        assert str(tmp_path) not in json.dumps(before)
+        folder = folder.rename(tmp_path / "b")
+        assert open_source(str(folder), config=CONFIG).identity == before
+        write(folder / "cat" / "1.jpg", png(2) + b"more")
+        assert open_source(str(folder), config=CONFIG).identity != before
+
+    def test_whatever_changes_the_rows_changes_it(self, tmp_path: Path) -> None:
+        path = write_parquet(
+            tmp_path / "a.parquet", {"image": [png(n) for n in range(9)], "other": [png(0)] * 9}
+        )
+        configs = [
+            CONFIG,
+            SourceConfig(image_column="other"),
+            SourceConfig(max_pixels=1),
+            SourceConfig(max_bytes=1),
+        ]
+        identities = [open_source(str(path), config=config).identity for config in configs]
+        identities += [open_source(str(path), config=CONFIG, limit=3).identity]
+        assert len({json.dumps(identity) for identity in identities}) == 5
+
+    def test_a_manifests_files_are_part_of_it(self, tmp_path: Path) -> None:
+        write(tmp_path / "1.jpg", png(1))
+        path = write(tmp_path / "list.csv", "path\n1.jpg\n")
+        before = open_source(str(path), config=CONFIG).identity
+        write(tmp_path / "1.jpg", png(1) + b"more")
+        assert open_source(str(path), config=CONFIG).identity != before
+
+
+class TestParquet:
+    def test_bytes_ids_labels_and_class_names(self, tmp_path: Path) -> None:
+        columns = {"id": ["a", "b", "c"], "image": [png(0), png(1), None], "label": pa.array([1, 0, -1])}
+        path = write_parquet(tmp_path / "x.parquet", columns, metadata={"classes": '["cat", "dog"]'})
+        source = open_source(str(path), config=CONFIG)
+        assert (source.name, source.kind, source.label_names) == ("x", "parquet", ("cat", "dog"))
+        assert rows(source) == [
+            {"id": "a", "image": png(0), "label": 1, "error": None},
+            {"id": "b", "image": png(1), "label": 0, "error": None},
+            {"id": "c", "image": None, "label": None, "error": "no image in this row"},
+        ]
+
+    def test_uris_are_relative_to_the_file(self, tmp_path: Path) -> None:
+        write(tmp_path / "images" / "1.jpg", png(1))
+        far = write(tmp_path / "far.jpg", png(2))
+        uris = ["../images/1.jpg", str(far), far.as_uri(), "gone.jpg", "ftp://nowhere/1.jpg"]
+        for array in (pa.array(uris), pa.array(uris).dictionary_encode(), pa.array(uris, pa.large_string())):
+            write_parquet(tmp_path / "lists" / "x.parquet", {"uri": array})
+            read = rows(open_source(str(tmp_path / "lists"), config=CONFIG))
+            assert [row["image"] for row in read] == [png(1), png(2), png(2), None, None]
+            assert [row["id"] for row in read] == [f"x.parquet:{n}" for n in range(5)]
+            assert all(row["error"] for row in read[3:])
+
+    def test_hugging_face_structs_and_class_labels(self, tmp_path: Path) -> None:
+        write(tmp_path / "2.jpg", png(2))
+        images = [
+            {"bytes": png(1), "path": "1.jpg"},
+            {"bytes": None, "path": "2.jpg"},
+            {"bytes": None, "path": None},
+        ]
+        features = {"info": {"features": {"labels": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+        metadata = {"huggingface": json.dumps(features)}
+        path = write_parquet(tmp_path / "x.parquet", {"img": images, "labels": [0, 1, 1]}, metadata=metadata)
+        source = open_source(str(path), config=CONFIG)
+        assert source.label_names == ("cat", "dog")
+        assert [(row["image"], row["label"]) for row in rows(source)] == [(png(1), 0), (png(2), 1), (None, 1)]
+
+    @pytest.mark.parametrize("dtype", [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())])
+    def test_labels_in_words_are_sorted_over_all_files(self, tmp_path: Path, dtype: pa.DataType) -> None:
+        for n, words in enumerate((["dog", None], ["cat", "bird"])):
+            labels = (
+                pa.array(words).dictionary_encode()
+                if pa.types.is_dictionary(dtype)
+                else pa.array(words, dtype)
+            )
+            write_parquet(tmp_path / f"{n}.parquet", {"image": [png(0), png(1)], "label": labels})
+        source = open_source(str(tmp_path), config=CONFIG)
+        assert source.label_names == ("bird", "cat", "dog")
+        assert [row["label"] for row in rows(source)] == [2, None, 1, 0]
+
+    def test_columns_are_named_by_flag_and_left_out_by_an_empty_one(self, tmp_path: Path) -> None:
+        columns = {
+            "id": [7, 7],
+            "key": [3, 4],
+            "picture": [png(0), png(1)],
+            "class": [1.0, None],
+            "label": ["a", "b"],
+        }
+        path = str(write_parquet(tmp_path / "x.parquet", columns))
+        config = SourceConfig(image_column="picture", id_column="key", label_column="class")
+        assert [(row["id"], row["label"]) for row in rows(open_source(path, config=config))] == [
+            ("3", 1),
+            ("4", None),
+        ]
+        config = SourceConfig(image_column="picture", id_column="", label_column="")
+        source = open_source(path, config=config)
+        assert not source.has_labels
+        assert [(row["id"], row["label"]) for row in rows(source)] == [
+            ("x.parquet:0", None),
+            ("x.parquet:1", None),
+        ]
+
+    @pytest.mark.parametrize("row_group_size", [100, 256, 1000, 5000])
+    @pytest.mark.parametrize("limit", [None, 300])
+    def test_rows_come_in_place_whatever_the_row_groups(
+        self, tmp_path: Path, row_group_size: int, limit: int | None
+    ) -> None:
+        for part in ("a", "b"):
+            images = [f"{part}{n}".encode() for n in range(1100)]
+            write_parquet(tmp_path / f"{part}.parquet", {"image": images}, row_group_size=row_group_size)
+        source = open_source(str(tmp_path), config=CONFIG, limit=limit)
+        read = by_id(source)
+        assert all(row["image"].decode() == name.replace(".parquet:", "") for name, row in read.items())
+        assert len(read) == (limit or 2200)
+        assert len(source.units) <= 2 * len(read) / UNIT_ROWS + 1
+        # Any worker may get any unit, in any order.
+        order = np.random.default_rng(0).permutation(len(source.units))
+        shuffled = pa.concat_tables([source.reader.read(source.units[n]) for n in order]).to_pylist()
+        assert sorted(row["id"] for row in shuffled) == sorted(read)
+        assert all(row == read[row["id"]] for row in shuffled)
+
+    def test_damage_in_one_row_group_costs_only_its_rows(self, tmp_path: Path) -> None:
+        images = [bytes([n]) * 500 for n in range(200)]
+        path = write_parquet(
+            tmp_path / "x.parquet", {"image": images}, row_group_size=100, compression="snappy"
+        )
+        source = open_source(str(path), config=CONFIG)
+        column = pq.read_metadata(path).row_group(1).column(0)
+        data = bytearray(path.read_bytes())
+        start = column.dictionary_page_offset or column.data_page_offset
+        data[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+        path.write_bytes(data)
+        read = rows(source)
+        assert [row["image"] for row in read] == images[:100] + [None] * 100
+        assert [row["id"] for row in read] == [f"x.parquet:{n}" for n in range(200)]
+        assert all(row["error"].startswith("Parquet: ") for row in read[100:])
+
+
+class TestLimit:
+    def test_it_takes_a_fair_and_nested_sample(self, tmp_path: Path) -> None:
+        for label in "abcd":
+            for n in range(100):
+                write(tmp_path / label / f"{n}.png", b"x")
+        small, large = (open_source(str(tmp_path), config=CONFIG, limit=limit) for limit in (50, 200))
+        assert (small.num_rows, large.num_rows) == (50, 200)
+        assert by_id(small).keys() < by_id(large).keys()
+        counts = np.bincount([row["label"] for row in rows(large)], minlength=4)
+        assert counts.min() > 35
+        assert large.label_names == ("a", "b", "c", "d")
+
+    def test_the_sample_is_the_same_from_every_kind_of_source(self, tmp_path: Path) -> None:
+        names = [f"{n}.png" for n in range(50)]
+        for name in names:
+            write(tmp_path / "folder" / name, png(0))
+        write_parquet(tmp_path / "x.parquet", {"id": names, "image": [png(0)] * 50})
+        write(tmp_path / "folder.csv", "id,path\n" + "\n".join(f"{name},folder/{name}" for name in names))
+        samples = [
+            by_id(open_source(str(tmp_path / data), config=CONFIG, limit=10)).keys()
+            for data in ("folder", "x.parquet", "folder.csv")
+        ]
+        assert samples[0] == samples[1] == samples[2]
+        assert len(samples[0]) == 10
+
+    def test_a_limit_above_the_number_of_rows_changes_no_row(self, tmp_path: Path) -> None:
+        path = str(write_parquet(tmp_path / "x.parquet", {"image": [png(0), png(1)]}))
+        assert rows(open_source(path, config=CONFIG, limit=5)) == rows(open_source(path, config=CONFIG))
+
+
+class TestWebDataset:
+    def test_samples_are_grouped_by_key(self, tmp_path: Path) -> None:
+        members = [
+            *[("a/1.cls", b"3"), ("a/1.jpg", png(1)), ("a/1.json", b"{}")],
+            *[("a/2.seg.png", png(2)), ("._2.jpg", b"mac"), ("b/1.webp", png(3)), ("b/1.cls", b"no number")],
+        ]
+        for name, mode in (("x.tar", "w"), ("x.tar.gz", "w:gz"), ("x.tgz", "w:gz")):
+            path = write_tar(tmp_path / name, members, mode)
+            source = open_source(str(path), config=CONFIG)
+            assert (source.kind, source.num_rows, source.has_labels) == ("webdataset", None, True)
+            read = by_id(source)
+            assert {key: (row["image"], row["label"]) for key, row in read.items()} == {
+                f"{name}/a/1": (png(1), 3),
+                f"{name}/a/2": (png(2), None),
+                f"{name}/b/1": (png(3), None),
+            }
+
+    def test_shards_may_use_the_same_keys(self, tmp_path: Path) -> None:
+        for shard in range(2):
+            write_tar(tmp_path / f"{shard}.tar", [("0.png", png(shard)), ("1.png", png(shard))])
+        assert by_id(open_source(str(tmp_path), config=CONFIG)).keys() == {
+            "0.tar/0",
+            "0.tar/1",
+            "1.tar/0",
+            "1.tar/1",
+        }
+
+    def test_what_is_no_sample_is_told(self, tmp_path: Path) -> None:
+        members = [
+            *[("1.jpg", png(1)), ("2.jpg", bytes(2000)), ("3.txt", b"text"), ("1.jpg", png(4))],
+            *[("5.jpg", png(5)), ("5.jpg", png(6))],
+        ]
+        path = write_tar(tmp_path / "x.tar", members)
+        read = rows(open_source(str(path), config=SourceConfig(max_bytes=1000)))
+        assert [(row["id"], row["error"]) for row in read] == [
+            ("x.tar/1", None),
+            ("x.tar/2", "2000 bytes, more than 1000"),
+            ("x.tar/3", "no image in txt"),
+            ("x.tar/1", "duplicate id"),
+            ("x.tar/5", None),
+            ("x.tar/5", "duplicate id"),
+        ]
+        assert read[4]["image"] == png(5)
+
+    @pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+    def test_a_cut_tar_gives_what_it_has_and_says_so(self, tmp_path: Path, suffix: str) -> None:
+        noise = np.random.default_rng(0).bytes(30_000)
+        path = tmp_path / f"x{suffix}"
+        for size in (0, 100, 40_000):
+            write_tar(path, [("1.jpg", noise), ("2.jpg", noise[::-1])], f"w:{suffix[5:]}")
+            path.write_bytes(path.read_bytes()[:size])
+            read = rows(open_source(str(path), config=CONFIG))
+            assert read[-1]["id"] == f"x{suffix}/(rest)"
+            assert read[-1]["error"].startswith("tar: ")
+            assert [row["image"] for row in read[:-1]] == [noise][: size // 40_000]
+
+    def test_a_tar_without_its_end_is_not_taken_for_a_whole_one(self, tmp_path: Path) -> None:
+        path = write_tar(tmp_path / "x.tar", [("1.jpg", png(1)), ("2.jpg", png(2))])
+        path.write_bytes(path.read_bytes()[:1024])
+        read = rows(open_source(str(path), config=CONFIG))
+        assert read[0]["image"] == png(1)
+        assert "cut or damaged" in read[-1]["error"]
+
+    def test_nothing_is_written_outside(self, tmp_path: Path) -> None:
+        (tmp_path / "in").mkdir()
+        path = write_tar(tmp_path / "in" / "x.tar", [("../../evil.jpg", png(1)), ("/evil.jpg", png(2))])
+        with tarfile.open(path, "a") as tar:
+            link = tarfile.TarInfo("link.jpg")
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            tar.addfile(link)
+        assert [row["image"] for row in rows(open_source(str(path), config=CONFIG))] == [png(1), png(2)]
+        assert [entry.name for entry in tmp_path.rglob("*")] == ["in", "x.tar"]
+
+    def test_a_limit_takes_the_first_samples_and_says_so(self, tmp_path: Path) -> None:
+        for shard in range(3):
+            write_tar(
+                tmp_path / f"{shard}.tar", [(f"{n}.{e}", png(n)) for n in range(4) for e in ("png", "cls")]
+            )
+        source = open_source(str(tmp_path), config=CONFIG, limit=6)
+        assert [row["id"] for row in rows(source)] == [f"{n // 4}.tar/{n % 4}" for n in range(6)]
+        assert "first 6 samples" in source.notes[0]
+
+    def test_one_of_several_images_is_named_by_flag(self, tmp_path: Path) -> None:
+        path = write_tar(tmp_path / "x.tar", [("1.input.jpg", png(1)), ("1.target.jpg", png(2))])
+        config = SourceConfig(image_column="target.jpg")
+        assert [row["image"] for row in rows(open_source(str(path), config=config))] == [png(2)]
+
+    def test_large_tars_are_read_in_tables_of_bounded_size(self, tmp_path: Path) -> None:
+        path = write_tar(tmp_path / "x.tar", [(f"{n:04d}.png", b"x") for n in range(UNIT_ROWS + 10)])
+        source = open_source(str(path), config=CONFIG)
+        (unit,) = source.units
+        assert [len(table) for table in source.reader.tables(unit)] == [UNIT_ROWS, 10]
+
+
+class TestManifest:
+    def test_csv_tsv_and_jsonl_say_the_same(self, tmp_path: Path) -> None:
+        for n in (1, 2):
+            write(tmp_path / "images" / f"{n}.jpg", png(n))
+        lines = [
+            ("007", "images/1.jpg", "dog"),
+            ("008", str(tmp_path / "images/2.jpg"), "cat"),
+            ("9", "gone.jpg", ""),
+        ]
+        header = ("id", "path", "label")
+        write(tmp_path / "x.csv", "\n".join(",".join(line) for line in (header, *lines)))
+        write(tmp_path / "x.tsv", "\n".join("\t".join(line) for line in (header, *lines)))
+        write(
+            tmp_path / "x.jsonl",
+            "\n".join(json.dumps(dict(zip(header, line, strict=True))) for line in lines),
+        )
+        for name in ("x.csv", "x.tsv", "x.jsonl"):
+            source = open_source(str(tmp_path / name), config=CONFIG)
+            assert (source.kind, source.num_rows, source.label_names) == ("manifest", 3, ("cat", "dog"))
+            read = rows(source)
+            assert [(row["id"], row["image"], row["label"]) for row in read] == [
+                ("007", png(1), 1),
+                ("008", png(2), 0),
+                ("9", None, None),
+            ]
+            assert "No such file" in read[2]["error"]
+
+    def test_the_uri_names_the_row_and_numbers_are_labels_as_they_are(self, tmp_path: Path) -> None:
+        write(tmp_path / "1.jpg", png(1))
+        path = write(tmp_path / "x.csv", "uri,label\n1.jpg,12\n2.jpg,-1\n")
+        source = open_source(str(path), config=CONFIG)
+        assert source.label_names is None
+        assert [(row["id"], row["label"]) for row in rows(source)] == [("1.jpg", 12), ("2.jpg", None)]
+
+
+class TestBadInput:
+    def message(self, data: Path | str, **options: Any) -> str:
+        config = options.pop("config", CONFIG)
+        with pytest.raises(ValueError) as caught:
+            open_source(str(data), config=config, **options)
+        return str(caught.value)
+
+    def test_paths(self, tmp_path: Path) -> None:
+        assert "no such path, nor one of the data sets fashion-mnist, cifar10" in self.message(
+            tmp_path / "nowhere"
+        )
+        assert "no such path" in self.message((tmp_path / "nowhere").as_uri())
+        assert "cannot be listed" in self.message("gopher://nowhere/x")
+        assert "there are cifar10:train and cifar10:test" in self.message("cifar10:val")
+        assert "at least 1, not 0" in self.message(tmp_path, limit=0)
+
+    def test_folders(self, tmp_path: Path) -> None:
+        assert "holds nothing" in self.message(tmp_path)
+        write(tmp_path / "a.txt", "x")
+        assert "1 files, and no image" in self.message(tmp_path)
+        assert "unknown kind of file" in self.message(tmp_path / "a.txt")
+        write(tmp_path / "a.jpg", png(0))
+        write_parquet(tmp_path / "a.parquet", {"image": [png(0)]})
+        assert "different kinds (folder, parquet)" in self.message(tmp_path)
+
+    def test_parquet(self, tmp_path: Path) -> None:
+        path = write_parquet(tmp_path / "x.parquet", {"a": [1], "b": [2], "label": ["x"]})
+        assert "no column of images; there are a, b, label" in self.message(path)
+        assert "no column 'c'; there are a, b, label" in self.message(
+            path, config=SourceConfig(image_column="c")
+        )
+        assert "column 'a' holds int64" in self.message(path, config=SourceConfig(image_column="a"))
+        assert "no rows" in self.message(write_parquet(path, {"image": pa.array([], pa.binary())}))
+        fractions = write_parquet(path, {"image": [png(0)], "label": [0.5]})
+        assert "is no column of labels" in self.message(fractions)
+        write_parquet(tmp_path / "y.parquet", {"image": ["uri"], "label": [0.0]})
+        assert "y.parquet: column 'image' is not there as binary" in self.message(tmp_path)
+        assert "not a Parquet file" in self.message(write(path, "PAR1 nothing"))
+
+    def test_duplicate_and_missing_ids(self, tmp_path: Path) -> None:
+        columns = {"id": ["a", "b", "a", "c"], "image": [png(n) for n in range(4)]}
+        path = write_parquet(tmp_path / "x.parquet", columns)
+        message = self.message(path)
+        assert "1 ids are there more than once, such as a" in message
+        assert "--id-column ''" in message
+        assert len(by_id(open_source(str(path), config=SourceConfig(id_column="")))) == 4
+        assert "1 rows have no id" in self.message(
+            write_parquet(path, {**columns, "id": ["a", None, "b", "c"]})
+        )
+        write_parquet(tmp_path / "x.parquet", {"id": ["a"], "image": [png(0)]})
+        write_parquet(tmp_path / "y.parquet", {"id": ["a"], "image": [png(0)]})
+        assert "such as a" in self.message(tmp_path)
+        manifest = write(tmp_path / "x.csv", "uri\n1.jpg\n1.jpg\n")
+        assert "such as 1.jpg" in self.message(manifest)
+        assert len(by_id(open_source(str(manifest), config=SourceConfig(id_column="")))) == 2
+
+    def test_manifests(self, tmp_path: Path) -> None:
+        assert "cannot be read" in self.message(write(tmp_path / "x.csv", ""))
+        assert "no rows" in self.message(write(tmp_path / "x.csv", "uri\n"))
+        assert "no column of URIs or paths; there are a, b" in self.message(
+            write(tmp_path / "x.csv", "a,b\n1,2\n")
+        )
+        assert "cannot be read" in self.message(write(tmp_path / "x.jsonl", '{"uri": '))
+
+
+class TestNamed:
+    def test_fashion_mnist_is_had_and_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LPCLIP_CACHE", str(tmp_path))
+        source = open_source("fashion-mnist:test", config=CONFIG)
+        assert (source.name, source.num_rows, source.label_names[-1]) == (
+            "fashion-mnist-test",
+            10_000,
+            "ankle boot",
+        )
+        read = by_id(source)
+        labels = np.array([row["label"] for row in read.values()])
+        assert np.bincount(labels).tolist() == [1000] * 10
+        assert labels[:10].tolist() == [9, 2, 1, 1, 6, 1, 4, 6, 5, 7]
+        assert Image.open(io.BytesIO(read["test/00000"]["image"])).size == (28, 28)
+        assert open_source("fashion-mnist", config=CONFIG, split="train", limit=7).num_rows == 7
+        assert open_source("fashion-mnist", config=CONFIG, split="test").identity == source.identity
+        files = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+        assert sorted(files) == ["test.parquet", "train.parquet"]
+
+    def test_a_path_goes_before_a_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        write(tmp_path / "fashion-mnist" / "1.jpg", png(0))
+        assert open_source("fashion-mnist", config=CONFIG).kind == "folder"
+
+    @pytest.mark.parametrize("name", ["cifar10", "fashion-mnist"])
+    def test_without_a_network_it_ends_soon_and_clearly(
+        self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("LPCLIP_CACHE", str(tmp_path))
+        for scheme in ("http", "https"):
+            monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
+        for name_of_exceptions in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name_of_exceptions, raising=False)
+        monkeypatch.setattr(urllib.request, "_opener", None)  # it keeps the proxies of its first use
+        with pytest.raises(ValueError, match=f"{name} cannot be downloaded .*refused.* copy train.parquet"):
+            open_source(name, config=CONFIG)
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -1,0 +1,263 @@
+"""Views: every image a user may have is decoded as people see it, or refused with a reason."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from typing import Any
+
+import imagecorruptions
+import numpy as np
+import pytest
+from open_clip.transform import image_transform
+from PIL import Image
+
+from lpclip import views
+from lpclip.views import (
+    Preprocess,
+    decode_image,
+    parse_views,
+    pixel_views,
+    render,
+    strong_view,
+    view_seed,
+    weak_view,
+)
+
+LIMITS = {"max_pixels": 10_000_000, "max_bytes": 10_000_000}
+PREPROCESS = Preprocess(size=48, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+
+
+def photo(width: int = 60, height: int = 40, seed: int = 0) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:  # noqa: A002
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def decoded(data: bytes) -> np.ndarray:
+    image = decode_image(data, **LIMITS)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def huge_png_header(width: int, height: int) -> bytes:
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    header = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    return b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", 1000) + b"IDAT" + bytes(1000)
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM", "WEBP", "GIF", "JPEG", "AVIF", "JPEG2000"])
+def test_every_format_decodes_to_the_pixels_pillow_gives(format: str) -> None:  # noqa: A002
+    data = encoded(photo(), format)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(decoded(data), expected)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr"])
+def test_every_colour_mode_becomes_rgb(mode: str) -> None:
+    data = encoded(photo().convert(mode), "TIFF")
+    assert decoded(data).shape == (40, 60, 3)
+
+
+def test_cmyk_jpeg_keeps_its_colours() -> None:
+    red = decoded(encoded(Image.new("RGB", (16, 16), (250, 10, 10)).convert("CMYK"), "JPEG"))
+    assert np.abs(red.astype(int) - (250, 10, 10)).max() < 8
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "PPM"])
+def test_16_bit_grey_is_scaled_to_8(format: str) -> None:  # noqa: A002
+    grey = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
+    pixels = decoded(encoded(Image.fromarray(grey), format))
+    np.testing.assert_array_equal(pixels[:, :, 0], np.arange(256).reshape(16, 16))
+
+
+def test_float_grey_of_0_to_1_is_scaled_to_8_bits() -> None:
+    pixels = decoded(encoded(Image.fromarray(np.full((4, 4), 0.5, np.float32)), "TIFF"))
+    assert (pixels == 128).all()
+
+
+def test_transparency_is_laid_on_white() -> None:
+    half_black = Image.new("RGBA", (4, 4), (0, 0, 0, 128))
+    assert (decoded(encoded(half_black)) == 127).all()
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.putpixel((0, 0), 1)
+    pixels = decoded(encoded(palette, transparency=0))
+    assert pixels[0, 0].tolist() == [255, 0, 0]
+    assert (pixels[1:] == 255).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    upright = photo(24, 16)
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's transpositions that make it lie wrong
+    stored = upright.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    np.testing.assert_array_equal(decoded(encoded(stored, exif=exif)), np.asarray(upright))
+
+
+def test_a_broken_exif_block_does_not_lose_the_image() -> None:
+    assert decoded(encoded(photo(), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")).shape == (40, 60, 3)
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_animations_give_their_first_frame(format: str) -> None:  # noqa: A002
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
+    options = {"lossless": True} if format == "WEBP" else {}
+    pixels = decoded(encoded(frames[0], format, save_all=True, append_images=frames[1:], **options))
+    assert (pixels == (255, 0, 0)).all()
+
+
+def test_a_1x1_image_fills_its_view() -> None:
+    image = decode_image(encoded(Image.new("RGB", (1, 1), (10, 20, 30))), **LIMITS)
+    for resize in ("shortest", "squash", "longest"):
+        pixels = weak_view(image, Preprocess(size=8, resize=resize, mean=(0,), std=(1,)))
+        assert (pixels == (10, 20, 30)).all()
+    assert strong_view(image, PREPROCESS, seed=0).shape == (48, 48, 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"<html>not found</html>", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+        (encoded(photo(), "JPEG")[:-200], "truncated"),
+        (encoded(photo())[:-200], "truncated"),
+        (encoded(photo())[:20], "Truncated"),
+        (huge_png_header(30_000, 30_000), "more than 10000000 pixels"),
+        (huge_png_header(2**31 - 1, 2**31 - 1), "more than 10000000 pixels"),
+        (encoded(photo(4000, 2501), "GIF"), "4000x2501, more than 10000000 pixels"),
+        (b"x" * 10_000_001, "10000001 bytes, more than 10000000"),
+    ],
+)
+def test_what_cannot_be_decoded_is_refused_with_a_reason(
+    data: bytes, reason: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        decode_image(data, **LIMITS)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "AVIF", "JPEG2000", "ICO"])
+def test_damaged_bytes_raise_nothing_but_value_errors(format: str) -> None:  # noqa: A002
+    rng = np.random.default_rng(0)
+    data = np.frombuffer(encoded(photo(), format), np.uint8)
+    for _ in range(100):
+        damaged = data.copy()
+        damaged[rng.integers(0, len(data), 8)] = rng.integers(0, 256, 8)
+        try:
+            decode_image(damaged.tobytes(), **LIMITS)
+        except ValueError as error:
+            assert str(error)  # noqa: PT017
+
+
+def test_pillows_own_pixel_limit_stays_as_it_was() -> None:
+    before = Image.MAX_IMAGE_PIXELS
+    decode_image(encoded(photo()), **LIMITS)
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("size", [(100, 61), (48, 48), (31, 200), (49, 48), (3, 2), (320, 240), (10, 159)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("resize", ["shortest", "squash", "longest"])
+def test_the_weak_view_is_open_clips_own(size: tuple[int, int], interpolation: Any, resize: Any) -> None:
+    image = photo(*size)
+    preprocess = Preprocess(
+        size=48, interpolation=interpolation, resize=resize, mean=(0,) * 3, std=(1,) * 3, fill=7
+    )
+    transform = image_transform(
+        48, False, mean=(0,) * 3, std=(1,) * 3, resize_mode=resize, interpolation=interpolation, fill_color=7
+    )
+    expected = (transform(image).permute(1, 2, 0) * 255).round().byte().numpy()
+    np.testing.assert_array_equal(weak_view(image, preprocess), expected)
+
+
+def test_a_thread_of_an_image_costs_no_more_than_a_square() -> None:
+    thread = Image.fromarray(np.arange(90_000, dtype=np.uint32).astype(np.uint8)[None].repeat(3, 0))
+    assert weak_view(thread.convert("RGB"), PREPROCESS).shape == (48, 48, 3)
+
+
+def test_strong_views_follow_their_seed_alone() -> None:
+    image = photo()
+    first = strong_view(image, PREPROCESS, seed=1)
+    np.random.seed(5)  # noqa: NPY002
+    np.testing.assert_array_equal(first, strong_view(image, PREPROCESS, seed=1))
+    others = [strong_view(image, PREPROCESS, seed=seed) for seed in range(2, 12)]
+    assert all((first != other).any() for other in others)
+    assert first.shape == (48, 48, 3)
+    assert first.dtype == np.uint8
+
+
+@pytest.mark.parametrize("name", views.CORRUPTIONS)
+def test_corruptions_follow_their_seed_alone(name: str) -> None:
+    pixels = weak_view(photo(), PREPROCESS)
+    original = pixels.copy()
+    first = views.corrupt(pixels, name=name, severity=3, seed=2**32 - 1)
+    state = np.random.get_state()[1]  # noqa: NPY002
+    again = views.corrupt(pixels, name=name, severity=3, seed=2**32 - 1)
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(state, np.random.get_state()[1])  # noqa: NPY002
+    np.testing.assert_array_equal(pixels, original)
+    assert first.shape == pixels.shape
+    assert first.dtype == np.uint8
+    assert (first != pixels).any()
+
+
+def test_corruptions_are_those_of_imagenet_c() -> None:
+    assert set(imagecorruptions.get_corruption_names("all")) == set(views.CORRUPTIONS)
+
+
+def test_corruptions_refuse_images_too_small_for_them() -> None:
+    with pytest.raises(ValueError, match="at least 32x32"):
+        views.corrupt(np.zeros((16, 16, 3), np.uint8), name="fog", severity=1, seed=0)
+
+
+def test_seeds_differ_between_images_views_and_runs() -> None:
+    seeds = {
+        view_seed(name, view=view, seed=s) for name in "ab" for view in ("strong", "strong2") for s in (0, 1)
+    }
+    assert len(seeds) == 8
+    assert view_seed("a", view="strong", seed=0) == view_seed("a", view="strong", seed=0) < 2**32
+
+
+def test_render_makes_each_view_from_the_image_and_its_id() -> None:
+    image = photo()
+    rendered = {
+        view: render(image, id="a", view=view, preprocess=PREPROCESS, seed=0)
+        for view in ("weak", "strong", "strong2", "gaussian_noise:3", "gaussian_noise:5")
+    }
+    np.testing.assert_array_equal(rendered["weak"], weak_view(image, PREPROCESS))
+    assert len({pixels.tobytes() for pixels in rendered.values()}) == len(rendered)
+    other = render(image, id="b", view="strong", preprocess=PREPROCESS, seed=0)
+    assert (other != rendered["strong"]).any()
+
+
+def test_views_are_parsed_with_weak_first() -> None:
+    parsed = parse_views("strong2, weak,mirror,gaussian_noise:3")
+    assert parsed == ("weak", "strong2", "mirror", "gaussian_noise:3")
+    assert pixel_views(parsed) == ("weak", "strong2", "gaussian_noise:3")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("mirror", "must include weak"),
+        ("weak,weak", "named twice: weak"),
+        ("weak,blurry", "unknown view 'blurry'"),
+        ("weak,strong1", "unknown view 'strong1'"),
+        ("weak,", "unknown view ''"),
+        ("weak,fog", "severity from 1 to 5"),
+        ("weak,fog:6", "severity from 1 to 5"),
+    ],
+)
+def test_views_that_make_no_sense_are_refused(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_views(spec)
