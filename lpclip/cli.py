@@ -17,7 +17,7 @@ Config = TypeVar("Config")
 OPTIONS = (conf.OmitArgPrefixes, conf.OmitSubcommandPrefixes, conf.FlagCreatePairsOff, conf.DisallowNone)
 
 
-def main(run: Callable[[Config], None], config_type: type[Config]) -> None:
+def main(run: Callable[[Config], object], config_type: type[Config]) -> None:
     """Parse the flags into `config_type` and run the job with them.
 
     The flags are the dataclass's fields, nested stages merged. The process exits with 2 on wrong flags, with

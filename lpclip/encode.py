@@ -11,106 +11,56 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import torch
 
-from lpclip import files, prompts, store
-from lpclip.config import ClassConfig, EncodeConfig, EncoderConfig, SourceConfig, digest
-from lpclip.encoders import load_encoder
+from lpclip import files, store
+from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
+from lpclip.encoders import load_encoder, preprocess_identity
 from lpclip.images import Source
 from lpclip.progress import Progress
-from lpclip.views import Preprocess, decode_image, parse_views, pixel_views, render, view_seed
+from lpclip.views import Preprocess, decode_image, parse_views, pixel_views, render
+from lpclip.zero_shot import EncoderInfo, Head, has_gpus, pseudo_label
 
 
-@dataclass(frozen=True, kw_only=True)
-class Head:
-    """A zero-shot head: class embeddings and the temperature that turns cosines into probabilities."""
+def store_identity(
+    source: Source | None, info: EncoderInfo, views: tuple[str, ...], *, seed: int
+) -> dict[str, Any]:
+    """Whatever changes a feature; without a source, whatever features of any source must have in common.
 
-    class_names: tuple[str, ...]
-    weight: np.ndarray
-    """(K, d) float32, unit norm."""
-    temperature: float
-    identity: str
-    """Digest of encoder, class names, templates and temperature."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderInfo:
-    """What the driver must know of an encoder, which it never loads itself."""
-
-    name: str
-    identity: dict[str, Any]
-    preprocess: Preprocess
-    logit_scale: float
-    heads: tuple[np.ndarray, ...]
-    device: str
-
-
-def _describe(config: EncoderConfig, prompt_sets: list[tuple[tuple[str, ...], tuple[str, ...]]]) -> EncoderInfo:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = load_encoder(config, device=device)
-    heads = [prompts.zero_shot_head(encoder, names, templates=t).cpu().numpy() for names, t in prompt_sets]
-    identity = {**encoder.identity, "dim": encoder.dim}
-    return EncoderInfo(
-        name=encoder.name,
-        identity=identity,
-        preprocess=encoder.preprocess,
-        logit_scale=encoder.logit_scale,
-        heads=tuple(heads),
-        device=device,
-    )
-
-
-def has_gpus() -> bool:
-    """Whether the cluster has GPUs."""
-    return ray.cluster_resources().get("GPU", 0) >= 1
-
-
-def describe_encoder(config: EncoderConfig, *, head_of: tuple[tuple[str, ...], ClassConfig] | None = None) -> Any:
-    """An encoder's identity, preprocessing and, for class names, its zero-shot weights, from a Ray task.
-
-    Raises ValueError when the encoder cannot be loaded.
+    The seed counts only where a view draws random numbers.
     """
-    sets = [(head_of[0], prompts.read_templates(head_of[1].templates))] if head_of else []
-    task = ray.remote(num_cpus=1, num_gpus=1 if has_gpus() else 0, max_retries=1)(_describe)
-    return ray.get(task.remote(config, sets))
-
-
-def make_head(info: EncoderInfo, names: tuple[str, ...], *, temperature: float | None) -> Head:
-    """The zero-shot head of the class names that `info` was asked for."""
-    if temperature is not None and not temperature > 0:
-        raise ValueError(f"--temperature must be above 0, not {temperature}")
-    used = temperature if temperature is not None else 1 / info.logit_scale
-    (weight,) = info.heads
-    identity = digest([info.identity, names, hashlib.sha256(weight.tobytes()).hexdigest(), used])
-    return Head(class_names=names, weight=weight, temperature=used, identity=identity)
-
-
-def store_identity(source: Source, info: EncoderInfo, views: tuple[str, ...], *, seed: int) -> dict[str, Any]:
-    """Whatever changes a feature. The seed counts only where a view draws random numbers."""
-    return {
-        "source": source.identity,
+    identity: dict[str, Any] = {
         "encoder": info.identity,
-        "preprocessing": asdict(info.preprocess),
+        "preprocessing": preprocess_identity(info.preprocess),
         "views": list(views),
         "seed": seed if any(view not in store.BASE_VIEWS for view in views) else None,
     }
+    if source is not None:
+        identity["source"] = {**source.identity, "label_names": list(source.label_names or ()) or None}
+    return identity
 
 
 def _decode_unit(
-    index: dict[str, Any], *, units: Any, reader: Any, limits: SourceConfig, views: tuple[str, ...],
-    preprocess: Preprocess, seed: int,
+    index: dict[str, Any],
+    *,
+    units: Any,
+    reader: Any,
+    limits: SourceConfig,
+    views: tuple[str, ...],
+    preprocess: Preprocess,
+    seed: int,
 ) -> Iterator[pa.Table]:
     """One unit to tables with a row an image: id, label, error, place in the unit, digest, a pixel column a view."""
     (position,) = index["id"]
-    row = units_table = ray.get(units)
-    row = units_table.slice(int(position), 1)
+    row = ray.get(units).slice(int(position), 1)
     unit, start = row["unit"][0].as_py(), 0
     held: pa.Table | None = None
     for rows in reader.tables(row["spec"][0].as_py()):
@@ -125,8 +75,14 @@ def _decode_unit(
 
 
 def _decode_rows(
-    rows: pa.Table, unit: int, start: int, *, limits: SourceConfig, views: tuple[str, ...],
-    preprocess: Preprocess, seed: int,
+    rows: pa.Table,
+    unit: int,
+    start: int,
+    *,
+    limits: SourceConfig,
+    views: tuple[str, ...],
+    preprocess: Preprocess,
+    seed: int,
 ) -> pa.Table:
     ids, errors = rows["id"].to_pylist(), rows["error"].to_pylist()
     stages = [None if error is None else "read" for error in errors]
@@ -141,9 +97,7 @@ def _decode_rows(
         try:
             decoded = decode_image(image, max_pixels=limits.max_pixels, max_bytes=limits.max_bytes)
             for view in views:
-                pixels[view][i] = render(
-                    decoded, view=view, preprocess=preprocess, seed=view_seed(ids[i], view=view, seed=seed)
-                )
+                pixels[view][i] = render(decoded, id=ids[i], view=view, preprocess=preprocess, seed=seed)
         except ValueError as error:
             errors[i], stages[i] = str(error), "decode"
     columns = {
@@ -166,7 +120,9 @@ def _decode_rows(
 class _Encode:
     """The actor that holds the encoder: pixel columns to feature columns."""
 
-    def __init__(self, config: EncoderConfig, views: tuple[str, ...], batch_size: int, num_threads: int) -> None:
+    def __init__(
+        self, config: EncoderConfig, views: tuple[str, ...], batch_size: int, num_threads: int
+    ) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cpu":
             torch.set_num_threads(num_threads)
@@ -212,14 +168,18 @@ def _pixel_array(column: pa.ChunkedArray, size: int) -> np.ndarray:
     return flat.reshape(-1, size, size, 3)
 
 
-def _commit(table: pa.Table, *, path: str, views: tuple[str, ...], head: Head | None, scores_path: str) -> pa.Table:
+def _commit(
+    table: pa.Table, *, path: str, views: tuple[str, ...], head: Head | None, scores_path: str
+) -> pa.Table:
     """Write the parts of a table, one a unit; returns counts."""
     counts = []
     for unit in table["unit"].unique().to_pylist():
-        rows = table.filter(pa.compute.equal(table["unit"], unit))
+        rows = table.filter(pc.equal(table["unit"], unit))
         place = rows["row"].to_numpy()
         assert (np.diff(place) == 1).all(), "a block holds a run of its unit's rows"
-        part = store.Part(unit=unit, start=int(place[0]), stop=int(place[-1]) + 1, last=rows["last"][-1].as_py())
+        part = store.Part(
+            unit=unit, start=int(place[0]), stop=int(place[-1]) + 1, last=rows["last"][-1].as_py()
+        )
         bad = rows.filter(rows["error"].is_valid())
         good = rows.filter(rows["error"].is_null()).select(["id", "label", *views])
         total = sum(int.from_bytes(value.as_py(), "big") for value in rows["digest"])
@@ -242,17 +202,6 @@ def _write_table(path: str, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     files.write_bytes(path, sink.getvalue())
-
-
-def pseudo_label(table: pa.Table, *, head: Head, dim: int) -> pa.Table:
-    """Zero-shot pseudo-labels of rows with base-view columns: id, label, confidence."""
-    base = [v for v in store.BASE_VIEWS if v in table.column_names]
-    features = store.mean_view([store.matrix(table, view, dim) for view in base]).astype(np.float32)
-    logits = features @ head.weight.T / head.temperature
-    p = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
-    p /= p.sum(axis=1, keepdims=True)
-    confidence = p.max(axis=1, initial=0).astype(np.float32)
-    return pa.table({"id": table["id"], "label": p.argmax(axis=1).astype(np.int32), "confidence": confidence})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,8 +238,15 @@ def plan_actors(num_actors: int | None) -> Plan:
 
 
 def encode(
-    source: Source, *, info: EncoderInfo, encoder: EncoderConfig, config: EncodeConfig, seed: int, path: str,
-    head: Head | None = None, scores_path: str = "",
+    source: Source,
+    *,
+    info: EncoderInfo,
+    encoder: EncoderConfig,
+    config: EncodeConfig,
+    seed: int,
+    path: str,
+    head: Head | None = None,
+    scores_path: str = "",
 ) -> dict[str, Any]:
     """Encode a source into the feature store at `path`, going on from what is there. Returns its manifest.
 
@@ -306,7 +262,14 @@ def encode(
     progress = Progress(f"encoding {source.name}", total=source.num_rows, done=sum(done.values()))
     if todo:
         dataset = _pipeline(
-            source, todo, info=info, encoder=encoder, config=config, seed=seed, path=path, head=head,
+            source,
+            todo,
+            info=info,
+            encoder=encoder,
+            config=config,
+            seed=seed,
+            path=path,
+            head=head,
             scores_path=scores_path,
         )
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
@@ -330,8 +293,16 @@ def _check_bad(source: Source, *, bad: int, seen: int | None) -> None:
 
 
 def _pipeline(
-    source: Source, todo: list[int], *, info: EncoderInfo, encoder: EncoderConfig, config: EncodeConfig,
-    seed: int, path: str, head: Head | None, scores_path: str,
+    source: Source,
+    todo: list[int],
+    *,
+    info: EncoderInfo,
+    encoder: EncoderConfig,
+    config: EncodeConfig,
+    seed: int,
+    path: str,
+    head: Head | None,
+    scores_path: str,
 ) -> ray.data.Dataset:
     views = parse_views(config.views)
     plan = plan_actors(config.num_actors)

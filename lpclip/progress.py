@@ -56,4 +56,9 @@ class Progress:
                 eta = f", {clock((self._total - self.done) / self.rate)} left"
         bad = f", {self.bad:,} quarantined" if self.bad else ""
         line = f"{self._what}: {self.done:,}{share} images, {self.rate:.0f} a second{bad}{eta}"
-        print(f"\r{line:<100}" if self._tty else line, end="" if self._tty else "\n", file=self._stream, flush=True)
+        print(
+            f"\r{line:<100}" if self._tty else line,
+            end="" if self._tty else "\n",
+            file=self._stream,
+            flush=True,
+        )

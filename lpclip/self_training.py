@@ -169,7 +169,13 @@ def run_pass(
         ).double()
         labels[rows], confidence[rows], kept[rows] = label.numpy(), top.numpy(), keep.numpy()
     return Pass(
-        sums=sums, counts=counts, prior=prior, numbers=numbers, labels=labels, confidence=confidence, kept=kept
+        sums=sums,
+        counts=counts,
+        prior=prior,
+        numbers=numbers,
+        labels=labels,
+        confidence=confidence,
+        kept=kept,
     )
 
 
@@ -232,7 +238,9 @@ def self_train(
             student = _gaussian_student(shard, found, first=first, space=space, all_reduce=all_reduce)
         else:
             student = _gradient_student(shard, teacher, found, config=config, all_reduce=all_reduce)
-        student.round, student.factors = number, update_factors(found.prior, prior=prior)
+        student.round = number
+        # Halfway in the logarithm: a full step from the last teacher's sums to this student's can oscillate.
+        student.factors = (teacher.factors * update_factors(found.prior, prior=prior)).sqrt()
         previous = found.labels
         found = _reduce(
             run_pass(shard, student, zero_shot=zero_shot, threshold=config.threshold, previous=previous),
@@ -313,7 +321,9 @@ def _gradient_student(
             second = 0.999 * second + 0.001 * total.float() ** 2
             step = (first / (1 - 0.9**steps)) / ((second / (1 - 0.999**steps)).sqrt() + 1e-8)
             parameters = parameters - GRADIENT_RATE * step
-    return State(round=0, weight=parameters[:, :-1].contiguous(), bias=parameters[:, -1], factors=teacher.factors)
+    return State(
+        round=0, weight=parameters[:, :-1].contiguous(), bias=parameters[:, -1], factors=teacher.factors
+    )
 
 
 def mean_confidence(shard: Shard, state: State, *, all_reduce: AllReduce) -> float:

@@ -49,6 +49,10 @@ class Features:
     """(N, d) float16, unit norm: the mean of the base views."""
     strong: dict[str, np.ndarray]
     """Further views by name, each (N, d) float16, unit norm."""
+    first_row: int = 0
+    """Place of the first of these rows among all rows of the store."""
+    num_rows: int = 0
+    """Rows of the store."""
 
 
 def fingerprint(identity: dict[str, Any]) -> str:
@@ -104,7 +108,9 @@ def open_store(path: str, identity: dict[str, Any]) -> dict[int, int]:
     if files.exists(files.join(path, "identity.json")):
         _require(path, files.read_json(files.join(path, "identity.json")), identity)
     elif list_parts(path):
-        raise ValueError(f"{path} holds parts without identity.json: it is no feature store; use another folder")
+        raise ValueError(
+            f"{path} holds parts without identity.json: it is no feature store; use another folder"
+        )
     else:
         files.write_json(files.join(path, "identity.json"), identity)
     done = {}
@@ -198,9 +204,13 @@ def _open_part(path: str, name: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(filesystem.open_input_file(inner))
     except FileNotFoundError as error:
-        raise ValueError(f"the feature store {path} has lost {name}; remove the store, it is encoded again") from error
+        raise ValueError(
+            f"the feature store {path} has lost {name}; remove the store, it is encoded again"
+        ) from error
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path}/{name} is damaged ({error}); remove the store, it is encoded again") from error
+        raise ValueError(
+            f"{path}/{name} is damaged ({error}); remove the store, it is encoded again"
+        ) from error
 
 
 def read_parts(path: str, columns: list[str]) -> Iterator[pa.Table]:
@@ -221,10 +231,13 @@ def read_ids(path: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(ids, dtype=np.str_), np.concatenate(labels)
 
 
-def load(path: str, *, part: int = 0, num_parts: int = 1, views: tuple[str, ...] | None = None) -> Features:
-    """Features of a complete store in row order, or one of `num_parts` contiguous cuts of that order.
+def load(
+    path: str, *, part: int = 0, num_parts: int = 1, views: tuple[str, ...] | None = None, chunk: int = 1
+) -> Features:
+    """Features of a complete store in row order, or one of `num_parts` runs of that order.
 
-    Only the cut is held in memory. `views` names the further views to load; all by default.
+    Runs are of whole chunks. Only the run is held in memory. `views` names the further views to load; all by
+    default.
     """
     manifest = read_manifest(path)
     assert manifest is not None, path
@@ -232,8 +245,9 @@ def load(path: str, *, part: int = 0, num_parts: int = 1, views: tuple[str, ...]
     strong = tuple(v for v in stored if v not in BASE_VIEWS) if views is None else views
     base = tuple(v for v in stored if v in BASE_VIEWS)
     ids, labels = read_ids(path)
-    order = row_order(ids)
-    cut = np.array_split(order, num_parts)[part]
+    num_chunks = -(-len(ids) // chunk)
+    first, stop = (min(len(ids), chunk * (num_chunks * p // num_parts)) for p in (part, part + 1))
+    cut = row_order(ids)[first:stop]
     slot = np.full(len(ids), -1)
     slot[cut] = np.arange(len(cut))
     dim = manifest["identity"]["encoder"]["dim"]
@@ -247,7 +261,12 @@ def load(path: str, *, part: int = 0, num_parts: int = 1, views: tuple[str, ...]
         for view in strong:
             arrays[view][mine[mine >= 0]] = rows[view]
     return Features(
-        ids=ids[cut], labels=labels[cut], base=arrays["base"], strong={v: arrays[v] for v in strong}
+        ids=ids[cut],
+        labels=labels[cut],
+        base=arrays["base"],
+        strong={v: arrays[v] for v in strong},
+        first_row=first,
+        num_rows=len(ids),
     )
 
 

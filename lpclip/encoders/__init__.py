@@ -85,5 +85,5 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         weight = state[name].detach().cpu().contiguous()
         total.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
-        total.update(weight.reshape(-1).view(torch.uint8).numpy())
+        total.update(weight.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

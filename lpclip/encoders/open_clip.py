@@ -1,4 +1,4 @@
-"""open_clip's models: by name and tag of the weights, from the Hugging Face hub, or from a local checkpoint."""
+"""open_clip's models: by name and tag, from the Hugging Face hub, or from a local checkpoint."""
 
 from __future__ import annotations
 
@@ -141,8 +141,8 @@ def _create(name: str, *, what: str, **options: Any) -> Any:
         return _cached_or_online(create, what=what)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{what}: not a file of plain weights (a pickle or TorchScript archive is never run): convert it to"
-            " safetensors; OpenAI's own weights come with --pretrained openai"
+            f"{what}: not a file of plain weights (a pickle or TorchScript archive is never run): convert it"
+            " to safetensors; OpenAI's own weights come with --pretrained openai"
         ) from error
     except (
         RuntimeError,
@@ -183,8 +183,8 @@ def _unknown_weights(name: str, pretrained: str) -> str:
 def _config_of_file(name: str, path: Path) -> tuple[dict[str, Any], bool | None]:
     """Preprocessing of a local checkpoint and whether it wants QuickGELU (None: unknown).
 
-    In this order: the open_clip_config.json beside it, the tag that its path names, and what all the tags of the
-    architecture agree on. open_clip itself would take OpenAI's mean and deviation for any file.
+    In this order: the open_clip_config.json beside it, the tag that its path names, and what the tags of the
+    architecture have in common. open_clip itself would take OpenAI's mean and deviation for any file.
     """
     beside = path.parent / "open_clip_config.json"
     if beside.is_file():
@@ -204,8 +204,8 @@ def _config_of_file(name: str, path: Path) -> tuple[dict[str, Any], bool | None]
     common = max(views, key=views.count)
     if any(view != common for view in views):
         warnings.warn(
-            f"{path.name} does not say how its images are preprocessed, and {name}'s published weights differ in it:"
-            f" assuming {common}; put its open_clip_config.json beside it to be sure",
+            f"{path.name} does not say how its images are preprocessed, and {name}'s published weights differ"
+            f" in it: assuming {common}; put its open_clip_config.json beside it to be sure",
             stacklevel=2,
         )
     activations = {bool(config.get("quick_gelu")) for config in published.values()}
@@ -230,15 +230,16 @@ def _warn_activation(name: str, quick_gelu: bool | None, *, weights: str) -> Non
     if quick_gelu is None and other in open_clip.list_models():
         uses = "QuickGELU" if has else "GELU"
         warnings.warn(
-            f"{Path(weights).name} does not say its activation and {name} uses {uses}: if accuracy is poor, try"
-            f" --encoder {other} (OpenAI's weights want QuickGELU)",
+            f"{Path(weights).name} does not say its activation and {name} uses {uses}: if accuracy is poor,"
+            f" try --encoder {other} (OpenAI's weights want QuickGELU)",
             stacklevel=2,
         )
     elif quick_gelu is not None and quick_gelu != has:
         wants = "QuickGELU" if quick_gelu else "GELU"
         hint = f": use --encoder {other}" if other in open_clip.list_models() else ""
         warnings.warn(
-            f"{Path(weights).name} was trained with {wants}, which {name} does not use, and loses accuracy{hint}",
+            f"{Path(weights).name} was trained with {wants}, which {name} does not use, so it loses"
+            f" accuracy{hint}",
             stacklevel=2,
         )
 
@@ -260,7 +261,7 @@ def _preprocess(config: dict[str, Any]) -> Preprocess:
 
 
 def _cached_or_online(action: Callable[[], T], *, what: str) -> T:
-    """Run an action on what is cached, and only if that fails with the hub, which must answer in seconds.
+    """Run an action on what is cached and, only if that fails, with the hub, which must answer in seconds.
 
     Left to itself the hub's client retries for most of a minute on a machine without a network.
     """
@@ -271,8 +272,8 @@ def _cached_or_online(action: Callable[[], T], *, what: str) -> T:
         endpoint = huggingface_hub.constants.ENDPOINT
         if huggingface_hub.constants.HF_HUB_OFFLINE or not reachable(endpoint, seconds=REACH_SECONDS):
             raise ValueError(
-                f"{what} is not in the Hugging Face cache and {endpoint} cannot be reached: connect to a network,"
-                " set HF_HOME to a cache that has it, or pass a downloaded checkpoint file as --pretrained FILE"
+                f"{what} is not in the Hugging Face cache and {endpoint} cannot be reached: connect to a"
+                " network, set HF_HOME to a cache that has it, or pass a checkpoint file as --pretrained FILE"
             ) from error
     try:
         return action()

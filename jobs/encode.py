@@ -1,0 +1,11 @@
+"""Encode images once into a feature store.
+
+python jobs/encode.py --data photos/ --encoder ViT-B-32 --pretrained laion2b_s34b_b79k --out runs/photos
+"""
+
+from lpclip.cli import main
+from lpclip.config import EncodeJob
+from lpclip.workflow import encode_job
+
+if __name__ == "__main__":
+    main(encode_job, EncodeJob)

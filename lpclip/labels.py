@@ -1,0 +1,55 @@
+"""Class names, and the way from a source's labels to them. Labels serve evaluation alone."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lpclip.config import ClassConfig
+from lpclip.prompts import ClassList, read_classes, readable
+
+
+def resolve_classes(config: ClassConfig, *, label_names: tuple[str, ...] | None) -> ClassList:
+    """The classes that `--classes` names, or those that the data itself names.
+
+    Raises ValueError when neither does, or the names do not make a classifier.
+    """
+    if config.classes is not None:
+        return read_classes(config.classes)
+    if label_names is None:
+        raise ValueError(
+            "no class names: give --classes with a comma list or a text file (one name a line); only folders "
+            "with a subfolder for each class and data with named labels bring their own"
+        )
+    return ClassList(names=label_names)
+
+
+def map_labels(
+    labels: np.ndarray, *, label_names: tuple[str, ...] | None, classes: ClassList, data: str
+) -> np.ndarray:
+    """Labels (N,) int32 of a source to class indices (N,) int64; -1 stays -1, for rows without a label.
+
+    Named labels are matched by name, bare numbers are places in the class list. Raises ValueError when a
+    label that occurs is none of the classes.
+    """
+    seen = np.unique(labels[labels >= 0])
+    names = [label_names[i] for i in seen] if label_names else [str(i) for i in seen]
+    if classes.labels is not None:
+        places = {label: place for place, label in enumerate(classes.labels)}
+    elif label_names is not None:
+        places = {_key(name): place for place, name in enumerate(classes.names)}
+        names = [_key(name) for name in names]
+    else:
+        places = {str(place): place for place in range(len(classes.names))}
+    missing = [name for name in names if name not in places]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} labels of {data} are not in the class list ({', '.join(missing[:5])}); "
+            "name the classes alike, or map each in a --classes file with lines label<TAB>name"
+        )
+    table = np.full(max(seen, default=0) + 2, -1, np.int64)
+    table[seen] = [places[name] for name in names]
+    return table[labels]
+
+
+def _key(name: str) -> str:
+    return readable(name).casefold()

@@ -1,0 +1,98 @@
+"""What all jobs share: Ray, one job for each output folder, versions."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+# Ray's core logs each actor pool with constructor arguments as an error; must be set before the import.
+os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+import ray  # noqa: E402
+
+import lpclip
+from lpclip import files
+
+PACKAGES = ("ray", "torch", "open_clip_torch", "pyarrow", "mlflow", "numpy", "timm", "transformers")
+
+
+def start_ray() -> None:
+    """Join the cluster that RAY_ADDRESS names, as in a submitted job, or start a private one on this machine."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.ERROR)
+    else:
+        # Not "auto": the leavings of a dead cluster would be waited for, for minutes.
+        ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def in_submitted_job() -> bool:
+    """Whether `ray job submit` started this process."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+@contextlib.contextmanager
+def output_folder(out: str) -> Iterator[str]:
+    """The output folder, made and held: a second job on it is refused. Yields it as an absolute path or URI.
+
+    Raises ValueError when it cannot be written or is in use, and for a relative path in a submitted job,
+    whose working directory is a temporary copy that nobody would look into.
+    """
+    if "://" in out:
+        files.make_folder(out)
+        yield out.rstrip("/")
+        return
+    if in_submitted_job() and not Path(out).expanduser().is_absolute():
+        raise ValueError(
+            f"--out {out} is relative to the job's temporary copy of the working directory: give an absolute "
+            "path, or a URI that all nodes reach"
+        )
+    path = str(Path(out).expanduser().absolute())
+    files.make_folder(path)
+    lock = filelock.FileLock(Path(path) / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise ValueError(f"another job is writing to {out}; wait for it, or choose another --out") from error
+    try:
+        yield path
+    finally:
+        lock.release()
+
+
+def claim(out: str, identity: dict[str, Any]) -> None:
+    """Mark the output folder as this work's. Raises ValueError when it holds another work's results."""
+    mark = files.join(out, "job.json")
+    if not files.exists(mark):
+        files.write_json(mark, identity)
+        return
+    found = files.read_json(mark)
+    changed = sorted(k for k in {*found, *identity} if found.get(k) != identity.get(k))
+    if changed:
+        raise ValueError(
+            f"{out} holds the results of other work (it differs in {', '.join(changed)}); choose another --out. "
+            f"--features {out}/features shares the features"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of whatever decides the numbers."""
+    found = {"lpclip": lpclip.__version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

@@ -1,0 +1,437 @@
+"""The jobs: encode, selftrain and predict, each from its configuration to its files and tables."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from lpclip import files, report, tracking
+from lpclip.config import (
+    EncodeConfig,
+    EncodeJob,
+    EncoderConfig,
+    PredictJob,
+    SelftrainJob,
+    to_dict,
+)
+from lpclip.evaluation import evaluate, label_free_temperature, pictures, supervised_probe
+from lpclip.features import Data, Encoded, encode_data, load_labelled, open_data
+from lpclip.labels import map_labels, resolve_classes
+from lpclip.probe import Probe, load_probe, zero_shot_probe
+from lpclip.prompts import ClassList, templates
+from lpclip.runtime import claim, output_folder, start_ray, versions
+from lpclip.self_training import State, check_config, read_prior
+from lpclip.trainer import fit, make_work, read_labels
+from lpclip.views import parse_views
+from lpclip.zero_shot import EncoderInfo, Head, describe_encoder, make_head
+
+LITE_NOTE = "the embedded lite encoder is not CLIP: it serves first impressions, its figures are its own"
+
+
+def encode_job(job: EncodeJob) -> dict[str, Any]:
+    """Encode images into a feature store under OUT/features, with zero-shot pseudo-labels for class names."""
+    parse_views(job.encode.views)
+    with output_folder(job.out) as out:
+        data = open_data(job.data, config=job.source, split="train", limit=job.limit)
+        classes = resolve_classes(job.names, label_names=data.label_names) if job.names.classes else None
+        start_ray()
+        names = classes.names if classes else ()
+        info = describe_encoder(
+            job.encoder, class_names=names, templates=templates(job.names.templates) if names else ()
+        )
+        head = make_head(info, names, temperature=None) if names else None
+        _print_plan(data, None, info=info, views=job.encode.views, out=out, notes=_notes(data))
+        encoded = encode_data(
+            data,
+            info=info,
+            encoder=job.encoder,
+            config=job.encode,
+            seed=job.seed,
+            folder=job.encode.features or files.join(out, "features"),
+            head=head,
+            scores_path=files.join(out, f"zero_shot-{head.identity[:12]}") if head else "",
+        )
+        summary = {
+            "features": encoded.path,
+            "images": encoded.manifest["num_rows"],
+            "quarantined": encoded.manifest["num_quarantined"],
+            "timings": {"encode": encoded.seconds},
+            "rates": {"encode": encoded.rate},
+            "config": to_dict(job),
+            "versions": versions(),
+        }
+        files.write_json(files.join(out, "summary.json"), summary)
+        print(report.table([_encoded_row(data, encoded)]))
+        return summary
+
+
+def selftrain_job(job: SelftrainJob) -> dict[str, Any]:
+    """Encode what is missing, self-train, evaluate where labels exist; everything goes to OUT and MLflow."""
+    check_config(job.training)
+    parse_views(job.encode.views)
+    with output_folder(job.out) as out:
+        data = open_data(job.data, config=job.source, split="train", limit=job.limit)
+        classes = resolve_classes(job.names, label_names=data.label_names)
+        prior = read_prior(job.training.prior, classes.names, text=_prior_text(job.training.prior))
+        test = _open_eval(job)
+        if job.supervised and not data.has_labels:
+            raise ValueError("--supervised needs labels in --data, and there are none")
+        start_ray()
+        info = describe_encoder(
+            job.encoder, class_names=classes.names, templates=templates(job.names.templates)
+        )
+        head = make_head(info, classes.names, temperature=job.training.temperature)
+        _print_plan(data, test, info=info, views=job.encode.views, out=out, notes=_notes(data, test))
+        _print_training(job, classes, head)
+        with tracking.track(
+            job.tracking, name=out.rsplit("/", 1)[-1], params=_parameters(job), resume_key=f"selftrain {out}"
+        ) as run:
+            run.set_tags({"encoder": info.name, "data": data.name, "out": out})
+            return _selftrain(job, out, data, test, classes, prior, info, head, run)
+
+
+def _selftrain(
+    job: SelftrainJob,
+    out: str,
+    data: Data,
+    test: Data | None,
+    classes: ClassList,
+    prior: Any,
+    info: EncoderInfo,
+    head: Head,
+    run: tracking.Run,
+) -> dict[str, Any]:
+    seconds: dict[str, float] = {}
+    options: dict[str, Any] = {
+        "info": info,
+        "encoder": job.encoder,
+        "config": job.encode,
+        "seed": job.training.seed,
+        "folder": job.encode.features or files.join(out, "features"),
+    }
+    scores = files.join(out, f"zero_shot-{head.identity[:12]}")
+    encoded = encode_data(data, **options, head=head, scores_path=scores)
+    seconds["encode"] = encoded.seconds
+    tested = encode_data(test, **options) if test is not None else None
+    if tested is not None:
+        seconds["encode_eval"] = tested.seconds
+
+    work = make_work(
+        store_path=encoded.path,
+        fingerprint=encoded.manifest["fingerprint"],
+        head=head,
+        prior=prior,
+        config=job.training,
+        folder=files.join(out, "rounds"),
+    )
+    claim(out, {**work.identity, "eval_data": tested.manifest["fingerprint"] if tested else None})
+    begin = time.monotonic()
+    rounds = fit(work, storage=files.join(out, "ray"))
+    seconds["rounds"] = time.monotonic() - begin
+    labels_table = read_labels(work.folder)
+    _write_parquet(files.join(out, "pseudo_labels.parquet"), labels_table)
+
+    begin = time.monotonic()
+    features, raw = load_labelled(encoded)
+    identity = {
+        "config": to_dict(job.encoder),
+        "identity": info.identity,
+        "views": job.encode.views,
+        "templates": list(templates(job.names.templates)),
+        "logit_scale": info.logit_scale,
+        "features": encoded.manifest["fingerprint"],
+    }
+    about: dict[str, Any] = {"class_names": classes.names, "encoder": identity}
+    zero_shot = zero_shot_probe(torch.tensor(head.weight), temperature=head.temperature, **about)
+    probes = [Probe(weight=s.weight, bias=s.probe_bias(), **about) for s in rounds]
+    temperature = label_free_temperature(probes[-1], zero_shot=zero_shot, features=features.base)
+    best = replace(
+        probes[-1],
+        temperature=temperature,
+        summary={
+            "method": "self-trained",
+            "training": to_dict(job.training),
+            "rounds": rounds[-1].round,
+            "images": len(features.ids),
+        },
+    )
+    zero_shot.save(files.join(out, "zero_shot"))
+    best.save(files.join(out, "probe"))
+    supervised = None
+    if job.supervised:
+        train_labels = map_labels(raw, label_names=data.label_names, classes=classes, data=data.name)
+        supervised = supervised_probe(features.base, train_labels, like=best)
+        supervised.save(files.join(out, "supervised"))
+    seconds["probes"] = time.monotonic() - begin
+
+    begin = time.monotonic()
+    x, y = _evaluation_rows(data, test, tested, features, raw, classes)
+    shown = {"zero_shot": zero_shot, "probe": best, **({"supervised": supervised} if supervised else {})}
+    results = {name: evaluate(probe, x, y) for name, probe in shown.items()}
+    history = _history(rounds, probes, x, y)
+    seconds["evaluate"] = time.monotonic() - begin
+
+    rates = {"encode": encoded.rate, "encode_eval": tested.rate if tested else None}
+    summary = {
+        **results,
+        "evaluated_on": _evaluated_on(data, test, y),
+        "rounds": history,
+        "images": {
+            "encoded": encoded.manifest["num_rows"],
+            "quarantined": encoded.manifest["num_quarantined"],
+            "eval_quarantined": tested.manifest["num_quarantined"] if tested else None,
+        },
+        "probe_temperature": temperature,
+        "classes": list(classes.names),
+        "encoder": info.identity,
+        "features": {"train": encoded.path, "eval": tested.path if tested else None},
+        "timings": {name: round(value, 3) for name, value in seconds.items()},
+        "rates": rates,
+        "config": to_dict(job),
+        "versions": versions(),
+        "mlflow_run": run.run_id,
+    }
+    files.write_json(files.join(out, "summary.json"), summary)
+    _track(run, summary, {name: shown[name] for name in ("zero_shot", "probe")}, x, y, out, classes)
+    _print_result(summary, data, encoded, test, tested, out, run)
+    return summary
+
+
+def predict_job(job: PredictJob) -> dict[str, Any]:
+    """Label images with a saved probe: id, label, probability and the top k, one Parquet file."""
+    if job.top_k < 1:
+        raise ValueError(f"--top-k must be at least 1, not {job.top_k}")
+    probe = load_probe(job.probe)
+    made = probe.encoder["config"]
+    encoder = EncoderConfig(
+        encoder=made["encoder"], pretrained=job.pretrained or made["pretrained"], precision=made["precision"]
+    )
+    data = open_data(job.data, config=job.source, split="test", limit=job.limit)
+    if "://" not in job.out:
+        _check_file_target(job.out)
+    start_ray()
+    info = describe_encoder(encoder)
+    if info.identity != probe.encoder["identity"]:
+        raise ValueError(
+            f"{job.probe} was trained on features of another encoder than {encoder.encoder} as it is now: "
+            "the weights, the precision or the preprocessing differ"
+        )
+    views = probe.encoder["views"]
+    folder = f"{job.out}.features"
+    with output_folder(folder) as held:
+        _print_plan(data, None, info=info, views=views, out=job.out, notes=_notes(data))
+        encoded = encode_data(
+            data,
+            info=info,
+            encoder=encoder,
+            config=EncodeConfig(views=views, batch_size=job.batch_size),
+            seed=0,
+            folder=held,
+        )
+        features, _ = load_labelled(encoded)
+        p = probe.probabilities(features.base)
+        top, places = p.topk(min(job.top_k, p.shape[1]), dim=1)
+        names = np.array(probe.class_names)[places.numpy()]
+        table = pa.table(
+            {
+                "id": features.ids,
+                "label": names[:, 0],
+                "probability": top[:, 0].numpy(),
+                "top_labels": list(names.tolist()),
+                "top_probabilities": list(top.numpy()),
+            }
+        )
+        _write_parquet(job.out, table)
+    counts = np.bincount(places[:, 0].numpy(), minlength=p.shape[1])
+    order = np.argsort(-counts)[:20]
+    print(report.table([{"label": probe.class_names[i], "images": int(counts[i])} for i in order]))
+    print(f"{len(table):,} images labelled, {encoded.manifest['num_quarantined']:,} quarantined: {job.out}")
+    return {"images": len(table), "quarantined": encoded.manifest["num_quarantined"]}
+
+
+def _check_file_target(path: str) -> None:
+    if path.endswith("/") or not path.endswith(".parquet"):
+        raise ValueError(f"--out {path}: a Parquet file is written, so its name must end in .parquet")
+
+
+def _open_eval(job: SelftrainJob) -> Data | None:
+    name = job.eval_data
+    if name is None and not files.exists(job.data) and ":" not in job.data:
+        name = job.data
+    if name is None:
+        return None
+    test = open_data(name, config=job.source, split="test", limit=job.eval_limit)
+    if not test.has_labels and test.source is None:
+        raise ValueError(f"--eval-data {name} has no labels: there is nothing to evaluate on")
+    return test
+
+
+def _prior_text(spec: str) -> str | None:
+    if spec in ("estimated", "uniform", "none"):
+        return None
+    try:
+        return files.read_bytes(spec).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"--prior {spec} is none of estimated, uniform, none, nor a text file: {error}"
+        ) from error
+
+
+def _evaluation_rows(
+    data: Data, test: Data | None, tested: Encoded | None, features: Any, raw: np.ndarray, classes: ClassList
+) -> tuple[np.ndarray, np.ndarray]:
+    if test is None or tested is None:
+        labels = map_labels(raw, label_names=data.label_names, classes=classes, data=data.name)
+        return features.base, labels
+    found, raw = load_labelled(tested)
+    return found.base, map_labels(raw, label_names=test.label_names, classes=classes, data=test.name)
+
+
+def _evaluated_on(data: Data, test: Data | None, labels: np.ndarray) -> dict[str, Any]:
+    known = int((labels >= 0).sum())
+    same = test is None or (
+        test.source is not None
+        and data.source is not None
+        and (test.source.root, test.source.identity) == (data.source.root, data.source.identity)
+    )
+    return {
+        "data": (test or data).name,
+        "images": known,
+        "setting": None if not known else "transductive" if same else "inductive",
+    }
+
+
+def _history(rounds: list[State], probes: list[Probe], x: np.ndarray, y: np.ndarray) -> list[dict[str, Any]]:
+    return [
+        {"round": state.round, **state.metrics, "accuracy": evaluate(probe, x, y)["accuracy"]}
+        for state, probe in zip(rounds, probes, strict=True)
+    ]
+
+
+def _parameters(job: SelftrainJob) -> dict[str, Any]:
+    return {name: value for name, value in to_dict(job).items() if value is not None}
+
+
+def _notes(*data: Data | None) -> list[str]:
+    return [note for item in data if item is not None and item.source for note in item.source.notes]
+
+
+def _print_plan(
+    data: Data, test: Data | None, *, info: EncoderInfo, views: str, out: str, notes: list[str]
+) -> None:
+    num_views = len(parse_views(views))
+    print(f"data      {data.describe()}")
+    if test is not None:
+        print(f"evaluate  {test.describe()}")
+    print(f"encoder   {info.name}, {info.preprocess.size} px, {info.identity['precision']}, views {views}")
+    if info.name == "lite":
+        print(f"          ({LITE_NOTE})")
+    row_bytes = 2 * info.identity["dim"] * num_views
+    for item in (data, test):
+        if item is not None and item.source is not None and item.source.num_rows:
+            size = row_bytes * item.source.num_rows / 1e6
+            print(f"features  {item.name}: about {size:,.0f} MB when all are encoded")
+    print(f"output    {out}")
+    for note in notes:
+        print(f"note      {note}")
+
+
+def _print_training(job: SelftrainJob, classes: ClassList, head: Head) -> None:
+    t = job.training
+    shown = ", ".join(classes.names[:8]) + (", ..." if len(classes.names) > 8 else "")
+    print(f"classes   {len(classes.names)}: {shown}")
+    workers = f"{t.num_workers} Ray Train workers" if t.num_workers else "in this process"
+    print(
+        f"training  {t.solver}, at most {t.rounds} rounds, temperature {head.temperature:.4g}, "
+        f"threshold {t.threshold:g}, prior {t.prior}, {workers}",
+        flush=True,
+    )
+
+
+def _encoded_row(data: Data, encoded: Encoded) -> dict[str, Any]:
+    return {
+        "features": data.name,
+        "encoded": encoded.manifest["num_rows"],
+        "quarantined": encoded.manifest["num_quarantined"],
+        "seconds": round(encoded.seconds, 1),
+        "images/s": round(encoded.rate, 1) if encoded.rate else None,
+        "store": encoded.path,
+    }
+
+
+def _print_result(
+    summary: dict[str, Any],
+    data: Data,
+    encoded: Encoded,
+    test: Data | None,
+    tested: Encoded | None,
+    out: str,
+    run: tracking.Run,
+) -> None:
+    rows = [_encoded_row(data, encoded)]
+    if test is not None and tested is not None:
+        rows.append(_encoded_row(test, tested))
+    print(f"\n{report.table(rows)}\n")
+    where = summary["evaluated_on"]
+    if where["setting"] is None:
+        print("no labels: nothing to evaluate; OUT/pseudo_labels.parquet is there to be looked at")
+    else:
+        print(f"{where['data']}, {where['images']:,} labelled images, {where['setting']}:")
+        names = {"zero_shot": "zero-shot", "probe": "probe (self-trained)", "supervised": "supervised"}
+        print(
+            report.table(
+                [
+                    {
+                        "classifier": text,
+                        "accuracy %": summary[name]["accuracy"],
+                        "ECE %": summary[name]["ece"],
+                        "NLL": summary[name]["nll"],
+                    }
+                    for name, text in names.items()
+                    if name in summary
+                ]
+            )
+        )
+    print(f"\nprobe: {out}/probe   summary: {out}/summary.json   MLflow: {run.uri} run {run.run_id}")
+
+
+def _track(
+    run: tracking.Run,
+    summary: dict[str, Any],
+    probes: dict[str, Probe],
+    x: np.ndarray,
+    y: np.ndarray,
+    out: str,
+    classes: ClassList,
+) -> None:
+    for entry in summary["rounds"]:
+        run.log({k: v for k, v in entry.items() if k != "round"}, step=entry["round"])
+    last = len(summary["rounds"])
+    for name in ("zero_shot", "probe", "supervised"):
+        if name in summary:
+            run.log({f"{name}_{key}": value for key, value in summary[name].items()}, step=last)
+    run.log({f"seconds_{k}": v for k, v in summary["timings"].items()}, step=last)
+    run.log({f"images_per_second_{k}": v for k, v in summary["rates"].items()}, step=last)
+    figures = files.join(out, "figures")
+    files.make_folder(figures)
+    report.save(report.rounds_figure(summary["rounds"]), files.join(figures, "rounds.png"))
+    if (y >= 0).any():
+        drawn = {name: pictures(probe, x, y) for name, probe in probes.items()}
+        matrix = report.confusion_matrix_figure(drawn["probe"]["confusion"], classes.names)
+        report.save(matrix, files.join(figures, "confusion_matrix.png"))
+        bins = {name.replace("_", "-"): found["reliability"] for name, found in drawn.items()}
+        report.save(report.reliability_figure(bins), files.join(figures, "reliability.png"))
+    for name in ("probe", "figures", "summary.json", "pseudo_labels.parquet"):
+        run.artifact(files.join(out, name))
+
+
+def _write_parquet(path: str, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    files.write_bytes(path, sink.getvalue())
