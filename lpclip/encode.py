@@ -12,6 +12,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -204,6 +205,18 @@ def _write_table(path: str, table: pa.Table) -> None:
     files.write_bytes(path, sink.getvalue())
 
 
+MAX_LOST_ENCODERS = 3
+
+# glibc gives the large activations of every forward pass back to the kernel and takes them anew, page by page:
+# on CPUs that can cost more than the arithmetic. One heap that only grows costs a peak's worth of memory.
+KEEP_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """How the pipeline lies on the machine."""
@@ -260,7 +273,8 @@ def encode(
     if head is not None:
         files.make_folder(scores_path)
     progress = Progress(f"encoding {source.name}", total=source.num_rows, done=sum(done.values()))
-    if todo:
+    encoded_now, failures = bool(todo), 0
+    while todo:
         dataset = _pipeline(
             source,
             todo,
@@ -272,14 +286,28 @@ def encode(
             head=head,
             scores_path=scores_path,
         )
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            progress.advance(sum(batch["images"].to_pylist()), bad=sum(batch["bad"].to_pylist()))
-            _check_bad(source, bad=progress.bad, seen=source.num_rows)
-        progress.close()
+        try:
+            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                assert isinstance(batch, pa.Table)
+                progress.advance(sum(batch["images"].to_pylist()), bad=sum(batch["bad"].to_pylist()))
+                _check_bad(source, bad=progress.bad, seen=source.num_rows)
+        except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
+            # Ray would restart a dying encoder for ever; parts that are there need no encoder.
+            failures += 1
+            if failures == MAX_LOST_ENCODERS:
+                raise ValueError(
+                    f"an encoder died {failures} times, the last time with: {str(error).splitlines()[0]}; what is "
+                    "encoded is kept, the same command goes on; a smaller --batch-size needs less memory"
+                ) from error
+            print(f"an encoder was lost, going on ({failures} of {MAX_LOST_ENCODERS - 1} times)", flush=True)
+        done = store.open_store(path, identity)
+        todo = [unit for unit in todo if unit not in done]
+        progress.done = sum(done.values())
+    progress.close()
     manifest = store.finish_store(path, identity, num_units=len(source.units), seconds=progress.seconds)
     total = manifest["num_rows"] + manifest["num_quarantined"]
     _check_bad(source, bad=manifest["num_quarantined"], seen=total)
-    manifest["rate"] = progress.rate if todo else None
+    manifest["rate"] = progress.rate if encoded_now else None
     return manifest
 
 
@@ -307,17 +335,17 @@ def _pipeline(
     views = parse_views(config.views)
     plan = plan_actors(config.num_actors)
     units = ray.put(pa.table({"unit": todo, "spec": [source.units[i] for i in todo]}))
-    decode_arguments = {
-        "units": units,
-        "reader": source.reader,
-        "limits": source.config,
-        "views": pixel_views(views),
-        "preprocess": info.preprocess,
-        "seed": seed,
-    }
-    decoded = ray.data.range(len(todo), override_num_blocks=len(todo)).map_batches(
-        _decode_unit, batch_size=1, fn_kwargs=decode_arguments, num_cpus=1
+    decode_unit = partial(
+        _decode_unit,
+        units=units,
+        reader=source.reader,
+        limits=source.config,
+        views=pixel_views(views),
+        preprocess=info.preprocess,
+        seed=seed,
     )
+    blocks = ray.data.range(len(todo), override_num_blocks=len(todo))
+    decoded = blocks.map_batches(decode_unit, batch_size=1, num_cpus=1)
     encoded = decoded.map_batches(
         _Encode,
         batch_size=None,
@@ -326,11 +354,10 @@ def _pipeline(
         compute=ray.data.ActorPoolStrategy(size=min(plan.num_actors, len(todo))),
         num_cpus=plan.cpus_per_actor,
         num_gpus=plan.gpus_per_actor,
+        max_restarts=0,
+        max_task_retries=0,
+        runtime_env={"env_vars": KEEP_MEMORY},
     )
-    return encoded.map_batches(
-        _commit,
-        batch_size=None,
-        batch_format="pyarrow",
-        fn_kwargs={"path": path, "views": views, "head": head, "scores_path": scores_path},
-        num_cpus=0.1,
-    )
+    commit = partial(_commit, path=path, views=views, head=head, scores_path=scores_path)
+    # Not a share of a CPU: decoding would take it again and again, and commits would wait.
+    return encoded.map_batches(commit, batch_size=None, batch_format="pyarrow", num_cpus=0)

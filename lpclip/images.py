@@ -93,9 +93,10 @@ def _list(data: str) -> tuple[Listing, bool]:
     ]
     files = sorted(file for file in files if not any(part.startswith(".") for part in file.path.split("/")))
     folder, name = split_uri(uri)
-    name = (
-        re.sub(r"[^A-Za-z0-9._-]+", "-", name.partition(".")[0] if is_file else name).strip("-.") or "images"
-    )
+    if is_file:
+        # Files are called train.parquet and test.parquet: their folder tells the data set.
+        name = f"{split_uri(folder)[1]}-{name.partition('.')[0]}"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "images"
     return Listing(name, folder if is_file else uri, files), is_file
 
 

@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-
-# Ray's core logs each actor pool with constructor arguments as an error; must be set before the import.
-os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-import ray  # noqa: E402
+import ray
 
 import lpclip
 from lpclip import files
@@ -38,6 +35,8 @@ def start_ray() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # Ray would walk each worker's memory map once a second, which stalls the page faults of a busy encoder.
+    context.memory_usage_poll_interval_s = None
 
 
 def in_submitted_job() -> bool:
