@@ -57,9 +57,9 @@ def supervised_probe(features: np.ndarray, labels: np.ndarray, *, like: Probe) -
     """
     known = labels >= 0
     x, y = features[known].astype(np.float32), labels[known]
-    if len(np.unique(y)) < 2 or len(y) < 10:
-        raise ValueError("--supervised needs at least ten labelled images of two classes in --data")
     held = len(y) // 5
+    if len(y) < 10 or len(np.unique(y[held:])) < 2:
+        raise ValueError("--supervised needs at least ten labelled images of two classes in --data")
     scores = {}
     for strength in (1.0, 10.0, 100.0):
         model = LogisticRegression(C=strength, max_iter=200, tol=1e-3).fit(x[held:], y[held:])

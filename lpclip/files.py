@@ -83,7 +83,7 @@ def read_json(path: str) -> Any:
     """Read JSON; ValueError with the path when it is not valid."""
     try:
         return json.loads(read_bytes(path))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): it may be damaged") from error
 
 

@@ -67,8 +67,12 @@ def load_probe(folder: str) -> Probe:
         raise ValueError(f"{folder} holds no probe: probe.json and probe.safetensors belong there") from error
     except SafetensorError as error:
         raise ValueError(f"{folder}/probe.safetensors is damaged: {error}") from error
-    if text.get("format") != FORMAT:
+    if not isinstance(text, dict) or text.get("format") != FORMAT:
         raise ValueError(f"{folder}/probe.json is not of format {FORMAT}: another version of lpclip made it")
+    missing = {"class_names", "temperature", "encoder", "summary"} - text.keys()
+    missing |= {"weight", "bias"} - tensors.keys()
+    if missing:
+        raise ValueError(f"{folder} is damaged: it lacks {', '.join(sorted(missing))}")
     weight, bias = tensors["weight"], tensors["bias"]
     if weight.ndim != 2 or bias.shape != weight.shape[:1] or len(text["class_names"]) != len(weight):
         raise ValueError(f"{folder} is damaged: weights, biases and class names do not fit each other")
@@ -103,6 +107,7 @@ class Space:
     variance: Tensor
     """(d,) float64: what is left of each whitened direction's variance, at most about 1."""
     shrinkage: float
+    num_rows: float
 
 
 def feature_space(moments: Tensor) -> Space:
@@ -119,7 +124,13 @@ def feature_space(moments: Tensor) -> Space:
     values = values.clamp_min(0)
     floor = values.mean().clamp_min(1e-12)
     shrunk = (1 - shrinkage) * values + shrinkage * floor
-    return Space(mean=mean, whitener=vectors / shrunk.sqrt(), variance=values / shrunk, shrinkage=shrinkage)
+    return Space(
+        mean=mean,
+        whitener=vectors / shrunk.sqrt(),
+        variance=values / shrunk,
+        shrinkage=shrinkage,
+        num_rows=float(num_rows),
+    )
 
 
 def row_moments(features: Tensor) -> Tensor:
@@ -133,14 +144,15 @@ def gaussian_probe(sums: Tensor, counts: Tensor, *, space: Space) -> tuple[Tenso
 
     `sums` (K, d) and `counts` (K,), float64, are the targets' sums of features and of ones. In the whitened
     space the within-class covariance is total minus between, S = D - M' P M with D diagonal, M the class
-    means (K, d) and P = diag(counts / n). It is shrunk by L toward its mean variance t,
+    means (K, d) and P = diag(counts / n), where n counts the rows under the threshold too: with the kept rows
+    alone, S would not be positive definite. It is shrunk by L toward its mean variance t,
         (1 - L) S + L t I = E - (1 - L) M' P M,    E = (1 - L) D + L t I,
     and inverted by the Woodbury identity, a K x K system:
         S^-1 M' = E^-1 M' (I + (((1 - L) P)^-1 - G)^-1 G),    G = M E^-1 M'.
     Logits: z . S^-1 mu_k - mu_k' S^-1 mu_k / 2 (linear discriminant analysis, equal priors).
     """
     seen = counts.clamp_min(1e-3)
-    share = seen / seen.sum()
+    share = seen / space.num_rows
     means = (sums / seen[:, None] - space.mean) @ space.whitener
     shrinkage = max(0.3, space.shrinkage)
     within = (space.variance.sum() - (share[:, None] * means**2).sum()) / len(space.variance)

@@ -221,18 +221,27 @@ def read_parts(path: str, columns: list[str]) -> Iterator[pa.Table]:
         yield _open_part(path, name).read(columns=columns)
 
 
-def read_ids(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (N,) str and labels (N,) int32 (-1 for none) of a complete store, as they lie in the parts."""
+def read_ids(path: str, *, with_labels: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (N,) str and labels (N,) int32 of a complete store, as they lie in the parts; -1 where none is read."""
     ids: list[str] = []
     labels = [np.empty(0, np.int32)]
-    for table in read_parts(path, ["id", "label"]):
+    for table in read_parts(path, ["id", "label"] if with_labels else ["id"]):
         ids += table["id"].to_pylist()
+        if not with_labels:
+            labels.append(np.full(len(table), -1, np.int32))
+            continue
         labels.append(table["label"].combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False))
     return np.array(ids, dtype=np.str_), np.concatenate(labels)
 
 
 def load(
-    path: str, *, part: int = 0, num_parts: int = 1, views: tuple[str, ...] | None = None, chunk: int = 1
+    path: str,
+    *,
+    part: int = 0,
+    num_parts: int = 1,
+    views: tuple[str, ...] | None = None,
+    chunk: int = 1,
+    with_labels: bool = True,
 ) -> Features:
     """Features of a complete store in row order, or one of `num_parts` runs of that order.
 
@@ -244,7 +253,7 @@ def load(
     stored = tuple(manifest["identity"]["views"])
     strong = tuple(v for v in stored if v not in BASE_VIEWS) if views is None else views
     base = tuple(v for v in stored if v in BASE_VIEWS)
-    ids, labels = read_ids(path)
+    ids, labels = read_ids(path, with_labels=with_labels)
     num_chunks = -(-len(ids) // chunk)
     first, stop = (min(len(ids), chunk * (num_chunks * p // num_parts)) for p in (part, part + 1))
     cut = row_order(ids)[first:stop]

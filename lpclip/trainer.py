@@ -131,9 +131,9 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         return tensor
 
     shard, ids = load_shard(work, part=rank, num_parts=size)
-    rounds = read_rounds(work.folder)
-    state, found = None, None
-    for state, found in self_train(
+    # The last round is done again: its pass over the rows, with the labels, was not kept.
+    rounds = read_rounds(work.folder)[:-1]
+    for state, labelled in self_train(
         shard,
         zero_shot=torch.tensor(work.head.weight),
         temperature=work.head.temperature,
@@ -142,14 +142,13 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         all_reduce=all_reduce,
         start=rounds[-1] if rounds else None,
     ):
+        last = labelled
         if rank == 0:
             _write_round(work.folder, state)
             _show_round(state)
         if distributed:
             ray.train.report(state.metrics)
-    assert state is not None
-    assert found is not None
-    _write_labels(work.folder, rank, ids=ids, found=found)
+    _write_labels(work.folder, rank, ids=ids, found=last)
     if distributed:
         dist.barrier()
     if rank == 0:
@@ -161,7 +160,9 @@ def _train_worker(arguments: dict[str, Any]) -> None:
 def load_shard(work: Work, *, part: int, num_parts: int) -> tuple[Shard, np.ndarray]:
     """A worker's rows, a run of whole chunks of the row order, and their ids. Labels stay in the store."""
     views = None if work.config.solver == "gradient" else ()
-    found = store.load(work.store_path, part=part, num_parts=num_parts, views=views, chunk=CHUNK_ROWS)
+    found = store.load(
+        work.store_path, part=part, num_parts=num_parts, views=views, chunk=CHUNK_ROWS, with_labels=False
+    )
     shard = Shard(
         features=found.base,
         strong=tuple(found.strong.values()),

@@ -359,8 +359,8 @@ def _encoded_row(data: Data, encoded: Encoded) -> dict[str, Any]:
         "features": data.name,
         "encoded": encoded.manifest["num_rows"],
         "quarantined": encoded.manifest["num_quarantined"],
-        "seconds": round(encoded.seconds, 1),
-        "images/s": round(encoded.rate, 1) if encoded.rate else None,
+        "seconds": round(encoded.seconds),
+        "images/s": round(encoded.rate) if encoded.rate else None,
         "store": encoded.path,
     }
 

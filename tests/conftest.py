@@ -1,0 +1,96 @@
+"""What the tests share: caches and a database of their own, one small Ray, and images that take no time."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from PIL import Image, ImageDraw
+
+from lpclip.runtime import start_ray
+
+CLASSES = ("tennis ball", "stop sign", "traffic cone")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test sees or changes the user's caches, MLflow runs or cluster. The lite map is built here once."""
+    folder = tmp_path_factory.mktemp("session")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LPCLIP_CACHE", str(folder / "cache"))
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def cluster(environment: None) -> Iterator[None]:
+    """A private Ray of two CPUs, whatever the machine has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 2}')
+        start_ray()
+    yield
+    ray.shutdown()
+
+
+def draw(place: int, seed: int) -> bytes:
+    """A picture of the class at `place` as PNG: a yellow-green disc, a red octagon or an orange triangle."""
+    random = np.random.default_rng([place, seed])
+    image = Image.new("RGB", (48, 48), tuple(random.integers(90, 200, 3).tolist()))
+    corner, size = random.integers(2, 14), random.integers(24, 32)
+    shape = ImageDraw.Draw(image)
+    circle = (int(corner + size / 2), int(corner + size / 2), int(size / 2))
+    if place == 0:
+        shape.ellipse((corner, corner, corner + size, corner + size), fill=(200, 230, 50))
+    else:
+        shape.regular_polygon(
+            circle, 8 if place == 1 else 3, fill=(200, 20, 30) if place == 1 else (250, 120, 0)
+        )
+    pixels = np.asarray(image) + random.normal(0, 6, (48, 48, 3))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, images: dict[str, bytes]) -> None:
+    """A WebDataset tar: a unit of work for each tar, however small."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in images.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 30 images with a subfolder for each of three classes."""
+    folder = tmp_path_factory.mktemp("images") / "photos"
+    for place, name in enumerate(CLASSES):
+        (folder / name.replace(" ", "_")).mkdir(parents=True)
+        for seed in range(100, 110):
+            (folder / name.replace(" ", "_") / f"{seed}.png").write_bytes(draw(place, seed))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with labelled.parquet and unlabelled.parquet: the same 60 images, with and without labels."""
+    folder = tmp_path_factory.mktemp("lake")
+    places = [i % 3 for i in range(60)]
+    table = pa.table(
+        {
+            "id": [f"row-{i}" for i in range(60)],
+            "image": [draw(place, i) for i, place in enumerate(places)],
+            "label": places,
+        }
+    )
+    pq.write_table(table, folder / "labelled.parquet")
+    pq.write_table(table.drop_columns(["label"]), folder / "unlabelled.parquet")
+    return folder

@@ -1,0 +1,241 @@
+"""Features depend on images, encoder and views alone; a bad image costs itself, and interrupted work goes on."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import CLASSES, draw, write_tar
+from PIL import Image
+
+from lpclip import store
+from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
+from lpclip.encode import encode, plan_actors
+from lpclip.features import encode_data, open_data
+from lpclip.images import open_source
+from lpclip.prompts import DEFAULT_TEMPLATES
+from lpclip.zero_shot import EncoderInfo, Head, describe_encoder, make_head, pseudo_label
+
+pytestmark = pytest.mark.usefixtures("cluster")
+LITE = EncoderConfig()
+VIEWS = ("weak", "mirror", "strong")
+CONFIG = EncodeConfig(views=",".join(VIEWS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A feature store, and what it was made with."""
+
+    path: Path
+    manifest: dict[str, Any]
+    head: Head
+    scores: Path
+
+
+@pytest.fixture(scope="module")
+def info() -> EncoderInfo:
+    return describe_encoder(LITE, class_names=CLASSES, templates=DEFAULT_TEMPLATES)
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three tars of 8, 9 and 10 images: three units of work."""
+    folder = tmp_path_factory.mktemp("tars")
+    for tar in range(3):
+        images = {f"{i:03d}.png": draw(i % 3, 10 * tar + i) for i in range(8 + tar)}
+        labels = {f"{i:03d}.cls": str(i % 3).encode() for i in range(8 + tar)}
+        write_tar(folder / f"{tar}.tar", dict(sorted({**images, **labels}.items())))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tars: Path, info: EncoderInfo, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The tars' features and zero-shot pseudo-labels."""
+    folder = tmp_path_factory.mktemp("made")
+    head = make_head(info, CLASSES, temperature=None)
+    manifest = run(tars, info, folder / "store", head=head, scores_path=str(folder / "scores"))
+    return Made(path=folder / "store", manifest=manifest, head=head, scores=folder / "scores")
+
+
+def run(data: Path, info: EncoderInfo, path: Path, config: EncodeConfig = CONFIG, **options: Any) -> Any:
+    limits = options.pop("source", SourceConfig())
+    source = open_source(str(data), config=limits)
+    return encode(source, info=info, encoder=LITE, config=config, seed=0, path=str(path), **options)
+
+
+def features(path: Path) -> dict[str, bytes]:
+    """Bytes of all views by id."""
+    table = pa.concat_tables(list(store.read_parts(str(path), ["id", *VIEWS])))
+    rows = np.concatenate([store.matrix(table, view, 1280) for view in VIEWS], axis=1)
+    return dict(zip(table["id"].to_pylist(), (row.tobytes() for row in rows), strict=True))
+
+
+def test_every_image_is_encoded_once_in_every_view(made: Made) -> None:
+    found = store.load(str(made.path))
+    assert sorted(found.ids) == sorted(f"{t}.tar/{i:03d}" for t in range(3) for i in range(8 + t))
+    assert [int(name[-3:]) % 3 for name in found.ids] == found.labels.tolist()
+    assert set(found.strong) == {"strong"}
+    for view in (found.base, found.strong["strong"]):
+        np.testing.assert_allclose(np.linalg.norm(view.astype(float), axis=1), 1, atol=2e-3)
+    assert made.manifest["num_rows"] == 27
+    assert made.manifest["num_quarantined"] == 0
+    assert made.manifest["rate"] > 0
+
+
+def test_the_mirror_view_is_the_mirrored_image(made: Made, info: EncoderInfo, tmp_path: Path) -> None:
+    with Image.open(io.BytesIO(draw(1, 1))) as image:
+        mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        (tmp_path / "images").mkdir()
+        mirrored.save(tmp_path / "images" / "mirrored.png")
+    run(tmp_path / "images", info, tmp_path / "store")
+    table = next(store.read_parts(str(tmp_path / "store"), ["weak"]))
+    other = np.frombuffer(features(made.path)["0.tar/001"], np.float16).reshape(3, 1280)
+    np.testing.assert_allclose(store.matrix(table, "weak", 1280)[0], other[1], atol=2e-3)
+
+
+def test_features_do_not_depend_on_batches_actors_or_the_order_of_work(
+    made: Made, tars: Path, info: EncoderInfo, tmp_path: Path
+) -> None:
+    other = EncodeConfig(views=CONFIG.views, batch_size=5, num_actors=2)
+    manifest = run(tars, info, tmp_path / "store", other)
+    assert features(tmp_path / "store") == features(made.path)
+    same = ("fingerprint", "content_digest", "num_rows", "parts")
+    assert {key: manifest[key] for key in same} == {key: made.manifest[key] for key in same}
+
+
+def test_an_interrupted_encoding_goes_on_with_the_missing_units_alone(
+    made: Made, tars: Path, info: EncoderInfo, tmp_path: Path
+) -> None:
+    path = tmp_path / "store"
+    shutil.copytree(made.path, path)
+    kept, lost, damaged = (path / name for name in made.manifest["parts"])
+    lost.unlink()
+    damaged.rename(path / damaged.name.replace("-last", ""))  # a unit of which the rest is to come
+    (path / "manifest.json").unlink()
+    before = kept.stat()
+    manifest = run(tars, info, path)
+    assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    same = ("fingerprint", "content_digest", "num_rows", "parts")
+    assert {key: manifest[key] for key in same} == {key: made.manifest[key] for key in same}
+    assert features(path) == features(made.path)
+
+
+def test_pseudo_labels_of_the_pass_equal_those_of_the_store(made: Made) -> None:
+    assert sorted(path.name for path in made.scores.iterdir()) == made.manifest["parts"]
+    for name, table in zip(
+        made.manifest["parts"], store.read_parts(str(made.path), ["id", *VIEWS]), strict=True
+    ):
+        written = pq.read_table(made.scores / name)
+        assert written == pseudo_label(table, head=made.head, dim=1280)
+    found = store.load(str(made.path))
+    written = pq.read_table(made.scores)
+    labels = dict(zip(written["id"].to_pylist(), written["label"].to_pylist(), strict=True))
+    zero_shot = (found.base.astype(np.float32) @ made.head.weight.T).argmax(axis=1)
+    assert [labels[name] for name in found.ids] == zero_shot.tolist()
+    assert 0 < min(written["confidence"].to_pylist()) <= max(written["confidence"].to_pylist()) <= 1
+
+
+def save(image: Image.Image, format: str, **options: Any) -> bytes:  # noqa: A002
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Odd images, each of which can be encoded, and bad ones, none of which can."""
+    folder = tmp_path_factory.mktemp("mixed")
+    with Image.open(io.BytesIO(draw(1, 0))) as opened:
+        image = opened.convert("RGB")
+    grey = Image.fromarray(np.arange(48 * 48, dtype=np.uint16).reshape(48, 48) * 28)
+    odd = {
+        "cmyk.jpg": save(image.convert("CMYK"), "JPEG"),
+        "deep.png": save(grey, "PNG"),
+        "palette.png": save(image.convert("P"), "PNG"),
+        "moving.gif": save(image, "GIF", save_all=True, append_images=[Image.new("RGB", (48, 48))]),
+        "dot.png": save(Image.new("RGB", (1, 1)), "PNG"),
+    }
+    bad = {
+        "empty.png": b"",
+        "text.png": b"these are my notes",
+        "truncated.png": save(image, "PNG")[:500],
+        "vast.png": save(Image.new("1", (30_000, 30_000)), "PNG"),
+    }
+    for name, data in {**odd, **bad}.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def test_bad_images_are_quarantined_with_their_reason(mixed: Path, info: EncoderInfo, tmp_path: Path) -> None:
+    manifest = run(mixed, info, tmp_path)
+    assert (manifest["num_rows"], manifest["num_quarantined"]) == (5, 4)
+    kept = store.load(str(tmp_path))
+    assert sorted(kept.ids) == ["cmyk.jpg", "deep.png", "dot.png", "moving.gif", "palette.png"]
+    assert np.isfinite(kept.base.astype(float)).all()
+    quarantine = {row["id"]: row for row in pq.read_table(tmp_path / "quarantine.parquet").to_pylist()}
+    assert set(quarantine) == {"empty.png", "text.png", "truncated.png", "vast.png"}
+    assert {row["stage"] for row in quarantine.values()} == {"decode"}
+    assert all(row["error"] for row in quarantine.values())
+    assert "900,000,000" in quarantine["vast.png"]["error"]
+
+    # Now the store is complete: a stricter limit refuses it all the same, encoded or found.
+    strict = SourceConfig(max_bad_fraction=0.25)
+    message = r"4 of 9 images of mixed\d* cannot be read, more than --max-bad-fraction 0.25 allows"
+    with pytest.raises(ValueError, match=message):
+        run(mixed, info, tmp_path, source=strict)
+    data = open_data(str(mixed), config=strict, split="train")
+    options: dict[str, Any] = {"info": info, "encoder": LITE, "config": CONFIG, "seed": 0}
+    found = encode_data(
+        open_data(str(mixed), config=SourceConfig(), split="train"), **options, folder=str(tmp_path / "f")
+    )
+    assert found.manifest["num_quarantined"] == 4
+    with pytest.raises(ValueError, match=message):
+        encode_data(data, **options, folder=str(tmp_path / "f"))
+
+
+def test_bad_images_alone_are_refused_however_often_one_tries(info: EncoderInfo, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for name in ("a.tar", "b.tar"):
+        write_tar(tmp_path / "images" / name, {"0.png": b"no image", "1.png": b""})
+    data = open_data(str(tmp_path / "images"), config=SourceConfig(max_bad_fraction=1.0), split="train")
+    for _ in range(3):
+        with pytest.raises(ValueError, match="4 of 4 images of images cannot be read"):
+            encode_data(
+                data, info=info, encoder=LITE, config=CONFIG, seed=0, folder=str(tmp_path / "features")
+            )
+
+
+def test_an_empty_tar_among_others_is_no_obstacle(info: EncoderInfo, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    write_tar(tmp_path / "images" / "a.tar", {"0.png": draw(0, 0)})
+    write_tar(tmp_path / "images" / "b.tar", {})
+    manifest = run(tmp_path / "images", info, tmp_path / "store")
+    assert manifest["num_rows"] == 1
+
+
+def test_a_store_of_other_views_or_seeds_is_not_gone_on_with(
+    made: Made, tars: Path, info: EncoderInfo, tmp_path: Path
+) -> None:
+    path = tmp_path / "store"
+    shutil.copytree(made.path, path)
+    with pytest.raises(ValueError, match="was made with another views and another seed"):
+        run(tars, info, path, EncodeConfig(views="weak"))
+    other = replace(info, identity={**info.identity, "weights": "others"})
+    with pytest.raises(ValueError, match="was made with another encoder"):
+        run(tars, other, path)
+    assert features(path) == features(made.path)
+
+
+def test_actors_leave_cpus_to_the_tasks_that_feed_them() -> None:
+    for num_actors in (None, 1, 2, 5):
+        plan = plan_actors(num_actors)
+        assert plan.num_actors * plan.cpus_per_actor <= 1
+    with pytest.raises(ValueError, match="--num-actors must be at least 1, not 0"):
+        plan_actors(0)

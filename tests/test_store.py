@@ -1,0 +1,266 @@
+"""A feature store is whole, or says that it is not; its rows come back bit for bit, each once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lpclip import store
+from lpclip.store import Part
+
+DIM = 8
+IDENTITY: dict[str, Any] = {
+    "encoder": {"name": "toy", "dim": DIM},
+    "preprocessing": {"size": 4},
+    "views": ["weak", "mirror", "strong"],
+    "seed": 0,
+    "source": {"files": "abc", "label_names": None},
+}
+VIEWS = tuple(IDENTITY["views"])
+
+
+def rows(start: int, stop: int, *, seed: int = 0) -> pa.Table:
+    """Rows `start` to before `stop` of one endless table, every third without a label."""
+    columns: dict[str, Any] = {
+        "id": [f"image-{i}" for i in range(start, stop)],
+        "label": pa.array([None if i % 3 == 2 else i % 3 for i in range(start, stop)], pa.int32()),
+    }
+    for place, view in enumerate(VIEWS):
+        found = [np.random.default_rng([seed, place, i]).normal(size=DIM) for i in range(start, stop)]
+        matrix = np.array(found, np.float64).reshape(-1, DIM)
+        matrix = (matrix / np.linalg.norm(matrix, axis=1, keepdims=True)).astype(np.float16)
+        columns[view] = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), DIM)
+    return pa.table(columns)
+
+
+def write(path: str, part: Part, table: pa.Table, *, bad: tuple[str, ...] = (), digest: int = 1) -> None:
+    quarantine = [{"id": name, "stage": "decode", "error": f"{name} is broken"} for name in bad]
+    store.write_part(path, part, rows=table, quarantine=quarantine, content_digest=digest)
+
+
+def part(unit: int, start: int, stop: int, *, last: bool = True) -> Part:
+    return Part(unit=unit, start=start, stop=stop, last=last)
+
+
+def make(path: Path, *, sizes: tuple[int, ...] = (5, 7, 1)) -> str:
+    """A complete store with a unit of so many rows each; the second unit has two parts and a bad image."""
+    folder = str(path / "store")
+    store.open_store(folder, IDENTITY)
+    first = 0
+    for unit, size in enumerate(sizes):
+        if unit == 1:
+            write(folder, part(unit, 0, 3, last=False), rows(first, first + 3))
+            write(folder, part(unit, 3, size + 1), rows(first + 3, first + size), bad=("x",))
+        else:
+            write(folder, part(unit, 0, size), rows(first, first + size))
+        first += size
+    store.finish_store(folder, IDENTITY, num_units=len(sizes), seconds=1.0)
+    return folder
+
+
+def bits(values: np.ndarray) -> np.ndarray:
+    return values.view(np.uint16)
+
+
+def test_a_parts_name_tells_its_place_and_other_files_are_not_parts(tmp_path: Path) -> None:
+    parts = [part(0, 0, 256), part(2, 0, 100, last=False), part(2, 100, 130), part(1_000_000, 0, 1)]
+    assert parts[1].name == "part-000002-000000-000100.parquet"
+    assert parts[2].name == "part-000002-000100-000130-last.parquet"
+    for name in [p.name for p in reversed(parts)] + ["quarantine.parquet", f"{parts[0].name}.4f.tmp"]:
+        (tmp_path / name).touch()
+    assert store.list_parts(str(tmp_path)) == parts
+
+
+def test_what_lies_in_the_parts_comes_back(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    manifest = store.read_manifest(path)
+    assert manifest is not None
+    assert (manifest["num_rows"], manifest["num_quarantined"], len(manifest["parts"])) == (13, 1, 4)
+    assert store.read_ids(path)[0].tolist() == [f"image-{i}" for i in range(13)]
+    assert store.read_ids(path)[1].tolist() == [-1 if i % 3 == 2 else i % 3 for i in range(13)]
+    assert pq.read_table(f"{path}/quarantine.parquet").to_pylist() == [
+        {"id": "x", "stage": "decode", "error": "x is broken"}
+    ]
+
+
+def test_every_float16_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    finite = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite = finite[np.isfinite(finite)].reshape(-1, DIM)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(finite.reshape(-1)), DIM)
+    ids = [f"{i}" for i in range(len(finite))]
+    table = pa.table({"id": ids, "label": pa.nulls(len(ids), pa.int32()), "weak": column, "strong": column})
+    identity = {**IDENTITY, "views": ["weak", "strong"]}
+    path = str(tmp_path)
+    store.open_store(path, identity)
+    write(path, part(0, 0, len(ids)), table)
+    store.finish_store(path, identity, num_units=1, seconds=0)
+    found = store.load(path)
+    order = found.ids.astype(int)
+    assert np.array_equal(bits(found.base), bits(finite[order]))
+    assert np.array_equal(bits(found.strong["strong"]), bits(finite[order]))
+    assert (found.labels == -1).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 100])
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 20])
+def test_runs_of_whole_chunks_hold_every_row_once_in_row_order(
+    tmp_path: Path, chunk: int, num_parts: int
+) -> None:
+    path = make(tmp_path)
+    whole = store.load(path)
+    assert whole.ids.tolist() == whole.ids[store.row_order(whole.ids)].tolist()
+    assert sorted(whole.ids.tolist()) == sorted(f"image-{i}" for i in range(13))
+    runs = [store.load(path, part=p, num_parts=num_parts, chunk=chunk) for p in range(num_parts)]
+    assert [run.first_row for run in runs] == [sum(len(r.ids) for r in runs[:p]) for p in range(num_parts)]
+    assert all(run.first_row % chunk == 0 or not len(run.ids) for run in runs)
+    assert all(run.num_rows == 13 for run in runs)
+    assert np.concatenate([run.ids for run in runs]).tolist() == whole.ids.tolist()
+    assert np.concatenate([run.labels for run in runs]).tolist() == whole.labels.tolist()
+    assert np.array_equal(bits(np.concatenate([run.base for run in runs])), bits(whole.base))
+    strong = np.concatenate([run.strong["strong"] for run in runs])
+    assert np.array_equal(bits(strong), bits(whole.strong["strong"]))
+
+
+def test_features_stay_with_their_ids(tmp_path: Path) -> None:
+    found = store.load(make(tmp_path))
+    table = rows(0, 13)
+    place = [int(name.removeprefix("image-")) for name in found.ids]
+    weak, mirror, strong = (store.matrix(table, view, DIM)[place] for view in VIEWS)
+    assert np.array_equal(bits(found.strong["strong"]), bits(strong))
+    assert np.array_equal(bits(found.base), bits(store.mean_view([weak, mirror])))
+    np.testing.assert_allclose(np.linalg.norm(found.base.astype(float), axis=1), 1, atol=2e-3)
+
+
+def test_the_row_order_depends_on_ids_alone() -> None:
+    ids = np.array([f"class-{i // 10}/{i}" for i in range(100)])
+    shuffled = np.random.default_rng(0).permutation(ids)
+    assert ids[store.row_order(ids)].tolist() == shuffled[store.row_order(shuffled)].tolist()
+    classes = [name[6] for name in ids[store.row_order(ids)][:20]]
+    assert len(set(classes)) > 4, "the order mixes the classes"
+
+
+def test_the_content_digest_does_not_depend_on_the_cut(tmp_path: Path) -> None:
+    digests = []
+    for name, cut in {"whole": [(0, 9)], "pieces": [(0, 4), (4, 9)]}.items():
+        path = str(tmp_path / name)
+        store.open_store(path, IDENTITY)
+        for start, stop in cut:
+            total = sum((i + 1) << 125 for i in range(start, stop)) % store.DIGEST_MODULUS
+            write(path, part(0, start, stop, last=stop == 9), rows(start, stop), digest=total)
+        digests.append(store.finish_store(path, IDENTITY, num_units=1, seconds=0)["content_digest"])
+    assert digests[0] == digests[1]
+
+
+def test_an_interrupted_store_goes_on_with_its_whole_units(tmp_path: Path) -> None:
+    path = str(tmp_path)
+    assert store.open_store(path, IDENTITY) == {}
+    write(path, part(0, 0, 2, last=False), rows(0, 2))
+    write(path, part(0, 2, 5), rows(2, 5))
+    write(path, part(1, 0, 4, last=False), rows(5, 9))  # its end is missing
+    write(path, part(2, 2, 4), rows(11, 13))  # its beginning is missing
+    write(path, part(3, 0, 1, last=False), rows(13, 14))  # its middle is missing
+    write(path, part(3, 2, 3), rows(15, 16))
+    write(path, part(4, 0, 0), rows(0, 0))  # an empty unit
+    assert store.open_store(path, IDENTITY) == {0: 5, 4: 0}
+    assert [p.unit for p in store.list_parts(path)] == [0, 0, 4]
+    assert store.read_manifest(path) is None
+
+
+def test_an_interrupted_store_is_not_taken_for_a_complete_one(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    (Path(path) / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"not a complete feature store: it has no manifest\.json"):
+        store.check_store(path, IDENTITY)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("encoder", {"name": "other", "dim": DIM}),
+        ("preprocessing", {"size": 5}),
+        ("views", ["weak"]),
+        ("seed", 1),
+        ("source", {"files": "abd", "label_names": None}),
+    ],
+)
+def test_features_of_another_origin_are_refused_by_name(tmp_path: Path, key: str, value: object) -> None:
+    path, other = make(tmp_path), {**IDENTITY, key: value}
+    assert store.fingerprint(other) != store.fingerprint(IDENTITY)
+    for check in (store.open_store, store.check_store):
+        with pytest.raises(ValueError, match=f"was made with another {key}; features of different origin"):
+            check(path, other)
+    store.check_store(path, {k: v for k, v in IDENTITY.items() if k != key})
+
+
+def test_a_folder_of_foreign_parts_is_refused(tmp_path: Path) -> None:
+    (tmp_path / part(0, 0, 1).name).write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"parts without identity\.json"):
+        store.open_store(str(tmp_path), IDENTITY)
+    assert (tmp_path / part(0, 0, 1).name).read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "is not valid JSON .* damaged"),
+        (lambda text: "", "is not valid JSON .* damaged"),
+        (lambda text: "[]", "is not of format 1"),
+        (lambda text: text.replace('"format": 1', '"format": 2'), "is not of format 1"),
+        (lambda text: text.replace('"toy"', '"joy"'), "does not fit its own fingerprint"),
+    ],
+)
+def test_a_changed_or_damaged_manifest_is_refused(tmp_path: Path, change: Any, message: str) -> None:
+    path = make(tmp_path)
+    manifest = Path(path) / "manifest.json"
+    manifest.write_text(change(manifest.read_text()))
+    with pytest.raises(ValueError, match=message):
+        store.read_manifest(path)
+    with pytest.raises(ValueError, match=message):
+        store.check_store(path, IDENTITY)
+
+
+def test_a_damaged_identity_is_refused(tmp_path: Path) -> None:
+    store.open_store(str(tmp_path), IDENTITY)
+    (tmp_path / "identity.json").write_text(json.dumps(IDENTITY)[:-5])
+    with pytest.raises(ValueError, match=r"identity\.json is not valid JSON"):
+        store.open_store(str(tmp_path), IDENTITY)
+
+
+def test_a_lost_part_is_noticed(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    (Path(path) / part(0, 0, 5).name).unlink()
+    with pytest.raises(
+        ValueError, match=r"has lost part-000000-000000-000005-last\.parquet; remove the store"
+    ):
+        store.load(path)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.99])
+def test_a_truncated_part_is_noticed(tmp_path: Path, keep: float) -> None:
+    path = make(tmp_path)
+    file = Path(path) / part(1, 3, 8).name
+    file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged .* remove the store"):
+        store.load(path)
+
+
+def test_a_store_of_bad_images_alone_is_empty(tmp_path: Path) -> None:
+    path = str(tmp_path)
+    store.open_store(path, IDENTITY)
+    write(path, part(0, 0, 2), rows(0, 0), bad=("a", "b"))
+    manifest = store.finish_store(path, IDENTITY, num_units=1, seconds=0)
+    assert (manifest["num_rows"], manifest["num_quarantined"]) == (0, 2)
+    found = store.load(path)
+    assert found.base.shape == found.strong["strong"].shape == (0, DIM)
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write to the output folder"):
+        store.open_store(str(tmp_path / "file" / "store"), IDENTITY)

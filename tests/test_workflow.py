@@ -1,0 +1,553 @@
+"""The jobs from their command lines to their files, with real images, Ray, Ray Train and MLflow."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import CLASSES, draw, write_tar
+from mlflow import MlflowClient
+from PIL import Image
+from safetensors.torch import save_file
+
+from lpclip import store
+from lpclip.cli import main
+from lpclip.config import EncodeJob, PredictJob, SelftrainJob
+from lpclip.probe import load_probe
+from lpclip.runtime import output_folder
+from lpclip.workflow import encode_job, predict_job, selftrain_job
+
+pytestmark = pytest.mark.usefixtures("cluster")
+ROOT = Path(__file__).parents[1]
+NAMES = ",".join(CLASSES)
+ARCHITECTURE = "ViT-S-32-alt"
+
+
+def run(command: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """`selftrain.py --data ...` as from a shell, in this process; the job's summary."""
+    job, *flags = command.split()
+    results: list[dict[str, Any]] = []
+    jobs = {
+        "encode.py": (encode_job, EncodeJob),
+        "selftrain.py": (selftrain_job, SelftrainJob),
+        "predict.py": (predict_job, PredictJob),
+    }
+    function, config_type = jobs[job]
+    with monkeypatch.context() as patch:
+        # A class list may hold spaces: %20 stands for them.
+        patch.setattr(sys, "argv", [job, *(flag.replace("%20", " ") for flag in flags)])
+        main(lambda config: results.append(function(config)), config_type)  # type: ignore[arg-type]
+    return results[0]
+
+
+def refusal(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which a command is refused."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(command, monkeypatch)
+    assert stop.value.code == 1
+    stderr = capsys.readouterr().err
+    assert "Traceback" not in stderr
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    return line.removeprefix("error: ")
+
+
+WORDS = NAMES.replace(" ", "%20")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for runs; WORK/features is shared by them."""
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(scope="module")
+def base(work: Path, lake: Path, photos: Path) -> dict[str, Any]:
+    """The summary of one whole run: 60 labelled images in Parquet, tested on 30 others in a folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        return run(
+            f"selftrain.py --data {lake}/labelled.parquet --eval-data {photos} --classes {WORDS} "
+            f"--features {work}/features --out {work}/base --supervised",
+            patch,
+        )
+
+
+def probe_bytes(out: Path, name: str = "probe") -> bytes:
+    return (out / name / "probe.safetensors").read_bytes()
+
+
+def test_a_run_leaves_all_its_numbers_in_the_summary(base: dict[str, Any], work: Path) -> None:
+    assert json.loads((work / "base" / "summary.json").read_text()) == base
+    for name in ("zero_shot", "probe", "supervised"):
+        assert set(base[name]) == {"accuracy", "ece", "nll"}
+        assert 0 <= base[name]["accuracy"] <= 1
+        assert 0 <= base[name]["ece"] <= 1
+        assert base[name]["nll"] >= 0
+    assert base["supervised"]["accuracy"] == 1, "the shapes are easy to tell apart"
+    assert [entry["round"] for entry in base["rounds"]] == list(range(1, len(base["rounds"]) + 1))
+    metrics = {"accuracy", "coverage", "mean_confidence", "class_entropy", "flip_rate", "zero_shot_agreement"}
+    assert all(metrics <= set(entry) for entry in base["rounds"])
+    assert base["rounds"][-1]["accuracy"] == base["probe"]["accuracy"]
+    assert base["evaluated_on"] == {"data": "photos", "images": 30, "setting": "inductive"}
+    assert base["images"] == {"encoded": 60, "quarantined": 0, "eval_quarantined": 0}
+    assert {"encode", "encode_eval", "rounds", "evaluate"} <= set(base["timings"])
+    assert base["rates"]["encode"] > 0
+    assert base["config"]["classes"] == NAMES
+    assert base["config"]["rounds"] == SelftrainJob().training.rounds
+    assert {"lpclip", "python", "ray", "torch", "mlflow"} <= set(base["versions"])
+
+
+def test_pseudo_labels_are_there_to_be_looked_at(base: dict[str, Any], work: Path) -> None:
+    table = pq.read_table(work / "base" / "pseudo_labels.parquet")
+    assert table.column_names == ["id", "label", "confidence", "kept", "round"]
+    assert sorted(table["id"].to_pylist()) == sorted(f"row-{i}" for i in range(60))
+    assert set(table["label"].to_pylist()) <= {0, 1, 2}
+    assert all(0 < c <= 1 for c in table["confidence"].to_pylist())
+    assert table["kept"].to_pylist() == [True] * 60
+    assert set(table["round"].to_pylist()) == {len(base["rounds"])}
+
+
+@pytest.mark.parametrize("name", ["zero_shot", "probe", "supervised"])
+def test_a_saved_probe_loads_and_gives_the_summarys_accuracy(
+    base: dict[str, Any], work: Path, name: str
+) -> None:
+    probe = load_probe(str(work / "base" / name))
+    assert probe.class_names == CLASSES
+    found = store.load(base["features"]["eval"])
+    # The folder's labels are its sorted subfolders.
+    places = np.array([CLASSES.index(c) for c in sorted(CLASSES)])[found.labels]
+    accuracy = (probe.logits(found.base).argmax(dim=1).numpy() == places).mean()
+    assert accuracy == pytest.approx(base[name]["accuracy"])
+
+
+def test_mlflow_holds_the_run(base: dict[str, Any]) -> None:
+    client = MlflowClient()
+    kept = client.get_run(base["mlflow_run"])
+    assert kept.info.status == "FINISHED"
+    assert kept.data.params["encoder"] == "lite"
+    assert kept.data.metrics["probe_accuracy"] == pytest.approx(base["probe"]["accuracy"])
+    assert kept.data.metrics["zero_shot_accuracy"] == pytest.approx(base["zero_shot"]["accuracy"])
+    steps = [m.step for m in client.get_metric_history(base["mlflow_run"], "flip_rate")]
+    assert steps == [entry["round"] for entry in base["rounds"]]
+    files = {item.path for item in client.list_artifacts(base["mlflow_run"])}
+    assert files == {"probe", "figures", "summary.json", "pseudo_labels.parquet"}
+    figures = {item.path for item in client.list_artifacts(base["mlflow_run"], "figures")}
+    assert figures == {
+        "figures/rounds.png",
+        "figures/confusion_matrix.png",
+        "figures/reliability.png",
+    }
+
+
+def test_without_labels_the_probe_is_the_same_and_the_accuracies_are_null(
+    base: dict[str, Any], work: Path, lake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = run(
+        f"selftrain.py --data {lake}/unlabelled.parquet --classes {WORDS} --out {work}/unlabelled",
+        monkeypatch,
+    )
+    assert summary["rates"]["encode"] > 0, "encoded anew, for itself"
+    for name in ("zero_shot", "probe"):
+        assert summary[name] == {"accuracy": None, "ece": None, "nll": None}
+        assert probe_bytes(work / "unlabelled", name) == probe_bytes(work / "base", name)
+    assert {entry["accuracy"] for entry in summary["rounds"]} == {None}
+    assert summary["evaluated_on"]["setting"] is None
+    tables = [pq.read_table(work / out / "pseudo_labels.parquet") for out in ("unlabelled", "base")]
+    assert tables[0] == tables[1]
+    client = MlflowClient()
+    assert "probe_accuracy" not in client.get_run(summary["mlflow_run"]).data.metrics
+
+
+def test_a_second_run_finds_its_features_and_is_identical(
+    base: dict[str, Any], work: Path, lake: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = (
+        f"selftrain.py --data {lake}/labelled.parquet --eval-data {photos} --classes {WORDS} "
+        f"--features {work}/features --supervised"
+    )
+    before = probe_bytes(work / "base")
+    for out in ("base", "again"):  # the same folder, and a new one
+        again = run(f"{command} --out {work}/{out}", monkeypatch)
+        assert again["rates"] == {"encode": None, "encode_eval": None}
+        for key in ("zero_shot", "probe", "supervised", "rounds", "probe_temperature", "features"):
+            assert again[key] == base[key]
+        for name in ("zero_shot", "probe", "supervised"):
+            assert probe_bytes(work / out, name) == probe_bytes(work / "base", name)
+        assert probe_bytes(work / out) == before
+    labels = [(work / out / "pseudo_labels.parquet").read_bytes() for out in ("base", "again")]
+    assert labels[0] == labels[1]
+
+
+def test_an_output_folder_belongs_to_one_configuration(
+    base: dict[str, Any],
+    work: Path,
+    lake: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = (
+        f"selftrain.py --data {lake}/labelled.parquet --eval-data {photos} "
+        f"--features {work}/features --out {work}/base"
+    )
+    before = probe_bytes(work / "base")
+    message = refusal(f"{command} --classes {WORDS} --rounds 2", monkeypatch, capsys)
+    assert f"{work}/base holds the results of other work (it differs in training)" in message
+    assert "differs in head" in refusal(f"{command} --classes apple,pear,plum", monkeypatch, capsys)
+    assert probe_bytes(work / "base") == before
+
+
+def test_a_second_job_on_one_output_folder_is_refused(
+    base: dict[str, Any], work: Path, lake: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    command = f"--data {lake}/labelled.parquet --classes {WORDS} --out {work}/base"
+    with output_folder(str(work / "base")):
+        for job in ("selftrain.py", "encode.py"):
+            message = refusal(f"{job} {command}", monkeypatch, capsys)
+            assert message == f"another job is writing to {work}/base; wait for it, or choose another --out"
+
+
+def test_predict_labels_images_as_the_probe_does(
+    base: dict[str, Any], work: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = work / "predicted.parquet"
+    result = run(f"predict.py --probe {work}/base/probe --data {photos} --out {out} --top-k 9", monkeypatch)
+    assert result == {"images": 30, "quarantined": 0}
+    table = pq.read_table(out)
+    assert table.column_names == ["id", "label", "probability", "top_labels", "top_probabilities"]
+    rows = {row["id"]: row for row in table.to_pylist()}
+    assert set(rows) == {f"{p.parent.name}/{p.name}" for p in photos.glob("*/*.png")}
+    right = [row["label"].replace(" ", "_") == name.partition("/")[0] for name, row in rows.items()]
+    assert np.mean(right) == pytest.approx(base["probe"]["accuracy"])
+    for row in rows.values():
+        assert (row["top_labels"][0], row["top_probabilities"][0]) == (row["label"], row["probability"])
+        assert sorted(row["top_labels"]) == sorted(CLASSES)
+        assert sum(row["top_probabilities"]) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def crowd(base: dict[str, Any], work: Path) -> Path:
+    """A store of 9,000 rows, three chunks of the rounds: the base run's features and noise around them."""
+    seen = store.load(base["features"]["train"])
+    manifest = store.read_manifest(base["features"]["train"])
+    assert manifest is not None
+    identity = {**manifest["identity"], "source": {"made": "from noise", "label_names": None}}
+    path = work / "crowd"
+    store.open_store(str(path), identity)
+    random = np.random.default_rng(0)
+    for unit in range(9):
+        columns: dict[str, Any] = {
+            "id": [f"{unit}-{i}" for i in range(1000)],
+            "label": pa.array(seen.labels[np.arange(1000) % 60], pa.int32()),
+        }
+        for view in ("weak", "mirror"):
+            rows = seen.base[np.arange(1000) % 60] + random.normal(0, 0.03, (1000, 1280))
+            rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+            columns[view] = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), 1280)
+        part = store.Part(unit=unit, start=0, stop=1000, last=True)
+        store.write_part(str(path), part, rows=pa.table(columns), quarantine=[], content_digest=unit)
+    store.finish_store(str(path), identity, num_units=9, seconds=0)
+    return path
+
+
+@pytest.mark.parametrize(("solver", "workers"), [("gaussian", (1, 2)), ("gradient", (2,))])
+def test_the_probe_does_not_depend_on_the_number_of_workers(
+    crowd: Path, work: Path, solver: str, workers: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = f"selftrain.py --data {crowd} --classes {WORDS} --solver {solver} --rounds 3"
+    alone = run(f"{command} --num-workers 0 --out {work}/{solver}-0", monkeypatch)
+    assert alone["rates"]["encode"] is None
+    probe = load_probe(str(work / f"{solver}-0" / "probe"))
+    features = store.load(str(crowd)).base
+    labels = pq.read_table(work / f"{solver}-0" / "pseudo_labels.parquet")
+    assert len(labels) == 9000
+    for number in workers:
+        run(f"{command} --num-workers {number} --out {work}/{solver}-{number}", monkeypatch)
+        other = load_probe(str(work / f"{solver}-{number}" / "probe"))
+        limit = 1e-4 * float(probe.weight.abs().max())
+        assert float((other.weight - probe.weight).abs().max()) <= limit
+        assert float((other.bias - probe.bias).abs().max()) <= 1e-4 * float(
+            probe.bias.abs().max().clamp_min(1)
+        )
+        assert torch.equal(other.logits(features).argmax(dim=1), probe.logits(features).argmax(dim=1))
+        table = pq.read_table(work / f"{solver}-{number}" / "pseudo_labels.parquet")
+        assert table.select(["id", "label"]) == labels.select(["id", "label"])
+
+
+def test_finished_rounds_are_gone_on_from(
+    crowd: Path, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = f"selftrain.py --data {crowd} --classes {WORDS} --rounds 4"
+    whole = run(f"{command} --out {work}/whole", monkeypatch)
+    shutil.copytree(work / "whole", work / "broken-off")
+    rounds = sorted(path.name for path in (work / "whole" / "rounds").glob("round-*.json"))
+    for name in ("finished.json", "labels-0.parquet", *rounds[1:]):
+        (work / "broken-off" / "rounds" / name).unlink()
+    capsys.readouterr()
+    again = run(f"{command} --out {work}/broken-off", monkeypatch)
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("round ")]
+    assert len(shown) == len(rounds) - 1
+    assert probe_bytes(work / "broken-off") == probe_bytes(work / "whole")
+    assert again["rounds"] == whole["rounds"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(work: Path) -> Path:
+    """Random weights of a small CLIP, as open_clip makes them."""
+    torch.manual_seed(0)
+    (work / "weights").mkdir()
+    path = work / "weights" / "clip.safetensors"
+    save_file(open_clip.create_model(ARCHITECTURE).state_dict(), path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:clip.safetensors does not say")
+def test_a_local_clip_runs_the_same_path_and_its_features_are_its_own(
+    base: dict[str, Any],
+    checkpoint: Path,
+    work: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = f"selftrain.py --encoder {ARCHITECTURE} --rounds 2 --views weak,strong"
+    summary = run(
+        f"{command} --pretrained {checkpoint} --data {photos} --solver gradient --out {work}/clip",
+        monkeypatch,
+    )
+    assert summary["encoder"]["name"] == ARCHITECTURE
+    assert summary["evaluated_on"] == {"data": "photos", "images": 30, "setting": "transductive"}
+    assert summary["probe"]["accuracy"] is not None
+    assert load_probe(str(work / "clip" / "probe")).class_names == tuple(
+        sorted(c.replace(" ", "_") for c in CLASSES)
+    )
+    clip_store = summary["features"]["train"]
+
+    again = run(
+        f"{command} --pretrained {checkpoint} --data {clip_store} --solver gradient --out {work}/clip-store",
+        monkeypatch,
+    )
+    assert probe_bytes(work / "clip-store") == probe_bytes(work / "clip")
+    assert again["probe"] == summary["probe"]
+
+    message = refusal(
+        f"selftrain.py --data {clip_store} --views weak,strong --out {work}/no", monkeypatch, capsys
+    )
+    assert f"the feature store {clip_store} was made with another encoder" in message
+    message = refusal(
+        f"{command} --pretrained {checkpoint} --data {base['features']['train']} --classes {WORDS} --out {work}/no",
+        monkeypatch,
+        capsys,
+    )
+    assert "was made with another encoder" in message
+    # The same weights, and an image preprocessing of their own.
+    (work / "other").mkdir()
+    shutil.copy(checkpoint, work / "other")
+    config = {"model_cfg": {}, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    (work / "other" / "open_clip_config.json").write_text(json.dumps(config))
+    other = f"{work}/other/clip.safetensors"
+    message = refusal(
+        f"{command} --pretrained {other} --data {clip_store} --out {work}/no", monkeypatch, capsys
+    )
+    assert "and another preprocessing" in message
+    message = refusal(
+        f"predict.py --probe {work}/clip/probe --pretrained {other} --data {photos} --out {work}/no.parquet",
+        monkeypatch,
+        capsys,
+    )
+    assert "was trained on features of another encoder" in message
+
+
+def test_a_half_written_store_is_refused_as_data(
+    base: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = f"selftrain.py --data {tmp_path}/store --classes {WORDS} --out {tmp_path}/out"
+    shutil.copytree(base["features"]["train"], tmp_path / "store")
+    (part,) = (tmp_path / "store").glob("part-*.parquet")
+    part.write_bytes(part.read_bytes()[:1000])
+    assert f"{part.name} is damaged" in refusal(command, monkeypatch, capsys)
+    part.unlink()
+    assert f"has lost {part.name}" in refusal(command, monkeypatch, capsys)
+    (tmp_path / "store" / "manifest.json").write_text('{"format"')
+    assert "is not valid JSON" in refusal(command, monkeypatch, capsys)
+    (tmp_path / "store" / "manifest.json").unlink()
+    message = refusal(command, monkeypatch, capsys)
+    assert "is a feature store that is not complete; run the job that made it again" in message
+    assert "--limit works on images" in refusal(
+        f"selftrain.py --data {base['features']['train']} --limit 5 --classes {WORDS} --out {tmp_path}/out",
+        monkeypatch,
+        capsys,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--data {tmp}/nowhere --classes {words}", "{tmp}/nowhere: no such path, nor one of the data sets"),
+        ("--data {tmp}/empty --classes {words}", "{tmp}/empty: the folder holds nothing"),
+        (
+            "--data {lake}/unlabelled.parquet",
+            "no class names: give --classes with a comma list or a text file",
+        ),
+        ("--data {lake}/unlabelled.parquet --classes cat", "at least two class names are needed, got 1"),
+        ("--data {lake}/unlabelled.parquet --classes cat,dog,Cat", "class name 'cat' occurs twice"),
+        ("--data {lake}/unlabelled.parquet --classes cat,,dog", "class name 2 of 3 is empty"),
+        ("--data {lake}/unlabelled.parquet --classes {tmp}/none.txt", "no such file: {tmp}/none.txt"),
+        ("--data {photos} --rounds 0", "--rounds must be at least 1, not 0"),
+        ("--data {photos} --threshold 1", "--threshold must be at least 0 and below 1"),
+        ("--data {photos} --num-workers -1", "--num-workers must not be negative"),
+        ("--data {photos} --temperature 0", "--temperature must be above 0"),
+        ("--data {photos} --prior some", "--prior some is none of estimated, uniform, none, nor a text file"),
+        ("--data {photos} --views strong,blurry", "blurry"),
+        ("--data {photos} --limit 0", "the limit must be at least 1, not 0"),
+        ("--data {photos} --templates few", "unknown templates 'few'"),
+        ("--data {photos} --eval-data {tmp}/nowhere", "{tmp}/nowhere: no such path"),
+        (
+            "--data {lake}/unlabelled.parquet --classes {words} --supervised",
+            "--supervised needs labels in --data",
+        ),
+        ("--data {photos} --encoder light", "unknown encoder 'light': did you mean lite"),
+        (
+            "--data {photos} --encoder ViT-S-32-alt",
+            "ViT-S-32-alt without --pretrained would have random weights",
+        ),
+        ("--data {photos} --out {tmp}/file/out", "cannot write to the output folder {tmp}/file/out"),
+        ("--data {tmp}/text.parquet --classes {words}", "text.parquet: not a Parquet file that can be read"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_a_sentence(
+    flags: str,
+    message: str,
+    tmp_path: Path,
+    lake: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "text.parquet").write_text("no Parquet")
+    names = {"tmp": tmp_path, "lake": lake, "photos": photos, "words": WORDS}
+    out = "" if "--out" in flags else "--out {tmp}/out"
+    line = refusal(f"selftrain.py {flags} {out}".format(**names), monkeypatch, capsys)
+    assert message.format(**names) in line
+
+
+def test_labels_outside_the_class_list_are_refused_and_nothing_is_lost(
+    base: dict[str, Any],
+    work: Path,
+    lake: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shared = f"--features {work}/features"
+    message = refusal(
+        f"selftrain.py --data {lake}/labelled.parquet --classes apple,pear {shared} --out {work}/two",
+        monkeypatch,
+        capsys,
+    )
+    assert "1 labels of labelled are not in the class list (2)" in message
+    message = refusal(
+        f"selftrain.py --data {lake}/labelled.parquet --eval-data {photos} --classes apple,pear,plum {shared} "
+        f"--out {work}/three",
+        monkeypatch,
+        capsys,
+    )
+    assert "3 labels of photos are not in the class list (stop_sign, tennis_ball, traffic_cone)" in message
+    assert store.read_manifest(base["features"]["train"])
+
+
+def test_predict_refuses_what_it_cannot_do(
+    base: dict[str, Any],
+    work: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    probe = f"--probe {work}/base/probe"
+    for flags, message in {
+        f"--probe {tmp_path} --data {photos} --out {tmp_path}/x.parquet": "holds no probe",
+        f"{probe} --data {photos} --out {tmp_path}/labels": "its name must end in .parquet",
+        f"{probe} --data {tmp_path}/none --out {tmp_path}/x.parquet": "no such path",
+        f"{probe} --data {photos} --out {tmp_path}/x.parquet --top-k 0": "--top-k must be at least 1",
+    }.items():
+        assert message in refusal(f"predict.py {flags}", monkeypatch, capsys)
+    shutil.copytree(work / "base" / "probe", tmp_path / "probe")
+    (tmp_path / "probe" / "probe.safetensors").write_bytes(b"damaged")
+    line = refusal(
+        f"predict.py --probe {tmp_path}/probe --data {photos} --out {tmp_path}/x.parquet", monkeypatch, capsys
+    )
+    assert "probe.safetensors is damaged" in line
+
+
+def start(command: str) -> subprocess.Popen[str]:
+    """A job as a user starts it, in a process group of its own."""
+    job, *flags = command.split()
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs" / job), *(flag.replace("%20", " ") for flag in flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def test_a_wrong_path_ends_a_real_job_with_one_line(tmp_path: Path) -> None:
+    job = start(f"selftrain.py --data {tmp_path}/nowhere --out {tmp_path}/out")
+    _, stderr = job.communicate(timeout=120)
+    assert job.returncode == 1
+    assert stderr.splitlines()[-1].startswith(f"error: {tmp_path}/nowhere: no such path")
+    assert "Traceback" not in stderr
+
+
+def test_after_ctrl_c_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    for tar in range(40):
+        write_tar(
+            tmp_path / "images" / f"{tar:02d}.tar",
+            {f"{i}.png": draw(i % 3, 100 * tar + i) for i in range(40)},
+        )
+    command = f"encode.py --data {tmp_path}/images --classes {WORDS} --out {tmp_path}/out"
+    job = start(command)
+    try:
+        deadline = time.monotonic() + 120
+        while not (parts := list((tmp_path / "out").glob("features/*/part-*.parquet"))):
+            assert job.poll() is None, job.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(job.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the whole group
+        _, stderr = job.communicate(timeout=60)
+    finally:
+        if job.poll() is None:
+            job.kill()
+    assert job.returncode == 130
+    assert "interrupted: finished work is kept, the same command goes on from there" in stderr
+    assert "Traceback" not in stderr
+    (folder,) = (tmp_path / "out" / "features").iterdir()
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*.parquet")}
+    assert {path.name for path in parts} <= set(kept)
+    assert len(kept) < 40
+    assert store.read_manifest(str(folder)) is None
+
+    again = run(command, monkeypatch)
+    assert again["images"] == 1600
+    assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept
