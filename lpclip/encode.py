@@ -305,10 +305,15 @@ def encode(
         progress.done = sum(done.values())
     progress.close()
     manifest = store.finish_store(path, identity, num_units=len(source.units), seconds=progress.seconds)
-    total = manifest["num_rows"] + manifest["num_quarantined"]
-    _check_bad(source, bad=manifest["num_quarantined"], seen=total)
+    check_manifest(source, manifest)
     manifest["rate"] = progress.rate if encoded_now else None
     return manifest
+
+
+def check_manifest(source: Source, manifest: dict[str, Any]) -> None:
+    """ValueError when a complete store of this source has too many quarantined images."""
+    bad = manifest["num_quarantined"]
+    _check_bad(source, bad=bad, seen=manifest["num_rows"] + bad)
 
 
 def _check_bad(source: Source, *, bad: int, seen: int | None) -> None:

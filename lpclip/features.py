@@ -10,7 +10,7 @@ import numpy as np
 
 from lpclip import files, store
 from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
-from lpclip.encode import encode, plan_actors, store_identity
+from lpclip.encode import check_manifest, encode, plan_actors, store_identity
 from lpclip.images import Source, open_source
 from lpclip.views import parse_views
 from lpclip.zero_shot import EncoderInfo, Head
@@ -83,7 +83,7 @@ def encode_data(
 ) -> Encoded:
     """The feature store of the data under `folder`: found there by its fingerprint, or encoded.
 
-    Raises ValueError when a given store was made by another encoder or preprocessing.
+    Raises ValueError when a given store was made by another encoder or preprocessing, or too many images are bad.
     """
     begin = time.monotonic()
     if data.source is None:
@@ -98,6 +98,7 @@ def encode_data(
     path = files.join(folder, f"{data.name}-{store.fingerprint(identity)[:12]}")
     manifest = store.read_manifest(path)
     if manifest is not None:
+        check_manifest(data.source, manifest)
         print(f"features of {data.name}: found in {path}", flush=True)
         return Encoded(path=path, manifest=manifest, seconds=time.monotonic() - begin, reused=True, rate=None)
     print(f"features of {data.name}: encoding to {path}, {plan_actors(config.num_actors)}", flush=True)

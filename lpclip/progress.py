@@ -23,6 +23,7 @@ class Progress:
         self._tty = self._stream.isatty()
         self._start = self._shown = time.monotonic()
         self.done, self.bad = done, 0
+        self._shown_done = -1
 
     @property
     def seconds(self) -> float:
@@ -42,13 +43,14 @@ class Progress:
             self._show()
 
     def close(self) -> None:
-        """Show the last line."""
-        self._show()
+        """Show the last line, unless it stands there already."""
+        if self._shown_done != self.done:
+            self._show()
         if self._tty:
             print(file=self._stream)
 
     def _show(self) -> None:
-        self._shown = time.monotonic()
+        self._shown, self._shown_done = time.monotonic(), self.done
         share = eta = ""
         if self._total:
             share = f" of {self._total:,} ({self.done / self._total:.0%})"

@@ -124,7 +124,9 @@ def read_prior(spec: str, class_names: tuple[str, ...], *, text: str | None = No
         names = [row[0].strip() for row in rows if len(row) == 2]
         if len(names) != len(rows) or sorted(names) != sorted(class_names):
             missing = [name for name in class_names if name not in names]
-            raise ValueError(f"--prior {spec} must name each class once; missing: {missing or 'none'}")
+            raise ValueError(
+                f"--prior {spec} must name each class once; missing: {', '.join(missing) or 'none'}"
+            )
         weights = [weights[names.index(name)] for name in class_names]
     if len(weights) != len(class_names):
         raise ValueError(f"--prior {spec} has {len(weights)} weights for {len(class_names)} classes")
@@ -212,8 +214,7 @@ def self_train(
     """Self-training rounds on features (n, d), from a zero-shot head (K, d) of unit norm.
 
     Yields after every round the student with its metrics, and its own pass over the shard (sums of all shards).
-    `start` is the state of the last round of an interrupted run; it is yielded again when nothing was left to
-    do. Raises ValueError when no row is left to fit.
+    `start` is the state of the last round of an interrupted run. Raises ValueError when no row is left to fit.
     """
     first = State(
         round=0,
@@ -228,10 +229,6 @@ def self_train(
     found = _reduce(
         run_pass(shard, teacher, zero_shot=zero_shot, threshold=config.threshold, previous=None), all_reduce
     )
-    if start is not None and _is_last(start, config):
-        # Interrupted after its last round, before the labels were written: an uninterrupted run ends here too.
-        yield start, found
-        return
     for number in range(teacher.round + 1, config.rounds + 1):
         if found.numbers[1] == 0:
             raise ValueError(
@@ -253,12 +250,8 @@ def self_train(
         student.metrics = _metrics(found)
         yield student, found
         teacher = student
-        if _is_last(student, config):
+        if student.metrics["flip_rate"] < STOP_FLIP_RATE:
             return
-
-
-def _is_last(state: State, config: SelfTrainingConfig) -> bool:
-    return state.round >= config.rounds or state.metrics["flip_rate"] < STOP_FLIP_RATE
 
 
 def _moments(shard: Shard, *, all_reduce: AllReduce) -> Tensor:

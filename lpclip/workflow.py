@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from typing import Any
@@ -337,9 +338,14 @@ def _print_plan(
         if item is not None and item.source is not None and item.source.num_rows:
             size = row_bytes * item.source.num_rows / 1e6
             print(f"features  {item.name}: about {size:,.0f} MB when all are encoded")
-    print(f"output    {out}")
+    print(f"output    {_shown(out)}")
     for note in notes:
         print(f"note      {note}")
+
+
+def _shown(path: str) -> str:
+    """A path as the user would type it: relative where it lies below the working directory."""
+    return path.replace(f"{os.getcwd()}/", "")
 
 
 def _print_training(job: SelftrainJob, classes: ClassList, head: Head) -> None:
@@ -361,7 +367,7 @@ def _encoded_row(data: Data, encoded: Encoded) -> dict[str, Any]:
         "quarantined": encoded.manifest["num_quarantined"],
         "seconds": round(encoded.seconds),
         "images/s": round(encoded.rate) if encoded.rate else None,
-        "store": encoded.path,
+        "store": _shown(encoded.path),
     }
 
 
@@ -398,7 +404,10 @@ def _print_result(
                 ]
             )
         )
-    print(f"\nprobe: {out}/probe   summary: {out}/summary.json   MLflow: {run.uri} run {run.run_id}")
+    out = _shown(out)
+    print(
+        f"\nprobe    {out}/probe\nsummary  {out}/summary.json\nMLflow   {_shown(run.uri)}, run {run.run_id}"
+    )
 
 
 def _track(

@@ -14,6 +14,8 @@ import pytest
 import ray
 from PIL import Image, ImageDraw
 
+from lpclip.config import EncoderConfig
+from lpclip.encoders import load_encoder
 from lpclip.runtime import start_ray
 
 CLASSES = ("tennis ball", "stop sign", "traffic cone")
@@ -21,7 +23,7 @@ CLASSES = ("tennis ball", "stop sign", "traffic cone")
 
 @pytest.fixture(scope="session", autouse=True)
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test sees or changes the user's caches, MLflow runs or cluster. The lite map is built here once."""
+    """No test sees or changes the user's caches, MLflow runs or cluster."""
     folder = tmp_path_factory.mktemp("session")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LPCLIP_CACHE", str(folder / "cache"))
@@ -38,6 +40,12 @@ def cluster(environment: None) -> Iterator[None]:
         start_ray()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def lite_map(environment: None) -> None:
+    """The lite encoder's text map, built from nothing, once for all tests."""
+    load_encoder(EncoderConfig()).encode_text(["a dog"])
 
 
 def draw(place: int, seed: int) -> bytes:

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -119,13 +118,6 @@ def test_how_a_job_ends(end: str, code: int, last_line: str) -> None:
         command, env={**environment, "LPCLIP_TRACEBACK": "1"}, capture_output=True, text=True, check=False
     )
     assert ("Traceback" in traced.stderr) == (end in ("value", "file", "bug"))
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @ray.remote(max_retries=0, num_cpus=0)

@@ -23,7 +23,7 @@ from lpclip.images import open_source
 from lpclip.prompts import DEFAULT_TEMPLATES
 from lpclip.zero_shot import EncoderInfo, Head, describe_encoder, make_head, pseudo_label
 
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = pytest.mark.usefixtures("cluster", "lite_map")
 LITE = EncoderConfig()
 VIEWS = ("weak", "mirror", "strong")
 CONFIG = EncodeConfig(views=",".join(VIEWS))
@@ -183,7 +183,7 @@ def test_bad_images_are_quarantined_with_their_reason(mixed: Path, info: Encoder
     assert set(quarantine) == {"empty.png", "text.png", "truncated.png", "vast.png"}
     assert {row["stage"] for row in quarantine.values()} == {"decode"}
     assert all(row["error"] for row in quarantine.values())
-    assert "900,000,000" in quarantine["vast.png"]["error"]
+    assert "more than 100000000 pixels" in quarantine["vast.png"]["error"]
 
     # Now the store is complete: a stricter limit refuses it all the same, encoded or found.
     strict = SourceConfig(max_bad_fraction=0.25)

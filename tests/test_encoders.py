@@ -41,13 +41,8 @@ def photos() -> list[Image.Image]:
 
 
 @pytest.fixture(scope="module")
-def lite_encoder(tmp_path_factory: pytest.TempPathFactory):
-    """The lite encoder with its text map built from nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LPCLIP_CACHE", str(tmp_path_factory.mktemp("cache")))
-        encoder = load_encoder(EncoderConfig(precision="float32"))
-        encoder.encode_text(["a dog"])
-        yield encoder
+def lite_encoder(lite_map: None):
+    return load_encoder(EncoderConfig(precision="float32"))
 
 
 def load(name: str, pretrained: Path | str | None, precision: str = "float32"):

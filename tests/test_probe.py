@@ -98,7 +98,7 @@ def test_true_labels_of_planted_gaussians_give_nearly_bayes_accuracy():
     bayes = (best.argmax(dim=1) == labels).double().mean()
     found = ((features @ weight.T + bias).argmax(dim=1) == labels).double().mean()
     assert 0.6 < bayes < 0.99
-    assert found > bayes - 0.02
+    assert found > bayes - 0.03
 
 
 def test_turned_features_turn_the_probe():
@@ -122,7 +122,7 @@ def test_moved_and_stretched_features_keep_their_labels():
 def test_the_order_of_classes_and_of_rows_does_not_matter():
     features, targets = random(300, 6), torch.softmax(random(300, 4, seed=1), dim=1)
     weight, bias = fit(features, targets)
-    rows, order = torch.randperm(300), torch.tensor([3, 1, 0, 2])
+    rows, order = random(300, seed=2).argsort(), torch.tensor([3, 1, 0, 2])
     other, other_bias = fit(features[rows], targets[rows][:, order])
     torch.testing.assert_close(other, weight[order], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(other_bias, bias[order], atol=1e-4, rtol=1e-4)
@@ -170,7 +170,11 @@ def test_soft_targets_of_the_same_temperature_have_no_gradient():
     features, head = F.normalize(random(200, 8), dim=1), F.normalize(random(5, 8, seed=1), dim=1)
     teacher = zero_shot_probe(head, temperature=0.01)
     gradient = weighted_cross_entropy_gradient(
-        features, teacher.probabilities(features), torch.rand(200), weight=teacher.weight, bias=teacher.bias
+        features,
+        teacher.probabilities(features),
+        random(200, seed=2).abs(),
+        weight=teacher.weight,
+        bias=teacher.bias,
     )
     assert gradient.abs().max() < 1e-4
     colder = zero_shot_probe(head, temperature=0.005).probabilities(features)
@@ -181,7 +185,11 @@ def test_soft_targets_of_the_same_temperature_have_no_gradient():
 
 
 def test_the_gradient_equals_that_of_automatic_differentiation():
-    features, targets, weights = random(40, 6), torch.softmax(random(40, 3, seed=1), dim=1), torch.rand(40)
+    features, targets, weights = (
+        random(40, 6),
+        torch.softmax(random(40, 3, seed=1), dim=1),
+        random(40, seed=4).abs(),
+    )
     weight, bias = random(3, 6, seed=2).requires_grad_(), random(3, seed=3).requires_grad_()
     loss = (F.cross_entropy(features @ weight.T + bias, targets, reduction="none") * weights).sum()
     expected = torch.cat([part.reshape(3, -1) for part in torch.autograd.grad(loss, (weight, bias))], dim=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -22,7 +24,7 @@ def one_shard(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def logits_of(shares: torch.Tensor, *, num_rows: int = 20_000) -> torch.Tensor:
+def logits_of(shares: torch.Tensor, *, num_rows: int = 10_000) -> torch.Tensor:
     """Logits, exact for equally frequent classes, of unit Gaussians whose classes have other shares."""
     generator = torch.Generator().manual_seed(0)
     means = 1.5 * torch.eye(len(shares))
@@ -31,7 +33,7 @@ def logits_of(shares: torch.Tensor, *, num_rows: int = 20_000) -> torch.Tensor:
     return points @ means.T - means.square().sum(dim=1) / 2
 
 
-def settle(logits: torch.Tensor, *, prior: Prior, steps: int = 200) -> torch.Tensor:
+def settle(logits: torch.Tensor, *, prior: Prior, steps: int = 40) -> torch.Tensor:
     factors = torch.ones(logits.shape[1])
     posterior = torch.softmax(logits, dim=1)
     for _ in range(steps):
@@ -86,11 +88,11 @@ def test_strength_moves_the_shares_part_of_the_way_however_long_it_iterates():
     for strength in (0.25, 0.5, 0.75):
         prior = Prior(shares=SKEWED, strength=strength)
         factors = settle(logits, prior=prior)
-        torch.testing.assert_close(factors, settle(logits, prior=prior, steps=400))
+        torch.testing.assert_close(factors, settle(logits, prior=prior, steps=80))
         found.append(float(shares_under(logits, factors)[0]))
     places = [float(before[0]), *found, float(SKEWED[0])]
     assert places == sorted(places)
-    assert min(b - a for a, b in zip(places, places[1:], strict=False)) > 0.01
+    assert min(b - a for a, b in itertools.pairwise(places)) > 0.01
 
 
 def test_strength_zero_leaves_the_targets_alone():
@@ -131,7 +133,7 @@ def test_no_rows_at_all_give_finite_factors():
 
 
 @pytest.mark.parametrize("target", [0.5, 0.8, 0.99])
-@pytest.mark.parametrize("size", [1e-3, 1.0, 1e2])
+@pytest.mark.parametrize("size", [0.1, 1.0, 1e2])
 def test_scaling_hits_the_wanted_confidence(target: float, size: float):
     logits = size * torch.randn(500, 5, generator=torch.Generator().manual_seed(0))
     scale = scale_to_confidence(logits, target, all_reduce=one_shard)

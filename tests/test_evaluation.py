@@ -1,0 +1,122 @@
+"""Evaluation on labelled features, the temperature without labels, and the supervised ceiling."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lpclip.evaluation import evaluate, label_free_temperature, mean_confidence, pictures, supervised_probe
+from lpclip.metrics import classification_metrics
+from lpclip.probe import Probe, calibrated
+
+DIM = 8
+
+
+def blobs(num_rows: int, *, classes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    labels = rng.choice(classes, size=num_rows)
+    features = np.eye(DIM)[labels] + 0.25 * rng.normal(size=(num_rows, DIM))
+    return (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float16), labels.astype(
+        np.int64
+    )
+
+
+def probe_of(num_classes: int, *, sharpness: float = 5.0) -> Probe:
+    return Probe(
+        weight=sharpness * torch.eye(num_classes, DIM),
+        bias=torch.zeros(num_classes),
+        class_names=tuple("abcdefgh"[:num_classes]),
+        encoder={"model": "lite"},
+    )
+
+
+def test_evaluation_is_the_metrics_of_the_probe_s_probabilities():
+    features, labels = blobs(300, classes=(0, 1, 2))
+    labels[::4] = -1
+    probe = probe_of(3)
+    found = evaluate(probe, features, labels)
+    assert found == classification_metrics(probe.probabilities(features), torch.from_numpy(labels))
+    assert found["accuracy"] > 0.9
+    assert evaluate(probe, features, np.full(300, -1))["accuracy"] is None
+
+
+def test_temperature_changes_calibration_and_no_accuracy():
+    features, labels = blobs(300, classes=(0, 1, 2))
+    warm, cold = (evaluate(calibrated(probe_of(3), temperature=t), features, labels) for t in (5.0, 0.2))
+    assert warm["accuracy"] == cold["accuracy"]
+    assert warm["ece"] != cold["ece"]
+
+
+def test_pictures_count_every_labelled_row_once():
+    features, labels = blobs(300, classes=(0, 1, 2))
+    labels[:50] = -1
+    found = pictures(probe_of(3), features, labels)
+    assert found["confusion"].sum() == 250
+    assert sum(found["reliability"]["count"]) == 250
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 5.0, 500.0])
+def test_the_temperature_without_labels_gives_the_mean_of_both_confidences(sharpness: float):
+    features, _ = blobs(500, classes=(0, 1, 2))
+    zero_shot, probe = probe_of(3, sharpness=2.0), probe_of(3, sharpness=sharpness)
+    target = (mean_confidence(zero_shot, features) + mean_confidence(probe, features)) / 2
+    temperature = label_free_temperature(probe, zero_shot=zero_shot, features=features)
+    assert mean_confidence(probe, features, temperature=temperature) == pytest.approx(target, abs=1e-4)
+    assert mean_confidence(calibrated(probe, temperature=temperature), features) == pytest.approx(
+        target, abs=1e-4
+    )
+
+
+def test_zero_shot_itself_keeps_its_temperature():
+    features, _ = blobs(500, classes=(0, 1, 2))
+    zero_shot = probe_of(3)
+    found = label_free_temperature(zero_shot, zero_shot=zero_shot, features=features)
+    assert found == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_probe_without_an_opinion_gets_a_finite_temperature():
+    features, _ = blobs(50, classes=(0, 1))
+    flat = Probe(weight=torch.zeros(3, DIM), bias=torch.zeros(3))
+    assert 0 < label_free_temperature(flat, zero_shot=probe_of(3), features=features) < 1e3
+
+
+@pytest.mark.parametrize(
+    ("classes", "num_classes"),
+    [((0, 1, 2), 3), ((0, 1), 2), ((1, 3), 4), ((0, 2, 5), 7)],
+    ids=["all classes", "two classes", "two of four", "three of seven"],
+)
+def test_the_supervised_probe_knows_the_classes_that_occur_and_predicts_no_other(
+    classes: tuple[int, ...], num_classes: int
+):
+    features, labels = blobs(400, classes=classes)
+    labels[::7] = -1
+    like = probe_of(num_classes)
+    probe = supervised_probe(features, labels, like=like)
+    assert evaluate(probe, features, labels)["accuracy"] > 0.95
+    assert set(probe.logits(features).argmax(dim=1).tolist()) == set(classes)
+    assert probe.probabilities(features)[:, [k for k in range(num_classes) if k not in classes]].sum() == 0
+    assert (probe.class_names, probe.encoder) == (like.class_names, like.encoder)
+    assert probe.weight.shape == like.weight.shape
+    assert 0.9 < probe.summary["held_out_accuracy"] <= 1
+
+
+def test_two_classes_have_the_probabilities_of_logistic_regression():
+    from sklearn.linear_model import LogisticRegression
+
+    features, labels = blobs(200, classes=(0, 1))
+    probe = supervised_probe(features, labels, like=probe_of(2))
+    model = LogisticRegression(C=probe.summary["C"], max_iter=200, tol=1e-3)
+    expected = model.fit(features.astype(np.float32), labels).predict_proba(features.astype(np.float32))
+    np.testing.assert_allclose(probe.probabilities(features), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [[0, 1] * 4, [0] * 20, [-1] * 20, [0, 1] * 4 + [-1] * 20, [1] + [0] * 19],
+    ids=["eight rows", "one class", "no label", "eight labels", "a class gone with the held-out rows"],
+)
+def test_too_few_labels_for_a_ceiling_are_refused(labels: list[int]):
+    features, _ = blobs(len(labels), classes=(0, 1))
+    with pytest.raises(ValueError, match="--supervised needs"):
+        supervised_probe(features, np.array(labels), like=probe_of(2))

@@ -1,0 +1,110 @@
+"""Files are there whole or not at all, by path and by URI alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lpclip import files
+
+
+@pytest.fixture(params=["path", "uri"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path) if request.param == "path" else tmp_path.as_uri()
+
+
+def test_bytes_come_back_and_nothing_else_is_left(folder: str):
+    path = files.join(folder, "data.bin")
+    for data in (b"", b"\x00\xff" * 1000, b"shorter"):
+        files.write_bytes(path, data)
+        assert files.read_bytes(path) == data
+        assert files.list_names(folder) == ["data.bin"]
+
+
+def test_a_memory_view_is_written_as_its_bytes(folder: str):
+    files.write_bytes(files.join(folder, "data.bin"), memoryview(b"abcd")[1:3])
+    assert files.read_bytes(files.join(folder, "data.bin")) == b"bc"
+
+
+def test_json_comes_back(folder: str):
+    value = {"a": [1, 2.5, None, True], "Ünïcode": "雪", "nested": {"b": 1e-300}}
+    files.write_json(files.join(folder, "value.json"), value)
+    assert files.read_json(files.join(folder, "value.json")) == value
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [-float("inf")]}])
+def test_what_is_no_json_is_refused_and_the_old_file_stays(value: object, folder: str):
+    path = files.join(folder, "value.json")
+    files.write_json(path, {"old": 1})
+    with pytest.raises(ValueError):
+        files.write_json(path, value)
+    assert files.read_json(path) == {"old": 1}
+    assert files.list_names(folder) == ["value.json"]
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe\x00", b"{} {}"])
+def test_damaged_json_is_named(data: bytes, folder: str):
+    path = files.join(folder, "value.json")
+    files.write_bytes(path, data)
+    with pytest.raises(ValueError, match="value.json is not valid JSON"):
+        files.read_json(path)
+
+
+def test_what_is_not_there_is_a_missing_file(folder: str):
+    path = files.join(folder, "nowhere", "data.bin")
+    assert not files.exists(path)
+    assert files.list_names(files.join(folder, "nowhere")) == []
+    with pytest.raises(FileNotFoundError):
+        files.read_bytes(path)
+    with pytest.raises(FileNotFoundError):
+        files.read_json(path)
+
+
+def test_folders_are_made_with_their_parents_and_again_without_harm(folder: str):
+    path = files.join(folder, "a", "b")
+    for _ in range(2):
+        files.make_folder(path)
+        files.write_bytes(files.join(path, "data.bin"), b"1")
+    assert files.exists(path)
+    assert files.list_names(path) == ["data.bin"]
+
+
+def test_names_are_sorted_and_hold_no_folders(folder: str):
+    for name in ("b", "a", "c"):
+        files.write_bytes(files.join(folder, name), b"")
+    files.make_folder(files.join(folder, "below"))
+    assert files.list_names(folder) == ["a", "b", "c"]
+
+
+def test_deleting_takes_a_file_or_a_folder_and_no_more(folder: str):
+    below = files.join(folder, "below")
+    files.make_folder(below)
+    for path in (files.join(folder, "a"), files.join(folder, "b"), files.join(below, "c")):
+        files.write_bytes(path, b"")
+    files.delete(files.join(folder, "a"))
+    files.delete_folder(below)
+    assert files.list_names(folder) == ["b"]
+    assert not files.exists(below)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_by_name(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write to the output folder .*file/below"):
+        files.make_folder(str(tmp_path / "file" / "below"))
+
+
+def test_an_unknown_scheme_is_refused():
+    with pytest.raises(ValueError, match="cannot open 'nosuch://bucket/a'"):
+        files.resolve("nosuch://bucket/a")
+
+
+def test_home_and_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert files.resolve("a/b")[1] == str(tmp_path / "a" / "b")
+    assert files.resolve("~/a")[1] == str(Path.home() / "a")
+
+
+def test_paths_are_joined_with_one_slash():
+    assert files.join("a/", "b", "c") == "a/b/c"
+    assert files.join("s3://bucket/a", "b") == "s3://bucket/a/b"

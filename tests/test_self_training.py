@@ -1,0 +1,432 @@
+"""Self-training on planted classes: what it finds, what it must not depend on, and what it refuses."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lpclip.config import SelfTrainingConfig
+from lpclip.pseudo_labels import AllReduce, Prior
+from lpclip.self_training import (
+    CHUNK_ROWS,
+    CONFIDENCE,
+    STOP_FLIP_RATE,
+    Pass,
+    Shard,
+    State,
+    check_config,
+    config_identity,
+    mean_confidence,
+    read_prior,
+    self_train,
+)
+
+NUM_CLASSES, DIM = 5, 12
+TEMPERATURE = 0.05
+CONFIG = SelfTrainingConfig(rounds=4)
+GRADIENT = SelfTrainingConfig(solver="gradient", rounds=2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """So small sums are slower in many threads than in one, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def one_shard(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def planted(num_rows: int, *, num_classes: int = NUM_CLASSES, dim: int = DIM, seed: int = 0):
+    """Unit-norm features around class directions, their classes, and a head that has them only roughly right."""
+    rng = np.random.default_rng(seed)
+    means = rng.normal(size=(num_classes, dim))
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    labels = rng.integers(num_classes, size=num_rows)
+    features = means[labels] + 0.25 * rng.normal(size=(num_rows, dim))
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    head = means + 0.2 * rng.normal(size=means.shape)
+    return features.astype(np.float16), labels, F.normalize(torch.tensor(head).float(), dim=1)
+
+
+def train(
+    features: np.ndarray,
+    head: torch.Tensor,
+    *,
+    config: SelfTrainingConfig = CONFIG,
+    prior: Prior | None = None,
+    start: State | None = None,
+) -> list[tuple[State, Pass]]:
+    return list(
+        self_train(
+            Shard(features=features, num_rows=len(features)),
+            zero_shot=head,
+            temperature=TEMPERATURE,
+            config=config,
+            prior=prior or Prior(),
+            start=start,
+        )
+    )
+
+
+def labels_of(state: State, features: np.ndarray) -> np.ndarray:
+    return (torch.tensor(features).float() @ state.weight.T + state.probe_bias()).argmax(dim=1).numpy()
+
+
+class Workers:
+    """Workers as threads that meet in a sum, as processes do in an all-reduce."""
+
+    def __init__(self, number: int) -> None:
+        self._barrier, self._tensors = threading.Barrier(number, timeout=60), [torch.empty(0)] * number
+
+    def all_reduce(self, rank: int) -> AllReduce:
+        def add(tensor: torch.Tensor) -> torch.Tensor:
+            self._tensors[rank] = tensor
+            self._barrier.wait()
+            total = torch.stack(self._tensors).sum(dim=0)
+            self._barrier.wait()
+            return total
+
+        return add
+
+
+def train_on_workers(
+    features: np.ndarray, head: torch.Tensor, cuts: list[int], *, config: SelfTrainingConfig
+) -> list[list[tuple[State, Pass]]]:
+    """All rounds of every worker; worker i has the rows from cut i to cut i + 1."""
+    edges = [0, *cuts, len(features)]
+    workers = Workers(len(edges) - 1)
+
+    def work(rank: int) -> list[tuple[State, Pass]]:
+        shard = Shard(
+            features=features[edges[rank] : edges[rank + 1]], first_row=edges[rank], num_rows=len(features)
+        )
+        return list(
+            self_train(
+                shard,
+                zero_shot=head,
+                temperature=TEMPERATURE,
+                config=config,
+                prior=Prior(),
+                all_reduce=workers.all_reduce(rank),
+            )
+        )
+
+    with ThreadPoolExecutor(len(edges) - 1) as pool:
+        return list(pool.map(work, range(len(edges) - 1)))
+
+
+def assert_same_probe(found: State, expected: State, *, tolerance: float = 1e-4) -> None:
+    bound = tolerance * float(expected.weight.abs().max())
+    torch.testing.assert_close(found.weight, expected.weight, atol=bound, rtol=0)
+    torch.testing.assert_close(found.probe_bias(), expected.probe_bias(), atol=bound, rtol=0)
+
+
+CUTS = {
+    "one chunk, then two": [CHUNK_ROWS],
+    "two chunks, then one": [2 * CHUNK_ROWS],
+    "three workers": [CHUNK_ROWS, 2 * CHUNK_ROWS],
+    "workers without a row": [0, 2 * CHUNK_ROWS, 10_000],
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_gaussian_rounds_do_not_depend_on_the_workers(name: str):
+    features, _, head = planted(10_000)
+    alone = train(features, head, config=replace(CONFIG, threshold=0.6))
+    workers = train_on_workers(features, head, CUTS[name], config=replace(CONFIG, threshold=0.6))
+    for rounds in workers:
+        assert len(rounds) == len(alone)
+        for (state, found), (expected, whole) in zip(rounds, alone, strict=True):
+            assert_same_probe(state, expected)
+            assert state.metrics == pytest.approx(expected.metrics, abs=1e-4)
+            torch.testing.assert_close(found.sums, whole.sums, atol=1e-2, rtol=1e-4)
+    last = [rounds[-1][1] for rounds in workers]
+    assert (np.concatenate([found.labels for found in last]) == alone[-1][1].labels).all()
+    assert (labels_of(workers[0][-1][0], features) == labels_of(alone[-1][0], features)).all()
+
+
+def test_gradient_rounds_do_not_depend_on_the_workers():
+    features, _, head = planted(6000)
+    alone = train(features, head, config=GRADIENT)
+    for rounds in train_on_workers(features, head, [CHUNK_ROWS], config=GRADIENT):
+        assert_same_probe(rounds[-1][0], alone[-1][0])
+
+
+@pytest.mark.parametrize("config", [CONFIG, GRADIENT], ids=["gaussian", "gradient"])
+def test_the_same_run_twice_is_the_same_bit_for_bit(config: SelfTrainingConfig):
+    features, _, head = planted(800)
+    (first, _), (second, _) = (train(features, head, config=config)[-1] for _ in range(2))
+    assert torch.equal(first.weight, second.weight)
+    assert torch.equal(first.probe_bias(), second.probe_bias())
+
+
+def test_the_seed_decides_the_gradient_s_batches():
+    features, _, head = planted(1500)
+    states = [train(features, head, config=replace(GRADIENT, seed=seed))[-1][0] for seed in (0, 1)]
+    assert not torch.equal(states[0].weight, states[1].weight)
+
+
+def test_rounds_beat_their_teacher_and_come_near_to_the_supervised_rule():
+    features, labels, head = planted(4000, dim=8)
+    zero_shot = float(((torch.tensor(features).float() @ head.T).argmax(dim=1).numpy() == labels).mean())
+    x = torch.tensor(features).double()
+    means = torch.stack([x[labels == k].mean(dim=0) for k in range(NUM_CLASSES)])
+    inverse = torch.linalg.inv(torch.cov((x - means[labels]).T))
+    best = x @ (means @ inverse).T - ((means @ inverse) * means).sum(dim=1) / 2
+    bayes = float((best.argmax(dim=1).numpy() == labels).mean())
+    accuracy = float((labels_of(train(features, head)[-1][0], features) == labels).mean())
+    assert bayes - 0.03 < accuracy
+    assert zero_shot + 0.03 < accuracy
+
+
+@pytest.mark.parametrize("config", [CONFIG, GRADIENT], ids=["gaussian", "gradient"])
+def test_the_order_of_classes_does_not_matter(config: SelfTrainingConfig):
+    features, _, head = planted(1000)
+    order = torch.tensor([4, 2, 0, 1, 3])
+    state = train(features, head, config=config)[-1][0]
+    other = train(features, head[order], config=config)[-1][0]
+    assert_same_probe(
+        other,
+        replace(state, weight=state.weight[order], bias=state.bias[order], factors=state.factors[order]),
+    )
+
+
+def test_the_order_of_rows_does_not_matter():
+    features, _, head = planted(6000)
+    order = np.random.default_rng(1).permutation(6000)
+    (state, found), (other, shuffled) = train(features, head)[-1], train(features[order], head)[-1]
+    assert_same_probe(other, state)
+    assert (shuffled.labels == found.labels[order]).mean() > 0.9995
+
+
+def test_turned_features_and_head_give_the_turned_probe():
+    features, _, head = planted(1500)
+    turn = torch.linalg.qr(torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(0))).Q
+    state = train(features.astype(np.float32), head)[-1][0]
+    turned = train((torch.tensor(features).float() @ turn).numpy(), head @ turn)[-1][0]
+    assert_same_probe(replace(turned, weight=turned.weight @ turn.T), state, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("config", [CONFIG, GRADIENT], ids=["gaussian", "gradient"])
+def test_resumed_rounds_equal_the_uninterrupted(config: SelfTrainingConfig):
+    features, _, head = planted(700)
+    config = replace(config, rounds=4)
+    whole = train(features, head, config=config)
+    assert len(whole) >= 3
+    for done in range(1, len(whole)):
+        resumed = train(features, head, config=config, start=whole[done - 1][0])
+        assert [state.round for state, _ in resumed] == [state.round for state, _ in whole[done:]]
+        for (state, found), (expected, labelled) in zip(resumed, whole[done:], strict=True):
+            assert torch.equal(state.weight, expected.weight)
+            assert torch.equal(state.probe_bias(), expected.probe_bias())
+            assert state.metrics == expected.metrics
+            assert (found.labels == labelled.labels).all()
+
+
+def test_rounds_end_when_hardly_a_label_changes_and_at_the_latest_after_all():
+    features, _, head = planted(2000)
+    states = [state for state, _ in train(features, head, config=replace(CONFIG, rounds=50))]
+    assert len(states) < 50
+    assert states[-1].metrics["flip_rate"] < STOP_FLIP_RATE
+    assert all(state.metrics["flip_rate"] >= STOP_FLIP_RATE for state in states[:-1])
+    assert [state.round for state in states] == list(range(1, len(states) + 1))
+    assert len(train(features, head, config=replace(CONFIG, rounds=1))) == 1
+
+
+def test_a_pass_describes_its_own_student():
+    features, _, head = planted(1000)
+    rounds = train(features, head, config=replace(CONFIG, threshold=0.7))
+    for (state, found), (_, before) in zip(rounds[1:], rounds, strict=False):
+        assert (found.labels == labels_of(state, features)).all()
+        assert (found.kept == (found.confidence >= 0.7)).all()
+        zero_shot = (torch.tensor(features).float() @ head.T).argmax(dim=1).numpy()
+        assert state.metrics == pytest.approx(
+            {
+                "coverage": found.kept.mean(),
+                "mean_confidence": found.confidence.mean(),
+                "class_entropy": state.metrics["class_entropy"],
+                "flip_rate": (found.labels != before.labels).mean(),
+                "zero_shot_agreement": (found.labels == zero_shot).mean(),
+            }
+        )
+        assert 0.9 < state.metrics["class_entropy"] <= 1
+
+
+def test_the_threshold_leaves_rows_out_of_the_sums():
+    features, _, head = planted(1000)
+    state, found = train(features, head, config=replace(CONFIG, rounds=1, threshold=0.9))[-1]
+    logits = torch.tensor(features).float() @ state.weight.T + state.probe_bias()
+    targets = torch.softmax(logits, dim=1) * torch.tensor(found.kept)[:, None]
+    assert 0 < found.kept.sum() < 1000
+    torch.testing.assert_close(found.counts, targets.sum(dim=0).double(), atol=1e-2, rtol=0)
+    assert found.counts.sum() <= found.kept.sum() + 1e-3
+    everything = train(features, head, config=replace(CONFIG, rounds=1))[-1][1]
+    assert everything.kept.all()
+    assert float(everything.counts.sum()) == pytest.approx(1000, abs=0.1)
+
+
+def test_a_high_threshold_costs_no_more_than_the_rows_it_leaves_out():
+    features, labels, head = planted(3000, num_classes=8, dim=16)
+    zero_shot = ((torch.tensor(features).float() @ head.T).argmax(dim=1).numpy() == labels).mean()
+    for state, _ in train(features, head, config=replace(CONFIG, threshold=0.99)):
+        assert (labels_of(state, features) == labels).mean() > zero_shot
+        assert state.metrics["coverage"] < 0.8
+
+
+@pytest.mark.parametrize("solver", ["gaussian", "gradient"])
+def test_a_threshold_that_nobody_reaches_is_refused(solver: str):
+    features, _, head = planted(50)
+    config = SelfTrainingConfig(solver=solver, threshold=1 - 1e-9)
+    with pytest.raises(ValueError, match="lower the threshold"):
+        train(features, head[:2] * 1e-3, config=config)
+
+
+def test_a_known_prior_helps_where_classes_are_unequal():
+    rng = np.random.default_rng(3)
+    features, labels, head = planted(6000)
+    shares = np.array([0.7, 0.2, 0.05, 0.03, 0.02])
+    chosen = np.concatenate(
+        [rng.permutation(np.flatnonzero(labels == k))[: int(1000 * s)] for k, s in enumerate(shares)]
+    )
+    features, labels = features[chosen], labels[chosen]
+    accuracy = {}
+    for name in ("uniform", "known"):
+        prior = Prior(shares=torch.tensor(shares if name == "known" else np.full(5, 0.2)))
+        accuracy[name] = (labels_of(train(features, head, prior=prior)[-1][0], features) == labels).mean()
+    assert accuracy["known"] > accuracy["uniform"] + 0.02
+
+
+def test_without_a_prior_the_factors_stay_one():
+    features, _, head = planted(500)
+    for state, _ in train(features, head, prior=Prior(strength=0.0)):
+        assert state.factors.tolist() == [1.0] * NUM_CLASSES
+        assert torch.equal(state.probe_bias(), state.bias)
+
+
+def test_mean_confidence_is_that_of_the_probe():
+    features, _, head = planted(500)
+    state, found = train(features, head)[-1]
+    total = mean_confidence(Shard(features=features, num_rows=500), state, all_reduce=one_shard)
+    assert total == pytest.approx(found.confidence.mean(), abs=1e-4)
+    assert total == pytest.approx(CONFIDENCE, abs=0.15)
+
+
+def test_the_student_learns_from_the_strong_views():
+    features, _, head = planted(600)
+    noise = np.random.default_rng(0).normal(size=(2, *features.shape)) * 0.1
+    strong = tuple((features + part).astype(np.float16) for part in noise)
+    states = []
+    for views in ((), strong):
+        shard = Shard(features=features, strong=views, num_rows=600)
+        rounds = self_train(shard, zero_shot=head, temperature=TEMPERATURE, config=GRADIENT, prior=Prior())
+        states.append([state for state, _ in rounds][-1])
+    assert not torch.equal(states[0].weight, states[1].weight)
+    assert states[1].weight.isfinite().all()
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape)
+
+
+EXTREMES = {
+    "identical rows": unit(np.ones((20, DIM))),
+    "a single row": unit(noise(1, DIM)),
+    "fewer rows than classes": unit(noise(3, DIM)),
+    "rows of one class": unit(noise(1, DIM) + 0.01 * noise(40, DIM)),
+    "a row apart": unit(np.concatenate([np.ones((40, DIM)), -np.ones((1, DIM))])),
+    "two points": unit(np.repeat(np.eye(2, DIM), 10, axis=0)),
+}
+
+
+@pytest.mark.parametrize("solver", ["gaussian", "gradient"])
+@pytest.mark.parametrize("prior", ["estimated", "uniform", "none"])
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extreme_rows_give_finite_probes(name: str, prior: str, solver: str):
+    head = planted(1)[2]
+    config = SelfTrainingConfig(solver=solver, rounds=3)
+    for state, found in train(EXTREMES[name], head, config=config, prior=read_prior(prior, tuple("abcde"))):
+        assert state.weight.isfinite().all()
+        assert state.probe_bias().isfinite().all()
+        assert np.isfinite(found.confidence).all()
+        assert np.isfinite(list(state.metrics.values())).all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rounds": 0},
+        {"rounds": -1},
+        {"threshold": -0.1},
+        {"threshold": 1.0},
+        {"num_workers": -1},
+        {"threshold": float("nan")},
+    ],
+)
+def test_values_out_of_range_are_refused_by_their_flag(changes: dict[str, float]):
+    flag = "--" + next(iter(changes)).replace("_", "-")
+    with pytest.raises(ValueError, match=flag):
+        check_config(SelfTrainingConfig(**changes))
+
+
+def test_the_defaults_are_in_range():
+    check_config(SelfTrainingConfig())
+
+
+def test_the_number_of_workers_is_no_part_of_a_run_s_identity():
+    assert config_identity(SelfTrainingConfig(num_workers=4)) == config_identity(SelfTrainingConfig())
+    assert config_identity(SelfTrainingConfig(seed=4)) != config_identity(SelfTrainingConfig())
+
+
+CLASSES = ("cat", "dog")
+
+
+def test_priors_by_name():
+    assert (read_prior("estimated", CLASSES).shares, read_prior("estimated", CLASSES).strength) == (None, 1.0)
+    assert read_prior("none", CLASSES).strength == 0
+    assert read_prior("uniform", CLASSES).shares.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "text", ["3\n1\n", "3\r\n\r\n1", " 0.75\n0.25", "dog\t1\ncat\t3\n", "dog \t 5\n cat\t15"]
+)
+def test_a_prior_file_has_weights_in_class_order_or_by_name(text: str):
+    assert read_prior("prior.txt", CLASSES, text=text).shares.tolist() == [0.75, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "0 weights for 2 classes"),
+        ("1\n1\n1", "3 weights for 2 classes"),
+        ("1\nmany", "not a weight"),
+        ("cat\tmany\ndog\t1", "not a weight"),
+        ("cat\t1\ncow\t1", "must name each class once; missing: dog"),
+        ("cat\t1", "missing: dog"),
+        ("cat\t1\ndog\t1\ncow\t1", "must name each class once"),
+        ("cat\t1\ndog\t1\ncat\t2", "must name each class once"),
+        ("cat\t1\n1", "must name each class once"),
+        ("0\n1", "positive"),
+        ("-1\n2", "positive"),
+        ("nan\n1", "positive"),
+        ("inf\n1", "positive"),
+    ],
+)
+def test_a_prior_file_that_does_not_fit_is_refused_with_the_reason(text: str, reason: str):
+    with pytest.raises(ValueError, match=reason) as caught:
+        read_prior("prior.txt", CLASSES, text=text)
+    assert str(caught.value).count("prior.txt") == 1
