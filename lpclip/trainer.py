@@ -9,7 +9,10 @@ OUT/rounds/finished.json            written last
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +94,8 @@ def fit(work: Work, *, storage: str) -> list[State]:
             failure_config=ray.train.FailureConfig(max_failures=0 if work.config.num_workers == 0 else 2),
         ),
     )
-    trainer.fit()
+    with _shown_rounds(work.folder):
+        trainer.fit()
     return read_rounds(work.folder)
 
 
@@ -145,7 +149,6 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         last = labelled
         if rank == 0:
             _write_round(work.folder, state)
-            _show_round(state)
         if distributed:
             ray.train.report(state.metrics)
     _write_labels(work.folder, rank, ids=ids, found=last)
@@ -179,10 +182,40 @@ def _write_round(folder: str, state: State) -> None:
     files.write_json(f"{name}.json", {"round": state.round, "scale": state.scale, "metrics": state.metrics})
 
 
-def _show_round(state: State) -> None:
-    m = state.metrics
+@contextlib.contextmanager
+def _shown_rounds(folder: str) -> Iterator[None]:
+    """Print rounds as they come to the folder: workers' own output passes through Ray's logs, and twice."""
+    seen, done = len(_round_names(folder)), threading.Event()
+
+    def follow() -> None:
+        nonlocal seen
+        while True:
+            last = done.wait(0.5)
+            names = _round_names(folder)
+            for name in names[seen:]:
+                _show_round(files.read_json(files.join(folder, name)))
+            seen = max(seen, len(names))
+            if last:
+                return
+
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        done.set()
+        follower.join()
+
+
+def _round_names(folder: str) -> list[str]:
+    names = files.list_names(folder)
+    return [name for name in names if name.startswith("round-") and name.endswith(".json")]
+
+
+def _show_round(entry: dict[str, Any]) -> None:
+    m = entry["metrics"]
     print(
-        f"round {state.round}: {m['flip_rate']:.1%} of the labels changed, {m['coverage']:.1%} kept, "
+        f"round {entry['round']}: {m['flip_rate']:.1%} of the labels changed, {m['coverage']:.1%} kept, "
         f"mean confidence {m['mean_confidence']:.3f}, {m['zero_shot_agreement']:.1%} as zero-shot",
         flush=True,
     )

@@ -339,7 +339,7 @@ def _print_plan(
             size = row_bytes * item.source.num_rows / 1e6
             print(f"features  {item.name}: about {size:,.0f} MB when all are encoded")
     print(f"output    {_shown(out)}")
-    for note in notes:
+    for note in (*notes, *info.notes):
         print(f"note      {note}")
 
 

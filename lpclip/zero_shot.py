@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +40,14 @@ class EncoderInfo:
     logit_scale: float
     head: np.ndarray | None
     """(K, d) float32 zero-shot weights of the class names that were asked for."""
+    notes: tuple[str, ...] = ()
+    """Warnings that came with loading it."""
 
 
 def _describe(config: EncoderConfig, names: tuple[str, ...], templates: tuple[str, ...]) -> EncoderInfo:
-    encoder = load_encoder(config, device="cuda" if torch.cuda.is_available() else "cpu")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        encoder = load_encoder(config, device="cuda" if torch.cuda.is_available() else "cpu")
     head = prompts.zero_shot_head(encoder, names, templates=templates).numpy() if names else None
     return EncoderInfo(
         name=encoder.name,
@@ -50,6 +55,8 @@ def _describe(config: EncoderConfig, names: tuple[str, ...], templates: tuple[st
         preprocess=encoder.preprocess,
         logit_scale=encoder.logit_scale,
         head=head,
+        # A worker's warnings end in Ray's logs, where nobody looks: these belong into the plan.
+        notes=tuple(dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning)),
     )
 
 
