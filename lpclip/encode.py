@@ -300,6 +300,8 @@ def encode(
                     "encoded is kept, the same command goes on; a smaller --batch-size needs less memory"
                 ) from error
             print(f"an encoder was lost, going on ({failures} of {MAX_LOST_ENCODERS - 1} times)", flush=True)
+        else:
+            break
         done = store.open_store(path, identity)
         todo = [unit for unit in todo if unit not in done]
         progress.done = sum(done.values())

@@ -32,22 +32,23 @@ def map_labels(
     label that occurs is none of the classes.
     """
     seen = np.unique(labels[labels >= 0])
-    names = [label_names[i] for i in seen] if label_names else [str(i) for i in seen]
+    found = [label_names[i] for i in seen] if label_names else [str(i) for i in seen]
+    keys = found
     if classes.labels is not None:
         places = {label: place for place, label in enumerate(classes.labels)}
     elif label_names is not None:
         places = {_key(name): place for place, name in enumerate(classes.names)}
-        names = [_key(name) for name in names]
+        keys = [_key(name) for name in found]
     else:
         places = {str(place): place for place in range(len(classes.names))}
-    missing = [name for name in names if name not in places]
+    missing = [name for name, key in zip(found, keys, strict=True) if key not in places]
     if missing:
         raise ValueError(
             f"{len(missing)} labels of {data} are not in the class list ({', '.join(missing[:5])}); "
             "name the classes alike, or map each in a --classes file with lines label<TAB>name"
         )
     table = np.full(max(seen, default=0) + 2, -1, np.int64)
-    table[seen] = [places[name] for name in names]
+    table[seen] = [places[key] for key in keys]
     return table[labels]
 
 

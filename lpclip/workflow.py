@@ -123,6 +123,8 @@ def _selftrain(
     if tested is not None:
         seconds["encode_eval"] = tested.seconds
 
+    features, raw = load_labelled(encoded)
+    x, y = _evaluation_rows(data, test, tested, features, raw, classes)
     work = make_work(
         store_path=encoded.path,
         fingerprint=encoded.manifest["fingerprint"],
@@ -139,7 +141,6 @@ def _selftrain(
     _write_parquet(files.join(out, "pseudo_labels.parquet"), labels_table)
 
     begin = time.monotonic()
-    features, raw = load_labelled(encoded)
     identity = {
         "config": to_dict(job.encoder),
         "identity": info.identity,
@@ -172,7 +173,6 @@ def _selftrain(
     seconds["probes"] = time.monotonic() - begin
 
     begin = time.monotonic()
-    x, y = _evaluation_rows(data, test, tested, features, raw, classes)
     shown = {"zero_shot": zero_shot, "probe": best, **({"supervised": supervised} if supervised else {})}
     results = {name: evaluate(probe, x, y) for name, probe in shown.items()}
     history = _history(rounds, probes, x, y)

@@ -217,7 +217,9 @@ def test_an_empty_tar_among_others_is_no_obstacle(info: EncoderInfo, tmp_path: P
     write_tar(tmp_path / "images" / "a.tar", {"0.png": draw(0, 0)})
     write_tar(tmp_path / "images" / "b.tar", {})
     manifest = run(tmp_path / "images", info, tmp_path / "store")
-    assert manifest["num_rows"] == 1
+    assert (manifest["num_rows"], manifest["num_quarantined"]) == (1, 1)
+    (row,) = pq.read_table(tmp_path / "store" / "quarantine.parquet").to_pylist()
+    assert row == {"id": "b.tar/(empty)", "stage": "read", "error": "tar: holds no samples"}
 
 
 def test_a_store_of_other_views_or_seeds_is_not_gone_on_with(

@@ -82,7 +82,16 @@ def test_a_submitted_job_ends_with_a_probe(head: tuple[str, dict[str, str]], tmp
     done = submit(
         address,
         environment,
-        *("python", "jobs/selftrain.py", "--data", str(tmp_path / "photos"), "--out", str(out), "--rounds", "2"),
+        *(
+            "python",
+            "jobs/selftrain.py",
+            "--data",
+            str(tmp_path / "photos"),
+            "--out",
+            str(out),
+            "--rounds",
+            "2",
+        ),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((out / "summary.json").read_text())

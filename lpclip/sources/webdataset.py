@@ -33,12 +33,17 @@ class TarReader(Reader):
         work = json.loads(unit)
         file, limit = work["file"], work.get("limit")
         seen: set[str] = set()
+        empty = True
         try:
             with open_tar(self.root, file) as tar:
                 for key, members in samples(tar, read=partial(read_member, tar, max_bytes=self.max_bytes)):
                     if len(seen) == limit:
                         return
+                    empty = False
                     yield from self._sample(f"{file}/{key}", members, seen)
+            if empty:
+                # A unit without rows would leave no part, and could not be told from one that is to be done.
+                yield Row(f"{file}/(empty)", None, error="tar: holds no samples")
         except TAR_ERRORS as error:
             yield Row(f"{file}/(rest)", None, error=f"tar: {reason(error)}")
 
