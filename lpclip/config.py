@@ -172,4 +172,6 @@ class PredictJob:
     """Where the encoder's local checkpoint lies now, if it has moved since training."""
     batch_size: int = 64
     """Images in one forward pass."""
+    features: str | None = None
+    """Folder of feature stores to find and to leave features in; by default they are removed at the end."""
     source: SourceConfig = field(default_factory=SourceConfig)

@@ -224,7 +224,7 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
             "the weights, the precision or the preprocessing differ"
         )
     views = probe.encoder["views"]
-    folder = f"{job.out}.features"
+    folder = job.features or f"{job.out}.features"
     with output_folder(folder) as held:
         _print_plan(data, None, info=info, views=views, out=job.out, notes=_notes(data))
         encoded = encode_data(
@@ -249,6 +249,8 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
             }
         )
         _write_parquet(job.out, table)
+    if job.features is None:
+        files.delete_folder(folder)
     counts = np.bincount(places[:, 0].numpy(), minlength=p.shape[1])
     order = np.argsort(-counts)[:20]
     print(report.table([{"label": probe.class_names[i], "images": int(counts[i])} for i in order]))
