@@ -1,6 +1,6 @@
 """The picture at the top of the README, from the summaries of finished runs.
 
-    python benchmarks/results_figure.py docs/results.png "CIFAR-10=runs/c10" "PACS photo*=runs/pacs"
+python benchmarks/results_figure.py docs/results.png "CIFAR-10=runs/c10" "PACS photo*=runs/pacs"
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def main(target: str, *runs: str) -> None:
         name, _, out = run.rpartition("=")
         summary = json.loads((Path(out) / "summary.json").read_text())
         accuracies[name] = {text: summary[key]["accuracy"] for key, text in METHODS.items() if key in summary}
-    report.save(report.comparison_figure(accuracies, title="Accuracy on lite features (only supervised saw labels)"), target)
+    title = "Accuracy on lite features (only supervised saw labels)"
+    report.save(report.comparison_figure(accuracies, title=title), target)
 
 
 if __name__ == "__main__":

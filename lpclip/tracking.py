@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 DEFAULT_URI = "sqlite:///mlflow.db"
 KEY_TAG = "lpclip.resume_key"
 
+# MLflow's pages open an experiment as traces of language models unless told otherwise.
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+
 
 class Run:
     """One MLflow run. Made by `track`.
@@ -278,7 +281,7 @@ def _experiment(client: MlflowClient, name: str, uri: str) -> str:
     if experiment is None:
         location = (database.parent / "mlruns" / metric_name(name)).as_uri() if database else None
         try:
-            return client.create_experiment(name, artifact_location=location)
+            return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
         except MlflowException:
             experiment = client.get_experiment_by_name(name)  # another driver was faster
             if experiment is None:
