@@ -81,6 +81,9 @@ class SelfTrainingConfig:
     """Pseudo-labels with a confidence under this are left out of the fit."""
     prior: str = "estimated"
     """Class prior: estimated, uniform, none, or a text file with one weight a line (or `name<TAB>weight`)."""
+    neighbours: int | None = None
+    """Nearest neighbours that have a say in each label (gaussian solver); by default 10 between 50 images a class
+    and 100,000 images in all, else none. 0 uses none."""
     num_workers: int = 0
     """Ray Train workers for the rounds; 0 runs the same code in this process."""
     seed: int = 0

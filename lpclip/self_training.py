@@ -26,7 +26,6 @@ from lpclip.probe import (
 from lpclip.pseudo_labels import (
     AllReduce,
     Prior,
-    confidence_sums,
     prior_sums,
     scale_to_confidence,
     soft_targets,
@@ -41,6 +40,11 @@ STOP_FLIP_RATE = 0.002
 # The recipe's constants: one set for all data. docs/method.md has the measurements behind them.
 CONFIDENCE = 0.8
 ZERO_SHOT_SHARE = 0.3
+# An estimate of the prior is unsure: at full strength it drags unequal classes toward equal ones, round by round.
+ESTIMATED_STRENGTH = 0.3
+NEIGHBOUR_WEIGHT = 2.0
+NEIGHBOUR_FLOOR = 1e-3
+MAX_NEIGHBOUR_ROWS = 100_000
 FIRST_PRIOR_STEPS = 10
 GRADIENT_EPOCHS = 5
 GRADIENT_BATCH = 512
@@ -59,6 +63,8 @@ class Shard:
     """Place of the shard's first row among all rows."""
     num_rows: int = 0
     """Rows of all shards."""
+    neighbours: Tensor | None = None
+    """(n, k) int64: places among all rows of each row's nearest neighbours, or none are used."""
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Row slices and their features (m, d) as float32."""
@@ -101,6 +107,8 @@ class Pass:
     labels: np.ndarray
     confidence: np.ndarray
     kept: np.ndarray
+    targets: Tensor | None
+    """(num_rows, K) float32, the targets of all shards' rows, where neighbours are used."""
 
 
 def read_prior(spec: str, class_names: tuple[str, ...], *, text: str | None = None) -> Prior:
@@ -109,7 +117,7 @@ def read_prior(spec: str, class_names: tuple[str, ...], *, text: str | None = No
     Raises ValueError when the weights do not fit the classes.
     """
     if spec == "estimated":
-        return Prior()
+        return Prior(strength=ESTIMATED_STRENGTH)
     if spec == "none":
         return Prior(strength=0.0)
     if spec == "uniform":
@@ -142,29 +150,54 @@ def check_config(config: SelfTrainingConfig) -> None:
         raise ValueError(f"--rounds must be at least 1, not {config.rounds}")
     if not 0 <= config.threshold < 1:
         raise ValueError(f"--threshold must be at least 0 and below 1, not {config.threshold}")
+    if config.neighbours is not None and config.neighbours < 0:
+        raise ValueError(f"--neighbours must not be negative, not {config.neighbours}")
+    if config.neighbours and config.solver == "gradient":
+        raise ValueError("--neighbours is for the gaussian solver: the gradient solver uses none")
     if config.num_workers < 0:
         raise ValueError(f"--num-workers must not be negative, not {config.num_workers}")
 
 
+def neighbour_count(config: SelfTrainingConfig, *, num_rows: int, num_classes: int) -> int:
+    """How many neighbours to use: as configured, or ten where they are near enough and the search affordable."""
+    if config.solver == "gradient":
+        return 0
+    if config.neighbours is not None:
+        return min(config.neighbours, num_rows - 1)
+    return 10 if 50 * num_classes <= num_rows <= MAX_NEIGHBOUR_ROWS else 0
+
+
 def run_pass(
-    shard: Shard, teacher: State, *, zero_shot: Tensor, threshold: float, previous: np.ndarray | None
+    shard: Shard, teacher: State, *, zero_shot: Tensor, threshold: float, before: Pass | None
 ) -> Pass:
-    """Label all rows of a shard with the teacher; the sums are this shard's own."""
+    """Label all rows of a shard with the teacher, helped by what the pass `before` said of their neighbours.
+
+    The sums and targets are this shard's own.
+    """
     num_classes, dim = zero_shot.shape
     sums, counts = torch.zeros(num_classes, dim, dtype=torch.float64), torch.zeros(num_classes).double()
     prior, numbers = torch.zeros(2, num_classes, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
     labels = np.empty(len(shard.features), np.int32)
     confidence, kept = np.empty(len(labels), np.float32), np.empty(len(labels), bool)
+    shared = torch.zeros(shard.num_rows, num_classes) if shard.neighbours is not None else None
     for rows, features in shard.chunks():
-        posterior, targets = soft_targets(features @ teacher.weight.T + teacher.bias, teacher.factors)
+        logits = features @ teacher.weight.T + teacher.bias
+        if before is not None and before.targets is not None and shard.neighbours is not None:
+            around = before.targets[shard.neighbours[rows]].mean(dim=1)
+            logits = logits + NEIGHBOUR_WEIGHT * torch.log(around + NEIGHBOUR_FLOOR)
+        posterior, targets = soft_targets(logits, teacher.factors)
         top, label = targets.max(dim=1)
         keep = top >= threshold
         prior += prior_sums(posterior, teacher.factors)
+        if shared is not None:
+            shared[shard.first_row + rows.start : shard.first_row + rows.stop] = targets
         targets = targets * keep[:, None]
         sums += (targets.T @ features).double()
         counts += targets.double().sum(dim=0)
         base = (features @ zero_shot.T).argmax(dim=1)
-        flips = torch.from_numpy(previous[rows]) != label if previous is not None else torch.zeros(len(label))
+        flips = (
+            torch.from_numpy(before.labels[rows]) != label if before is not None else torch.zeros(len(label))
+        )
         numbers += torch.stack(
             [torch.tensor(float(len(label))), keep.sum(), top.sum(), flips.sum(), (base == label).sum()]
         ).double()
@@ -177,6 +210,7 @@ def run_pass(
         labels=labels,
         confidence=confidence,
         kept=kept,
+        targets=shared,
     )
 
 
@@ -185,7 +219,8 @@ def _reduce(found: Pass, all_reduce: AllReduce) -> Pass:
     flat = all_reduce(torch.cat([getattr(found, name).flatten() for name in fields]))
     pieces = flat.split([getattr(found, name).numel() for name in fields])
     shaped = {n: p.reshape(getattr(found, n).shape) for n, p in zip(fields, pieces, strict=True)}
-    return replace(found, **shaped)
+    targets = all_reduce(found.targets) if found.targets is not None else None
+    return replace(found, **shaped, targets=targets)
 
 
 def _metrics(found: Pass) -> dict[str, float]:
@@ -222,12 +257,12 @@ def self_train(
         bias=torch.zeros(len(zero_shot)),
         factors=torch.ones(len(zero_shot)),
     )
-    space = feature_space(_moments(shard, all_reduce=all_reduce)) if config.solver == "gaussian" else None
-    teacher, previous = start or first, None
+    space = fit_space(shard, all_reduce=all_reduce) if config.solver == "gaussian" else None
+    teacher = start or first
     if start is None:
         _settle_prior(shard, teacher, prior=prior, all_reduce=all_reduce)
     found = _reduce(
-        run_pass(shard, teacher, zero_shot=zero_shot, threshold=config.threshold, previous=None), all_reduce
+        run_pass(shard, teacher, zero_shot=zero_shot, threshold=config.threshold, before=None), all_reduce
     )
     for number in range(teacher.round + 1, config.rounds + 1):
         if found.numbers[1] == 0:
@@ -242,9 +277,8 @@ def self_train(
         student.round = number
         # Halfway in the logarithm: a full step from the last teacher's sums to this student's can oscillate.
         student.factors = (teacher.factors * update_factors(found.prior, prior=prior)).sqrt()
-        previous = found.labels
         found = _reduce(
-            run_pass(shard, student, zero_shot=zero_shot, threshold=config.threshold, previous=previous),
+            run_pass(shard, student, zero_shot=zero_shot, threshold=config.threshold, before=found),
             all_reduce,
         )
         student.metrics = _metrics(found)
@@ -254,12 +288,13 @@ def self_train(
             return
 
 
-def _moments(shard: Shard, *, all_reduce: AllReduce) -> Tensor:
+def fit_space(shard: Shard, *, all_reduce: AllReduce = lambda tensor: tensor) -> Space:
+    """The whitened space of all shards' features."""
     dim = shard.features.shape[1]
     total = torch.zeros(dim + 1, dim + 1, dtype=torch.float64)
     for _, features in shard.chunks():
         total += row_moments(features)
-    return all_reduce(total)
+    return feature_space(all_reduce(total))
 
 
 def _settle_prior(shard: Shard, teacher: State, *, prior: Prior, all_reduce: AllReduce) -> None:
@@ -325,15 +360,6 @@ def _gradient_student(
     return State(
         round=0, weight=parameters[:, :-1].contiguous(), bias=parameters[:, -1], factors=teacher.factors
     )
-
-
-def mean_confidence(shard: Shard, state: State, *, all_reduce: AllReduce) -> float:
-    """Mean maximal probability of a state's probe over all rows."""
-    total = torch.zeros(2, dtype=torch.float64)
-    for _, features in shard.chunks():
-        total += confidence_sums(features @ state.weight.T + state.probe_bias())
-    total = all_reduce(total)
-    return float(total[0] / total[1])
 
 
 def config_identity(config: SelfTrainingConfig) -> dict[str, object]:

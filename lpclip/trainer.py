@@ -13,7 +13,7 @@ import contextlib
 import threading
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,19 @@ from torch import Tensor
 
 from lpclip import files, store
 from lpclip.config import SelfTrainingConfig
-from lpclip.pseudo_labels import Prior
-from lpclip.self_training import CHUNK_ROWS, Pass, Shard, State, config_identity, self_train
+from lpclip.encoders import resolve_precision
+from lpclip.neighbours import nearest
+from lpclip.pseudo_labels import AllReduce, Prior
+from lpclip.self_training import (
+    CHUNK_ROWS,
+    Pass,
+    Shard,
+    State,
+    config_identity,
+    fit_space,
+    neighbour_count,
+    self_train,
+)
 from lpclip.zero_shot import Head
 
 LABELS = pa.schema(
@@ -135,8 +146,12 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         return tensor
 
     shard, ids = load_shard(work, part=rank, num_parts=size)
-    # The last round is done again: its pass over the rows, with the labels, was not kept.
-    rounds = read_rounds(work.folder)[:-1]
+    # The last round is done again: its pass over the rows, with the labels, was not kept. With neighbours all
+    # are: they hang on the targets of the round before, and take seconds where there are few enough rows.
+    count = neighbour_count(work.config, num_rows=shard.num_rows, num_classes=len(work.head.weight))
+    rounds = read_rounds(work.folder)[:-1] if count == 0 else []
+    if count:
+        shard = replace(shard, neighbours=_find_neighbours(work, shard, count=count, all_reduce=all_reduce))
     for state, labelled in self_train(
         shard,
         zero_shot=torch.tensor(work.head.weight),
@@ -158,6 +173,20 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         files.write_json(
             files.join(work.folder, "finished.json"), {"round": state.round, "num_workers": size}
         )
+
+
+def _find_neighbours(work: Work, shard: Shard, *, count: int, all_reduce: AllReduce) -> Tensor:
+    everything = shard.features
+    if len(everything) < shard.num_rows:
+        everything = store.load(work.store_path, views=(), with_labels=False).base
+    return nearest(
+        shard.features,
+        among=everything,
+        first_row=shard.first_row,
+        space=fit_space(shard, all_reduce=all_reduce),
+        count=count,
+        dtype=resolve_precision("auto", device=torch.device("cpu")),
+    )
 
 
 def load_shard(work: Work, *, part: int, num_parts: int) -> tuple[Shard, np.ndarray]:

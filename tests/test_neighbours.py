@@ -1,0 +1,119 @@
+"""Nearest neighbours: exact, the same for every cut of the rows, and of use to the rounds."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from test_self_training import Workers, assert_same_probe, planted
+
+from lpclip.config import SelfTrainingConfig
+from lpclip.neighbours import nearest
+from lpclip.pseudo_labels import Prior
+from lpclip.self_training import CHUNK_ROWS, Shard, State, fit_space, neighbour_count, self_train
+
+FEATURES, LABELS, HEAD = planted(2_000)
+SPACE = fit_space(Shard(features=FEATURES, num_rows=len(FEATURES)))
+
+
+def find(features: np.ndarray, first_row: int = 0, count: int = 4) -> torch.Tensor:
+    return nearest(
+        features, among=FEATURES, first_row=first_row, space=SPACE, count=count, dtype=torch.float32
+    )
+
+
+def test_neighbours_are_those_of_a_full_comparison() -> None:
+    z = (torch.tensor(FEATURES).double() - SPACE.mean) @ SPACE.whitener
+    z = torch.nn.functional.normalize(z, dim=1)
+    similarity = (z @ z.T).fill_diagonal_(-2)
+    found = similarity.gather(1, find(FEATURES)).numpy()
+    expected = similarity.topk(4, dim=1).values.numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_no_row_is_its_own_neighbour_even_among_equals() -> None:
+    same = np.repeat(FEATURES[:1], 6, axis=0)
+    found = nearest(same, among=same, first_row=0, space=SPACE, count=3, dtype=torch.float32)
+    assert not (found == torch.arange(6)[:, None]).any()
+
+
+@pytest.mark.parametrize("cut", [0, 1, 1024, 1999, 2000])
+def test_a_cut_of_the_rows_finds_what_all_rows_find(cut: int) -> None:
+    parts = torch.cat([find(FEATURES[:cut]), find(FEATURES[cut:], first_row=cut)])
+    assert torch.equal(parts, find(FEATURES))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "expected"), [(100, 0), (499, 0), (500, 10), (100_000, 10), (100_001, 0)]
+)
+def test_neighbours_are_used_where_they_are_near_and_affordable(num_rows: int, expected: int) -> None:
+    assert neighbour_count(SelfTrainingConfig(), num_rows=num_rows, num_classes=10) == expected
+
+
+def test_the_flag_decides_and_never_asks_for_more_neighbours_than_there_are() -> None:
+    config = SelfTrainingConfig(neighbours=7)
+    assert neighbour_count(config, num_rows=1_000_000, num_classes=10) == 7
+    assert neighbour_count(config, num_rows=5, num_classes=2) == 4
+    assert neighbour_count(SelfTrainingConfig(solver="gradient"), num_rows=5_000, num_classes=2) == 0
+
+
+def rounds(shard: Shard, all_reduce=lambda tensor: tensor) -> State:
+    steps = self_train(
+        shard,
+        zero_shot=HEAD,
+        temperature=0.05,
+        config=SelfTrainingConfig(rounds=4),
+        prior=Prior(strength=0.3),
+        all_reduce=all_reduce,
+    )
+    return [state for state, _ in steps][-1]
+
+
+def test_rounds_with_neighbours_do_not_depend_on_the_workers() -> None:
+    features, _, _ = planted(CHUNK_ROWS + 500)
+    space = fit_space(Shard(features=features, num_rows=len(features)))
+    options = {"among": features, "space": space, "count": 5, "dtype": torch.float32}
+    whole = Shard(
+        features=features, num_rows=len(features), neighbours=nearest(features, first_row=0, **options)
+    )
+    workers = Workers(2)
+    found: dict[int, State] = {}
+
+    def work(rank: int, rows: slice) -> None:
+        shard = Shard(
+            features=features[rows],
+            first_row=rows.start,
+            num_rows=len(features),
+            neighbours=nearest(features[rows], first_row=rows.start, **options),
+        )
+        found[rank] = rounds(shard, workers.all_reduce(rank))
+
+    threads = [
+        threading.Thread(target=work, args=(rank, rows))
+        for rank, rows in enumerate([slice(0, CHUNK_ROWS), slice(CHUNK_ROWS, len(features))])
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_same_probe(found[0], rounds(whole))
+    assert_same_probe(found[1], found[0])
+
+
+def test_neighbours_mend_labels_that_the_teacher_gets_wrong() -> None:
+    plain = Shard(features=FEATURES, num_rows=len(FEATURES))
+    helped = Shard(features=FEATURES, num_rows=len(FEATURES), neighbours=find(FEATURES, count=10))
+
+    def last_labels(shard: Shard) -> np.ndarray:
+        steps = self_train(
+            shard,
+            zero_shot=HEAD,
+            temperature=0.05,
+            config=SelfTrainingConfig(rounds=1),
+            prior=Prior(strength=0.0),
+        )
+        return [found.labels for _, found in steps][-1]
+
+    assert (last_labels(helped) == LABELS).mean() > (last_labels(plain) == LABELS).mean()
