@@ -16,7 +16,6 @@ from lpclip.config import SelfTrainingConfig
 from lpclip.pseudo_labels import AllReduce, Prior
 from lpclip.self_training import (
     CHUNK_ROWS,
-    CONFIDENCE,
     STOP_FLIP_RATE,
     Pass,
     Shard,
