@@ -27,7 +27,7 @@ from lpclip.labels import map_labels, resolve_classes
 from lpclip.probe import Probe, load_probe, zero_shot_probe
 from lpclip.prompts import ClassList, templates
 from lpclip.runtime import claim, output_folder, start_ray, versions
-from lpclip.self_training import State, check_config, read_prior
+from lpclip.self_training import State, check_config, neighbour_count, read_prior
 from lpclip.trainer import fit, make_work, read_labels
 from lpclip.views import parse_views
 from lpclip.zero_shot import EncoderInfo, Head, describe_encoder, make_head
@@ -135,6 +135,9 @@ def _selftrain(
     )
     claim(out, {**work.identity, "eval_data": tested.manifest["fingerprint"] if tested else None})
     begin = time.monotonic()
+    near = neighbour_count(job.training, num_rows=len(features.ids), num_classes=len(classes.names))
+    if near:
+        print(f"rounds: first the {near} nearest neighbours of {len(features.ids):,} images", flush=True)
     rounds = fit(work, storage=files.join(out, "ray"))
     seconds["rounds"] = time.monotonic() - begin
     labels_table = read_labels(work.folder)
