@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import replace
 from typing import Any
@@ -21,6 +20,7 @@ from lpclip.config import (
     SelftrainJob,
     to_dict,
 )
+from lpclip.console import encoded_row, print_plan, print_result, print_training
 from lpclip.evaluation import evaluate, label_free_temperature, pictures, supervised_probe
 from lpclip.features import Data, Encoded, encode_data, load_labelled, open_data
 from lpclip.labels import map_labels, resolve_classes
@@ -31,8 +31,6 @@ from lpclip.self_training import State, check_config, neighbour_count, read_prio
 from lpclip.trainer import fit, make_work, read_labels
 from lpclip.views import parse_views
 from lpclip.zero_shot import EncoderInfo, Head, describe_encoder, make_head
-
-LITE_NOTE = "the embedded lite encoder is not CLIP: it serves first impressions, its figures are its own"
 
 
 def encode_job(job: EncodeJob) -> dict[str, Any]:
@@ -47,7 +45,7 @@ def encode_job(job: EncodeJob) -> dict[str, Any]:
             job.encoder, class_names=names, templates=templates(job.names.templates) if names else ()
         )
         head = make_head(info, names, temperature=None) if names else None
-        _print_plan(data, None, info=info, views=job.encode.views, out=out, notes=_notes(data))
+        print_plan(data, None, info=info, views=job.encode.views, out=out)
         encoded = encode_data(
             data,
             info=info,
@@ -68,7 +66,7 @@ def encode_job(job: EncodeJob) -> dict[str, Any]:
             "versions": versions(),
         }
         files.write_json(files.join(out, "summary.json"), summary)
-        print(report.table([_encoded_row(data, encoded)]))
+        print(report.table([encoded_row(data, encoded)]))
         return summary
 
 
@@ -88,8 +86,8 @@ def selftrain_job(job: SelftrainJob) -> dict[str, Any]:
             job.encoder, class_names=classes.names, templates=templates(job.names.templates)
         )
         head = make_head(info, classes.names, temperature=job.training.temperature)
-        _print_plan(data, test, info=info, views=job.encode.views, out=out, notes=_notes(data, test))
-        _print_training(job, classes, head)
+        print_plan(data, test, info=info, views=job.encode.views, out=out)
+        print_training(job, classes, head)
         with tracking.track(
             job.tracking, name=out.rsplit("/", 1)[-1], params=_parameters(job), resume_key=f"selftrain {out}"
         ) as run:
@@ -203,7 +201,7 @@ def _selftrain(
     }
     files.write_json(files.join(out, "summary.json"), summary)
     _track(run, summary, {name: shown[name] for name in ("zero_shot", "probe")}, x, y, out, classes)
-    _print_result(summary, data, encoded, test, tested, out, run)
+    print_result(summary, data, encoded, test, tested, out, run)
     return summary
 
 
@@ -229,7 +227,7 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
     views = probe.encoder["views"]
     folder = job.features or f"{job.out}.features"
     with output_folder(folder) as held:
-        _print_plan(data, None, info=info, views=views, out=job.out, notes=_notes(data))
+        print_plan(data, None, info=info, views=views, out=job.out)
         encoded = encode_data(
             data,
             info=info,
@@ -322,97 +320,6 @@ def _history(rounds: list[State], probes: list[Probe], x: np.ndarray, y: np.ndar
 
 def _parameters(job: SelftrainJob) -> dict[str, Any]:
     return {name: value for name, value in to_dict(job).items() if value is not None}
-
-
-def _notes(*data: Data | None) -> list[str]:
-    return [note for item in data if item is not None and item.source for note in item.source.notes]
-
-
-def _print_plan(
-    data: Data, test: Data | None, *, info: EncoderInfo, views: str, out: str, notes: list[str]
-) -> None:
-    num_views = len(parse_views(views))
-    print(f"data      {data.describe()}")
-    if test is not None:
-        print(f"evaluate  {test.describe()}")
-    print(f"encoder   {info.name}, {info.preprocess.size} px, {info.identity['precision']}, views {views}")
-    if info.name == "lite":
-        print(f"          ({LITE_NOTE})")
-    row_bytes = 2 * info.identity["dim"] * num_views
-    for item in (data, test):
-        if item is not None and item.source is not None and item.source.num_rows:
-            size = row_bytes * item.source.num_rows / 1e6
-            print(f"features  {item.name}: about {size:,.0f} MB when all are encoded")
-    print(f"output    {_shown(out)}")
-    for note in (*notes, *info.notes):
-        print(f"note      {note}")
-
-
-def _shown(path: str) -> str:
-    """A path as the user would type it: relative where it lies below the working directory."""
-    return path.replace(f"{os.getcwd()}/", "")
-
-
-def _print_training(job: SelftrainJob, classes: ClassList, head: Head) -> None:
-    t = job.training
-    shown = ", ".join(classes.names[:8]) + (", ..." if len(classes.names) > 8 else "")
-    print(f"classes   {len(classes.names)}: {shown}")
-    workers = f"{t.num_workers} Ray Train workers" if t.num_workers else "in this process"
-    print(
-        f"training  {t.solver}, at most {t.rounds} rounds, temperature {head.temperature:.4g}, "
-        f"threshold {t.threshold:g}, prior {t.prior}, {workers}",
-        flush=True,
-    )
-
-
-def _encoded_row(data: Data, encoded: Encoded) -> dict[str, Any]:
-    return {
-        "features": data.name,
-        "encoded": encoded.manifest["num_rows"],
-        "quarantined": encoded.manifest["num_quarantined"],
-        "seconds": round(encoded.seconds),
-        "images/s": round(encoded.rate) if encoded.rate else None,
-        "store": _shown(encoded.path),
-    }
-
-
-def _print_result(
-    summary: dict[str, Any],
-    data: Data,
-    encoded: Encoded,
-    test: Data | None,
-    tested: Encoded | None,
-    out: str,
-    run: tracking.Run,
-) -> None:
-    rows = [_encoded_row(data, encoded)]
-    if test is not None and tested is not None:
-        rows.append(_encoded_row(test, tested))
-    print(f"\n{report.table(rows)}\n")
-    where = summary["evaluated_on"]
-    if where["setting"] is None:
-        print("no labels: nothing to evaluate; OUT/pseudo_labels.parquet is there to be looked at")
-    else:
-        print(f"{where['data']}, {where['images']:,} labelled images, {where['setting']}:")
-        names = {"zero_shot": "zero-shot", "probe": "probe (self-trained)", "supervised": "supervised"}
-        print(
-            report.table(
-                [
-                    {
-                        "classifier": text,
-                        "accuracy %": summary[name]["accuracy"],
-                        "ECE %": summary[name]["ece"],
-                        "NLL": summary[name]["nll"],
-                    }
-                    for name, text in names.items()
-                    if name in summary
-                ]
-            )
-        )
-    out = _shown(out)
-    print(
-        f"\nprobe    {out}/probe\nsummary  {out}/summary.json\nMLflow   {_shown(run.uri)}, run {run.run_id}"
-    )
 
 
 def _track(

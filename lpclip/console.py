@@ -1,0 +1,103 @@
+"""What a job says on the terminal: its plan first, its tables last."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from lpclip import report, tracking
+from lpclip.config import SelftrainJob
+from lpclip.features import Data, Encoded
+from lpclip.prompts import ClassList
+from lpclip.views import parse_views
+from lpclip.zero_shot import EncoderInfo, Head
+
+LITE_NOTE = "the embedded lite encoder is not CLIP: it serves first impressions, its figures are its own"
+
+
+def print_plan(data: Data, test: Data | None, *, info: EncoderInfo, views: str, out: str) -> None:
+    """What a job is about to do, before it does it."""
+    num_views = len(parse_views(views))
+    print(f"data      {data.describe()}")
+    if test is not None:
+        print(f"evaluate  {test.describe()}")
+    print(f"encoder   {info.name}, {info.preprocess.size} px, {info.identity['precision']}, views {views}")
+    if info.name == "lite":
+        print(f"          ({LITE_NOTE})")
+    row_bytes = 2 * info.identity["dim"] * num_views
+    for item in (data, test):
+        if item is not None and item.source is not None and item.source.num_rows:
+            size = row_bytes * item.source.num_rows / 1e6
+            print(f"features  {item.name}: about {size:,.0f} MB when all are encoded")
+    print(f"output    {shown(out)}")
+    noted = [note for item in (data, test) if item is not None and item.source for note in item.source.notes]
+    for note in (*noted, *info.notes):
+        print(f"note      {note}")
+
+
+def shown(path: str) -> str:
+    """A path as the user would type it: relative where it lies below the working directory."""
+    return path.replace(f"{os.getcwd()}/", "")
+
+
+def print_training(job: SelftrainJob, classes: ClassList, head: Head) -> None:
+    """The plan of the rounds."""
+    t = job.training
+    names = ", ".join(classes.names[:8]) + (", ..." if len(classes.names) > 8 else "")
+    print(f"classes   {len(classes.names)}: {names}")
+    workers = f"{t.num_workers} Ray Train workers" if t.num_workers else "in this process"
+    print(
+        f"training  {t.solver}, at most {t.rounds} rounds, temperature {head.temperature:.4g}, "
+        f"threshold {t.threshold:g}, prior {t.prior}, {workers}",
+        flush=True,
+    )
+
+
+def encoded_row(data: Data, encoded: Encoded) -> dict[str, Any]:
+    """A store's row in the table of features."""
+    return {
+        "features": data.name,
+        "encoded": encoded.manifest["num_rows"],
+        "quarantined": encoded.manifest["num_quarantined"],
+        "seconds": round(encoded.seconds),
+        "images/s": round(encoded.rate) if encoded.rate else None,
+        "store": shown(encoded.path),
+    }
+
+
+def print_result(
+    summary: dict[str, Any],
+    data: Data,
+    encoded: Encoded,
+    test: Data | None,
+    tested: Encoded | None,
+    out: str,
+    run: tracking.Run,
+) -> None:
+    """A job's last words: the tables, and where everything lies."""
+    rows = [encoded_row(data, encoded)]
+    if test is not None and tested is not None:
+        rows.append(encoded_row(test, tested))
+    print(f"\n{report.table(rows)}\n")
+    where = summary["evaluated_on"]
+    if where["setting"] is None:
+        print("no labels: nothing to evaluate; OUT/pseudo_labels.parquet is there to be looked at")
+    else:
+        print(f"{where['data']}, {where['images']:,} labelled images, {where['setting']}:")
+        names = {"zero_shot": "zero-shot", "probe": "probe (self-trained)", "supervised": "supervised"}
+        print(
+            report.table(
+                [
+                    {
+                        "classifier": text,
+                        "accuracy %": summary[name]["accuracy"],
+                        "ECE %": summary[name]["ece"],
+                        "NLL": summary[name]["nll"],
+                    }
+                    for name, text in names.items()
+                    if name in summary
+                ]
+            )
+        )
+    out = shown(out)
+    print(f"\nprobe    {out}/probe\nsummary  {out}/summary.json\nMLflow   {shown(run.uri)}, run {run.run_id}")
