@@ -5,7 +5,14 @@ python jobs/encode.py --data photos/ --encoder ViT-B-32 --pretrained laion2b_s34
 
 from lpclip.cli import main
 from lpclip.config import EncodeJob
-from lpclip.workflow import encode_job
+
+
+def run(job: EncodeJob) -> None:
+    """Run the job. The libraries are imported here: --help and wrong flags need not wait for them."""
+    from lpclip.workflow import encode_job
+
+    encode_job(job)
+
 
 if __name__ == "__main__":
-    main(encode_job, EncodeJob)
+    main(run, EncodeJob)

@@ -5,7 +5,14 @@ python jobs/predict.py --probe runs/selftrain/probe --data photos/ --out labels.
 
 from lpclip.cli import main
 from lpclip.config import PredictJob
-from lpclip.workflow import predict_job
+
+
+def run(job: PredictJob) -> None:
+    """Run the job. The libraries are imported here: --help and wrong flags need not wait for them."""
+    from lpclip.workflow import predict_job
+
+    predict_job(job)
+
 
 if __name__ == "__main__":
-    main(predict_job, PredictJob)
+    main(run, PredictJob)

@@ -5,7 +5,14 @@ python jobs/selftrain.py --data photos/ --classes cat,dog --encoder ViT-B-32 --p
 
 from lpclip.cli import main
 from lpclip.config import SelftrainJob
-from lpclip.workflow import selftrain_job
+
+
+def run(job: SelftrainJob) -> None:
+    """Run the job. The libraries are imported here: --help and wrong flags need not wait for them."""
+    from lpclip.workflow import selftrain_job
+
+    selftrain_job(job)
+
 
 if __name__ == "__main__":
-    main(selftrain_job, SelftrainJob)
+    main(run, SelftrainJob)

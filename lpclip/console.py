@@ -54,11 +54,12 @@ def print_training(job: SelftrainJob, classes: ClassList, head: Head) -> None:
 
 
 def encoded_row(data: Data, encoded: Encoded) -> dict[str, Any]:
-    """A store's row in the table of features."""
+    """A store's row in the table of features: rates are of images encoded in this run."""
     return {
         "features": data.name,
-        "encoded": encoded.manifest["num_rows"],
+        "images": encoded.manifest["num_rows"],
         "quarantined": encoded.manifest["num_quarantined"],
+        "encoded": "found" if encoded.reused else "now",
         "seconds": round(encoded.seconds),
         "images/s": round(encoded.rate) if encoded.rate else None,
         "store": shown(encoded.path),
@@ -99,5 +100,11 @@ def print_result(
                 ]
             )
         )
+        before, after = summary["zero_shot"]["accuracy"], summary["probe"]["accuracy"]
+        if after < before:
+            print(
+                f"\nThe probe is {100 * (before - after):.1f} points below zero-shot here: use OUT/zero_shot instead, "
+                "or more images, or tell the classes' shares (--prior)."
+            )
     out = shown(out)
     print(f"\nprobe    {out}/probe\nsummary  {out}/summary.json\nMLflow   {shown(run.uri)}, run {run.run_id}")

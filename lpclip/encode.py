@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -273,6 +274,8 @@ def encode(
     if head is not None:
         files.make_folder(scores_path)
     progress = Progress(f"encoding {source.name}", total=source.num_rows, done=sum(done.values()))
+    if done and todo:
+        print(f"going on: {progress.done:,} images are encoded already", flush=True)
     encoded_now, failures = bool(todo), 0
     while todo:
         dataset = _pipeline(
@@ -290,7 +293,7 @@ def encode(
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 assert isinstance(batch, pa.Table)
                 progress.advance(sum(batch["images"].to_pylist()), bad=sum(batch["bad"].to_pylist()))
-                _check_bad(source, bad=progress.bad, seen=source.num_rows)
+                _check_bad(source, path, bad=progress.bad, seen=source.num_rows)
         except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
             # Ray would restart a dying encoder for ever; parts that are there need no encoder.
             failures += 1
@@ -306,24 +309,25 @@ def encode(
         todo = [unit for unit in todo if unit not in done]
         progress.done = sum(done.values())
     progress.close()
-    manifest = store.finish_store(path, identity, num_units=len(source.units), seconds=progress.seconds)
-    check_manifest(source, manifest)
-    manifest["rate"] = progress.rate if encoded_now else None
+    rate = progress.rate if encoded_now else None
+    manifest = store.finish_store(path, identity, num_units=len(source.units), rate=rate)
+    check_manifest(source, path, manifest)
     return manifest
 
 
-def check_manifest(source: Source, manifest: dict[str, Any]) -> None:
+def check_manifest(source: Source, path: str, manifest: dict[str, Any]) -> None:
     """ValueError when a complete store of this source has too many quarantined images."""
     bad = manifest["num_quarantined"]
-    _check_bad(source, bad=bad, seen=manifest["num_rows"] + bad)
+    _check_bad(source, path, bad=bad, seen=manifest["num_rows"] + bad)
 
 
-def _check_bad(source: Source, *, bad: int, seen: int | None) -> None:
+def _check_bad(source: Source, path: str, *, bad: int, seen: int | None) -> None:
     limit = source.config.max_bad_fraction
     if seen and (bad > limit * seen or bad == seen):
+        first = store.write_quarantine(path)[0]
         raise ValueError(
-            f"{bad:,} of {seen:,} images of {source.name} cannot be read, more than --max-bad-fraction "
-            f"{limit:g} allows; the reasons lie in the feature store's parts and quarantine.parquet"
+            f"{bad:,} of {seen:,} images of {source.name} cannot be read, more than --max-bad-fraction {limit:g} "
+            f"allows; the first is {first['id']} ({first['error']}), all are in {path}/quarantine.parquet"
         )
 
 
@@ -353,6 +357,8 @@ def _pipeline(
     )
     blocks = ray.data.range(len(todo), override_num_blocks=len(todo))
     decoded = blocks.map_batches(decode_unit, batch_size=1, num_cpus=1)
+    # Restarts have no parameter of their own: they go the way that Ray means to close.
+    warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
     encoded = decoded.map_batches(
         _Encode,
         batch_size=None,

@@ -98,7 +98,7 @@ def encode_data(
     path = files.join(folder, f"{data.name}-{store.fingerprint(identity)[:12]}")
     manifest = store.read_manifest(path)
     if manifest is not None:
-        check_manifest(data.source, manifest)
+        check_manifest(data.source, path, manifest)
         print(f"features of {data.name}: found in {path}", flush=True)
         return Encoded(path=path, manifest=manifest, seconds=time.monotonic() - begin, reused=True, rate=None)
     print(f"features of {data.name}: encoding to {path}, {plan_actors(config.num_actors)}", flush=True)
@@ -113,7 +113,9 @@ def encode_data(
         scores_path=scores_path,
     )
     seconds = time.monotonic() - begin
-    return Encoded(path=path, manifest=manifest, seconds=seconds, reused=False, rate=manifest["rate"])
+    return Encoded(
+        path=path, manifest=manifest, seconds=seconds, reused=False, rate=manifest["images_per_second"]
+    )
 
 
 def load_labelled(encoded: Encoded) -> tuple[store.Features, np.ndarray]:

@@ -60,7 +60,8 @@ def open_source(data: str, *, config: SourceConfig, split: str = "train", limit:
     if not skipped:
         return source
     suffixes = ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common(3))
-    note = f"{skipped.total()} files in {data} are not of the kind {kind} and were left out ({suffixes})"
+    what = {"folder": "images", "parquet": "Parquet", "webdataset": "tars", "manifest": "manifests"}[kind]
+    note = f"{skipped.total()} files in {data} are not {what} and were left out ({suffixes})"
     return replace(source, notes=(*source.notes, note))
 
 

@@ -44,8 +44,9 @@ def map_labels(
     missing = [name for name, key in zip(found, keys, strict=True) if key not in places]
     if missing:
         raise ValueError(
-            f"{len(missing)} labels of {data} are not in the class list ({', '.join(missing[:5])}); "
-            "name the classes alike, or map each in a --classes file with lines label<TAB>name"
+            f"{len(missing)} labels of {data} are not in the class list ({', '.join(missing[:5])}); the classes are "
+            f"{', '.join(classes.names[:5])}{', ...' if len(classes.names) > 5 else ''}: name them alike, or map each "
+            "label in a --classes file with lines label<TAB>name"
         )
     table = np.full(max(seen, default=0) + 2, -1, np.int64)
     table[seen] = [places[key] for key in keys]

@@ -60,7 +60,7 @@ def output_folder(out: str) -> Iterator[str]:
             f"--out {out} is relative to the job's temporary copy of the working directory: give an absolute "
             "path, or a URI that all nodes reach"
         )
-    path = str(Path(out).expanduser().absolute())
+    path = os.path.abspath(Path(out).expanduser())
     files.make_folder(path)
     lock = filelock.FileLock(Path(path) / ".lock")
     try:

@@ -145,20 +145,30 @@ def write_part(
     files.write_bytes(files.join(path, part.name), sink.getbuffer())
 
 
-def finish_store(path: str, identity: dict[str, Any], *, num_units: int, seconds: float) -> dict[str, Any]:
+def write_quarantine(path: str) -> list[dict[str, str]]:
+    """Gather the quarantined rows of all parts in quarantine.parquet. Returns them."""
+    found: list[dict[str, str]] = []
+    for part in list_parts(path):
+        found += json.loads(_open_part(path, part.name).metadata.metadata[b"quarantine"])
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(found, schema=QUARANTINE), sink)
+    files.write_bytes(files.join(path, "quarantine.parquet"), sink.getbuffer())
+    return found
+
+
+def finish_store(
+    path: str, identity: dict[str, Any], *, num_units: int, rate: float | None
+) -> dict[str, Any]:
     """Check that every unit is there, gather the quarantine and write the manifest. Returns it."""
     parts = list_parts(path)
     whole = {unit for unit, group in itertools.groupby(parts, key=lambda p: p.unit) if _is_whole(list(group))}
     assert whole == set(range(num_units)), f"{num_units - len(whole)} units are missing in {path}"
-    rows, quarantined, total = 0, [], 0
+    rows, total = 0, 0
     for part in parts:
         meta = _open_part(path, part.name).metadata
         rows += meta.num_rows
-        quarantined += json.loads(meta.metadata[b"quarantine"])
         total = (total + int(meta.metadata[b"digest"], 16)) % DIGEST_MODULUS
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(quarantined, schema=QUARANTINE), sink)
-    files.write_bytes(files.join(path, "quarantine.parquet"), sink.getbuffer())
+    quarantined = write_quarantine(path)
     manifest = {
         "format": FORMAT,
         "fingerprint": fingerprint(identity),
@@ -168,7 +178,7 @@ def finish_store(path: str, identity: dict[str, Any], *, num_units: int, seconds
         "num_quarantined": len(quarantined),
         # Sum of the rows' digests: the same whatever the order of the rows and the cut into parts.
         "content_digest": f"{total:032x}",
-        "seconds": round(seconds, 3),
+        "images_per_second": rate,
     }
     files.write_json(files.join(path, "manifest.json"), manifest)
     return manifest
@@ -183,6 +193,8 @@ def read_manifest(path: str) -> dict[str, Any] | None:
         manifest = files.read_json(files.join(path, "manifest.json"))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise ValueError(f"{error}; remove the store {path}, it is encoded again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path}/manifest.json is not of format {FORMAT}: another version of lpclip made it")
     if manifest["fingerprint"] != fingerprint(manifest["identity"]):

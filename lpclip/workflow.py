@@ -81,6 +81,7 @@ def selftrain_job(job: SelftrainJob) -> dict[str, Any]:
         test = _open_eval(job)
         if job.supervised and not data.has_labels:
             raise ValueError("--supervised needs labels in --data, and there are none")
+        _check_label_names(data, test, classes)
         start_ray()
         info = describe_encoder(
             job.encoder, class_names=classes.names, templates=templates(job.names.templates)
@@ -274,6 +275,14 @@ def _open_eval(job: SelftrainJob) -> Data | None:
     if not test.has_labels and test.source is None:
         raise ValueError(f"--eval-data {name} has no labels: there is nothing to evaluate on")
     return test
+
+
+def _check_label_names(data: Data, test: Data | None, classes: ClassList) -> None:
+    """Refuse foreign labels before the work begins, where all names that the data tells do occur: in folders."""
+    for item in (data, test):
+        if item is not None and item.source is not None and item.source.kind == "folder" and item.label_names:
+            places = np.arange(len(item.label_names), dtype=np.int32)
+            map_labels(places, label_names=item.label_names, classes=classes, data=item.name)
 
 
 def _prior_text(spec: str) -> str | None:

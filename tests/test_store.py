@@ -60,7 +60,7 @@ def make(path: Path, *, sizes: tuple[int, ...] = (5, 7, 1)) -> str:
         else:
             write(folder, part(unit, 0, size), rows(first, first + size))
         first += size
-    store.finish_store(folder, IDENTITY, num_units=len(sizes), seconds=1.0)
+    store.finish_store(folder, IDENTITY, num_units=len(sizes), rate=1.0)
     return folder
 
 
@@ -99,7 +99,7 @@ def test_every_float16_comes_back_bit_for_bit(tmp_path: Path) -> None:
     path = str(tmp_path)
     store.open_store(path, identity)
     write(path, part(0, 0, len(ids)), table)
-    store.finish_store(path, identity, num_units=1, seconds=0)
+    store.finish_store(path, identity, num_units=1, rate=0)
     found = store.load(path)
     order = found.ids.astype(int)
     assert np.array_equal(bits(found.base), bits(finite[order]))
@@ -153,7 +153,7 @@ def test_the_content_digest_does_not_depend_on_the_cut(tmp_path: Path) -> None:
         for start, stop in cut:
             total = sum((i + 1) << 125 for i in range(start, stop)) % store.DIGEST_MODULUS
             write(path, part(0, start, stop, last=stop == 9), rows(start, stop), digest=total)
-        digests.append(store.finish_store(path, IDENTITY, num_units=1, seconds=0)["content_digest"])
+        digests.append(store.finish_store(path, IDENTITY, num_units=1, rate=0)["content_digest"])
     assert digests[0] == digests[1]
 
 
@@ -254,7 +254,7 @@ def test_a_store_of_bad_images_alone_is_empty(tmp_path: Path) -> None:
     path = str(tmp_path)
     store.open_store(path, IDENTITY)
     write(path, part(0, 0, 2), rows(0, 0), bad=("a", "b"))
-    manifest = store.finish_store(path, IDENTITY, num_units=1, seconds=0)
+    manifest = store.finish_store(path, IDENTITY, num_units=1, rate=0)
     assert (manifest["num_rows"], manifest["num_quarantined"]) == (0, 2)
     found = store.load(path)
     assert found.base.shape == found.strong["strong"].shape == (0, DIM)

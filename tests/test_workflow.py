@@ -258,7 +258,7 @@ def crowd(base: dict[str, Any], work: Path) -> Path:
             columns[view] = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), 1280)
         part = store.Part(unit=unit, start=0, stop=1000, last=True)
         store.write_part(str(path), part, rows=pa.table(columns), quarantine=[], content_digest=unit)
-    store.finish_store(str(path), identity, num_units=9, seconds=0)
+    store.finish_store(str(path), identity, num_units=9, rate=0)
     return path
 
 
