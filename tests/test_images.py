@@ -166,7 +166,11 @@ class TestParquet:
         columns = {"id": ["a", "b", "c"], "image": [png(0), png(1), None], "label": pa.array([1, 0, -1])}
         path = write_parquet(tmp_path / "x.parquet", columns, metadata={"classes": '["cat", "dog"]'})
         source = open_source(str(path), config=CONFIG)
-        assert (source.name, source.kind, source.label_names) == (f"{tmp_path.name}-x", "parquet", ("cat", "dog"))
+        assert (source.name, source.kind, source.label_names) == (
+            f"{tmp_path.name}-x",
+            "parquet",
+            ("cat", "dog"),
+        )
         assert rows(source) == [
             {"id": "a", "image": png(0), "label": 1, "error": None},
             {"id": "b", "image": png(1), "label": 0, "error": None},
