@@ -91,6 +91,8 @@ def run(job):
     if job.end == "bug":
         raise KeyError("bug")
     if job.end == "interrupt":
+        # A process that was started in the background may have been told to ignore it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.kill(os.getpid(), signal.SIGINT)
 
 main(run, Job)
