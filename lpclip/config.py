@@ -79,11 +79,12 @@ class SelfTrainingConfig:
     """The teacher's softmax temperature; the encoder's own by default."""
     threshold: float = 0.0
     """Pseudo-labels with a confidence under this are left out of the fit."""
-    prior: str = "estimated"
-    """Class prior: estimated, uniform, none, or a text file with one weight a line (or `name<TAB>weight`)."""
+    prior: str = "auto"
+    """Class shares that labels are drawn to: uniform, weak (a third of that pull), none, or a text file with one
+    weight a line (or `name<TAB>weight`). auto: uniform where half the features bear it out, else weak."""
     neighbours: int | None = None
-    """Nearest neighbours that have a say in each label (gaussian solver); by default 10 between 50 images a class
-    and 100,000 images in all, else none. 0 uses none."""
+    """Nearest neighbours that have a say in each label (gaussian solver); by default half as many as a class has
+    images, 3 to 30, and none above 100,000 images. 0 uses none."""
     num_workers: int = 0
     """Ray Train workers for the rounds; 0 runs the same code in this process."""
     seed: int = 0

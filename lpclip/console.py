@@ -9,6 +9,7 @@ from lpclip import report, tracking
 from lpclip.config import SelftrainJob
 from lpclip.features import Data, Encoded
 from lpclip.prompts import ClassList
+from lpclip.selection import Confirmation
 from lpclip.views import parse_views
 from lpclip.zero_shot import EncoderInfo, Head
 
@@ -66,6 +67,19 @@ def encoded_row(data: Data, encoded: Encoded) -> dict[str, Any]:
     }
 
 
+def print_prior(name: str, tried: dict[str, Confirmation], *, trusted: bool) -> None:
+    """Which prior the rounds go on with, and why."""
+    found = ", ".join(f"{key} {value.agreement:.1%}" for key, value in tried.items())
+    reason = f": halves of the features confirm so much of the labels: {found}" if tried else ""
+    print(f"prior: {name}{reason}", flush=True)
+    if not trusted:
+        print(
+            f"WARNING: that is hardly more than chance (kappa {tried[name].kappa:.2f}): OUT/probe will be zero-shot. "
+            "There are too few images, or classes that the encoder does not tell apart.",
+            flush=True,
+        )
+
+
 def print_result(
     summary: dict[str, Any],
     data: Data,
@@ -85,7 +99,9 @@ def print_result(
         print("no labels: nothing to evaluate; OUT/pseudo_labels.parquet is there to be looked at")
     else:
         print(f"{where['data']}, {where['images']:,} labelled images, {where['setting']}:")
-        names = {"zero_shot": "zero-shot", "probe": "probe (self-trained)", "supervised": "supervised"}
+        trusted = summary["prior"]["trusted"]
+        kind = "self-trained" if trusted else "fell back to zero-shot"
+        names = {"zero_shot": "zero-shot", "probe": f"probe ({kind})", "supervised": "supervised"}
         print(
             report.table(
                 [

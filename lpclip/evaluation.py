@@ -33,19 +33,30 @@ def mean_confidence(probe: Probe, features: np.ndarray, *, temperature: float | 
     return float(torch.softmax(logits, dim=1).amax(dim=1).double().mean())
 
 
-def label_free_temperature(probe: Probe, *, zero_shot: Probe, features: np.ndarray) -> float:
-    """The temperature at which the probe is as confident as zero-shot and itself on the mean.
+def expected_accuracy(zero_shot_confidence: float) -> float:
+    """A guess of a self-trained probe's accuracy from zero-shot's mean confidence c, in (0, 1): c's odds squared.
 
-    Zero-shot's confidence fits zero-shot's accuracy, which the probe exceeds; the confidence of the training
-    rounds is a constant that knows nothing of the data. The middle is closer than either; labels play no part.
+    c stands for zero-shot's accuracy. The unlabelled features are taken for a second witness that is as good and
+    independent, and where such two agree their odds multiply: c^2 / (c^2 + (1 - c)^2). Never less than c itself.
+    """
+    c = min(max(zero_shot_confidence, 1e-6), 1 - 1e-6)
+    return max(c, c**2 / (c**2 + (1 - c) ** 2))
+
+
+def label_free_temperature(probe: Probe, *, zero_shot: Probe, features: np.ndarray) -> float:
+    """The temperature at which the probe is as confident on the mean as it can be expected to be right.
+
+    Labels play no part. Zero-shot's own confidence fits an accuracy that the probe exceeds; docs/method.md has
+    what other guesses give.
     """
     sample = features[:CALIBRATION_ROWS]
-    target = (mean_confidence(zero_shot, sample) + mean_confidence(probe, sample)) / 2
+    target = expected_accuracy(mean_confidence(zero_shot, sample))
+    logits = probe.logits(sample)
     low, high = -8.0, 8.0
     for _ in range(40):
         middle = (low + high) / 2
-        too_sure = mean_confidence(probe, sample, temperature=2.0**middle) > target
-        low, high = (middle, high) if too_sure else (low, middle)
+        confidence = torch.softmax(logits / 2.0**middle, dim=1).amax(dim=1).double().mean()
+        low, high = (middle, high) if confidence > target else (low, middle)
     return 2.0 ** ((low + high) / 2)
 
 

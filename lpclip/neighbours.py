@@ -12,9 +12,17 @@ BLOCK_ROWS = 1024
 
 
 def nearest(
-    rows: np.ndarray, *, among: np.ndarray, first_row: int, space: Space, count: int, dtype: torch.dtype
+    rows: np.ndarray,
+    *,
+    among: np.ndarray,
+    first_row: int,
+    space: Space | None,
+    count: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Places (n, count) int64, among all rows, of the nearest neighbours by cosine in the whitened space.
+
+    Without a space by cosine of the rows as they are.
 
     `rows` (n, d) are the rows of `among` (N, d) from `first_row` on; a row is not its own neighbour. Work is
     n N d products; memory is N d elements of `dtype` beside blocks.
@@ -34,6 +42,8 @@ def _blocks(features: np.ndarray) -> list[np.ndarray]:
     return [features[start : start + BLOCK_ROWS] for start in range(0, len(features), BLOCK_ROWS)]
 
 
-def _whitened(block: np.ndarray, space: Space) -> Tensor:
-    z = (torch.from_numpy(block).float() - space.mean.float()) @ space.whitener.float()
+def _whitened(block: np.ndarray, space: Space | None) -> Tensor:
+    z = torch.from_numpy(block).float()
+    if space is not None:
+        z = (z - space.mean.float()) @ space.whitener.float()
     return torch.nn.functional.normalize(z, dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -89,11 +89,6 @@ def load_probe(folder: str) -> Probe:
 def zero_shot_probe(head: Tensor, *, temperature: float, **names: Any) -> Probe:
     """The zero-shot classifier as a probe: text embeddings (K, d) over the temperature, no bias."""
     return Probe(weight=head.float() / temperature, bias=torch.zeros(len(head)), **names)
-
-
-def calibrated(probe: Probe, *, temperature: float) -> Probe:
-    """The same probe with another temperature: its labels stay, its confidence changes."""
-    return replace(probe, temperature=temperature)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,27 +27,28 @@ def soft_targets(logits: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Prior:
-    """The classes' shares that targets are corrected to.
-
-    `shares` (K,) is a known prior. With None it is estimated from the posteriors' class counts n_k, halfway to
-    the uniform one: (n_k + n/K) / 2n. Strength 0 leaves the targets alone.
-    """
+    """The class shares that targets are drawn to, by the same amount however long it iterates: the strength."""
 
     shares: Tensor | None = None
+    """(K,), summing to 1; uniform when None."""
     strength: float = 1.0
+    """0 leaves the targets alone."""
 
     def target(self, counts: Tensor) -> Tensor:
-        """The prior (K,) float64, given the posteriors' class counts (K,)."""
-        if self.shares is not None:
-            return self.shares.double()
-        num_rows = counts.sum().clamp_min(1)
-        return (counts + num_rows / len(counts)) / (2 * num_rows)
+        """The shares (K,) float64 to ask for, given the posteriors' class counts (K,): halfway to the prior.
+
+        The rounds go the rest of the way, half of it each, as classes take shape; asked for at once, the prior
+        hands a class of which nothing is known yet to the rows that are least sure.
+        """
+        wanted = torch.full_like(counts, 1 / len(counts)) if self.shares is None else self.shares.double()
+        return (counts / counts.sum().clamp_min(1) + wanted) / 2
 
 
 def prior_sums(posterior: Tensor, factors: Tensor) -> Tensor:
     """Sums (2, K) float64 over rows that a step of `update_factors` needs: of p0, and of p0 / (p0 . v)."""
     mixture = (posterior @ factors).clamp_min(1e-30)
-    return torch.stack([posterior.double().sum(dim=0), (posterior / mixture[:, None]).double().sum(dim=0)])
+    ratios = (posterior / mixture[:, None]).sum(dim=0, dtype=torch.float64)
+    return torch.stack([posterior.sum(dim=0, dtype=torch.float64), ratios])
 
 
 def update_factors(sums: Tensor, *, prior: Prior) -> Tensor:
@@ -67,7 +68,7 @@ def update_factors(sums: Tensor, *, prior: Prior) -> Tensor:
 def scale_to_confidence(logits: Tensor, target: float, *, all_reduce: AllReduce) -> float:
     """The factor on logits (N, K) that gives them this mean maximal probability, by bisection of its log."""
     low, high = -12.0, 12.0
-    for _ in range(40):
+    for _ in range(24):
         middle = (low + high) / 2
         found = all_reduce(confidence_sums(logits * 2.0**middle))
         low, high = (middle, high) if found[0] < target * found[1] else (low, middle)

@@ -40,12 +40,16 @@ STOP_FLIP_RATE = 0.002
 # The recipe's constants: one set for all data. docs/method.md has the measurements behind them.
 CONFIDENCE = 0.8
 ZERO_SHOT_SHARE = 0.3
-# An estimate of the prior is unsure: at full strength it drags unequal classes toward equal ones, round by round.
-ESTIMATED_STRENGTH = 0.3
+# Of the pull to equal shares where nothing says that they are equal: enough for classes that zero-shot hardly
+# ever names, not enough to cut one class into many.
+WEAK_STRENGTH = 0.3
 NEIGHBOUR_WEIGHT = 2.0
 NEIGHBOUR_FLOOR = 1e-3
 MAX_NEIGHBOUR_ROWS = 100_000
+NEIGHBOURS = (3, 30)
 FIRST_PRIOR_STEPS = 10
+# Rows that the first factors settle on: shares of thousands of classes, and no ten passes over a million rows.
+FIRST_PRIOR_ROWS = 131_072
 GRADIENT_EPOCHS = 5
 GRADIENT_BATCH = 512
 GRADIENT_RATE = 0.1
@@ -56,7 +60,7 @@ class Shard:
     """A worker's rows."""
 
     features: np.ndarray
-    """(n, d) float16, unit norm: what the teacher sees."""
+    """(n, d) float16 or float32, unit norm: what the teacher sees."""
     strong: tuple[np.ndarray, ...] = ()
     """Strong views, each (n, d) float16: what the gradient solver's student sees (the base view without them)."""
     first_row: int = 0
@@ -65,6 +69,12 @@ class Shard:
     """Rows of all shards."""
     neighbours: Tensor | None = None
     """(n, k) int64: places among all rows of each row's nearest neighbours, or none are used."""
+    zero_shot: Tensor | None = None
+    """(n, K) float32 zero-shot logits, where the features are only a part of what gives them."""
+
+    def zero_shot_logits(self, rows: slice, features: Tensor, *, head: Tensor) -> Tensor:
+        """(m, K) of the chunk `rows`, whose features (m, d) are given; `head` (K, d) is in units of logits."""
+        return features @ head.T if self.zero_shot is None else self.zero_shot[rows]
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Row slices and their features (m, d) as float32."""
@@ -79,17 +89,18 @@ class State:
 
     round: int
     weight: Tensor
-    """(K, d) float32: the teacher, in units of logits."""
+    """(K, d) float32: what the rounds learnt, in units of logits."""
     bias: Tensor
     """(K,) float32, without the prior's log factors."""
     factors: Tensor
     """(K,) float32: the prior's column factors."""
-    scale: float = 1.0
+    zero_shot_share: float = 0.0
+    """How much of the zero-shot logits is added."""
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def probe_bias(self) -> Tensor:
-        """The bias with the prior's factors in it: what a probe of this state uses, (K,)."""
-        return self.bias + self.factors.clamp_min(1e-12).log()
+    def probe(self, head: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight (K, d) and bias (K,) of the state as a probe, given the zero-shot `head` (K, d) in units of logits."""
+        return self.weight + self.zero_shot_share * head, self.bias + self.factors.clamp_min(1e-12).log()
 
     def to_tensors(self) -> dict[str, Tensor]:
         """For safetensors."""
@@ -111,17 +122,19 @@ class Pass:
     """(num_rows, K) float32, the targets of all shards' rows, where neighbours are used."""
 
 
-def read_prior(spec: str, class_names: tuple[str, ...], *, text: str | None = None) -> Prior:
-    """The prior that `--prior` names; `text` is the content of its file, one weight a line or `name<TAB>weight`.
+# `auto` chooses between the first two: lpclip/selection.py.
+PRIORS = {"uniform": Prior(), "weak": Prior(strength=WEAK_STRENGTH), "none": Prior(strength=0.0)}
+
+
+def read_prior(spec: str, class_names: tuple[str, ...], *, text: str | None = None) -> Prior | None:
+    """The prior that `--prior` names, None for `auto`; `text` is its file, one weight a line or `name<TAB>weight`.
 
     Raises ValueError when the weights do not fit the classes.
     """
-    if spec == "estimated":
-        return Prior(strength=ESTIMATED_STRENGTH)
-    if spec == "none":
-        return Prior(strength=0.0)
-    if spec == "uniform":
-        return Prior(shares=torch.full((len(class_names),), 1 / len(class_names)))
+    if spec == "auto":
+        return None
+    if spec in PRIORS:
+        return PRIORS[spec]
     assert text is not None, spec
     rows = [line.strip().rsplit("\t", 1) for line in text.splitlines() if line.strip()]
     try:
@@ -159,29 +172,30 @@ def check_config(config: SelfTrainingConfig) -> None:
 
 
 def neighbour_count(config: SelfTrainingConfig, *, num_rows: int, num_classes: int) -> int:
-    """How many neighbours to use: as configured, or ten where they are near enough and the search affordable."""
+    """How many neighbours to use: as configured, or half as many as a class has images, 3 to 30, if affordable."""
     if config.solver == "gradient":
         return 0
-    if config.neighbours is not None:
-        return min(config.neighbours, num_rows - 1)
-    return 10 if 50 * num_classes <= num_rows <= MAX_NEIGHBOUR_ROWS else 0
+    few, many = NEIGHBOURS
+    count = config.neighbours
+    if count is None:
+        count = 0 if num_rows > MAX_NEIGHBOUR_ROWS else min(many, max(few, num_rows // (2 * num_classes)))
+    return max(0, min(count, num_rows - 1))
 
 
-def run_pass(
-    shard: Shard, teacher: State, *, zero_shot: Tensor, threshold: float, before: Pass | None
-) -> Pass:
+def run_pass(shard: Shard, teacher: State, *, head: Tensor, threshold: float, before: Pass | None) -> Pass:
     """Label all rows of a shard with the teacher, helped by what the pass `before` said of their neighbours.
 
     The sums and targets are this shard's own.
     """
-    num_classes, dim = zero_shot.shape
+    num_classes, dim = teacher.weight.shape
     sums, counts = torch.zeros(num_classes, dim, dtype=torch.float64), torch.zeros(num_classes).double()
     prior, numbers = torch.zeros(2, num_classes, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
     labels = np.empty(len(shard.features), np.int32)
     confidence, kept = np.empty(len(labels), np.float32), np.empty(len(labels), bool)
     shared = torch.zeros(shard.num_rows, num_classes) if shard.neighbours is not None else None
     for rows, features in shard.chunks():
-        logits = features @ teacher.weight.T + teacher.bias
+        zero_shot = shard.zero_shot_logits(rows, features, head=head)
+        logits = features @ teacher.weight.T + teacher.bias + teacher.zero_shot_share * zero_shot
         if before is not None and before.targets is not None and shard.neighbours is not None:
             around = before.targets[shard.neighbours[rows]].mean(dim=1)
             logits = logits + NEIGHBOUR_WEIGHT * torch.log(around + NEIGHBOUR_FLOOR)
@@ -193,8 +207,8 @@ def run_pass(
             shared[shard.first_row + rows.start : shard.first_row + rows.stop] = targets
         targets = targets * keep[:, None]
         sums += (targets.T @ features).double()
-        counts += targets.double().sum(dim=0)
-        base = (features @ zero_shot.T).argmax(dim=1)
+        counts += targets.sum(dim=0, dtype=torch.float64)
+        base = zero_shot.argmax(dim=1)
         flips = (
             torch.from_numpy(before.labels[rows]) != label if before is not None else torch.zeros(len(label))
         )
@@ -245,25 +259,26 @@ def self_train(
     prior: Prior,
     all_reduce: AllReduce = lambda tensor: tensor,
     start: State | None = None,
+    zero_shot_share: float = ZERO_SHOT_SHARE,
 ) -> Iterator[tuple[State, Pass]]:
     """Self-training rounds on features (n, d), from a zero-shot head (K, d) of unit norm.
 
     Yields after every round the student with its metrics, and its own pass over the shard (sums of all shards).
     `start` is the state of the last round of an interrupted run. Raises ValueError when no row is left to fit.
     """
+    head = zero_shot / temperature
     first = State(
         round=0,
-        weight=zero_shot / temperature,
-        bias=torch.zeros(len(zero_shot)),
-        factors=torch.ones(len(zero_shot)),
+        weight=torch.zeros(len(head), shard.features.shape[1]),
+        bias=torch.zeros(len(head)),
+        factors=torch.ones(len(head)),
+        zero_shot_share=1.0,
     )
     space = fit_space(shard, all_reduce=all_reduce) if config.solver == "gaussian" else None
     teacher = start or first
     if start is None:
-        _settle_prior(shard, teacher, prior=prior, all_reduce=all_reduce)
-    found = _reduce(
-        run_pass(shard, teacher, zero_shot=zero_shot, threshold=config.threshold, before=None), all_reduce
-    )
+        _settle_prior(shard, teacher, head=head, prior=prior, all_reduce=all_reduce)
+    found = _reduce(run_pass(shard, teacher, head=head, threshold=config.threshold, before=None), all_reduce)
     for number in range(teacher.round + 1, config.rounds + 1):
         if found.numbers[1] == 0:
             raise ValueError(
@@ -271,14 +286,17 @@ def self_train(
                 "lower the threshold or the temperature"
             )
         if space is not None:
-            student = _gaussian_student(shard, found, first=first, space=space, all_reduce=all_reduce)
+            student = _gaussian_student(shard, found, space=space, all_reduce=all_reduce)
+            student.zero_shot_share = zero_shot_share
         else:
-            student = _gradient_student(shard, teacher, found, config=config, all_reduce=all_reduce)
+            student = _gradient_student(
+                shard, teacher, found, head=head, config=config, all_reduce=all_reduce
+            )
         student.round = number
         # Halfway in the logarithm: a full step from the last teacher's sums to this student's can oscillate.
         student.factors = (teacher.factors * update_factors(found.prior, prior=prior)).sqrt()
         found = _reduce(
-            run_pass(shard, student, zero_shot=zero_shot, threshold=config.threshold, before=found),
+            run_pass(shard, student, head=head, threshold=config.threshold, before=found),
             all_reduce,
         )
         student.metrics = _metrics(found)
@@ -297,20 +315,20 @@ def fit_space(shard: Shard, *, all_reduce: AllReduce = lambda tensor: tensor) ->
     return feature_space(all_reduce(total))
 
 
-def _settle_prior(shard: Shard, teacher: State, *, prior: Prior, all_reduce: AllReduce) -> None:
+def _settle_prior(shard: Shard, teacher: State, *, head: Tensor, prior: Prior, all_reduce: AllReduce) -> None:
     """Bring the zero-shot teacher's factors to their fixed point; later rounds go on from there, a step each."""
     for _ in range(FIRST_PRIOR_STEPS if prior.strength else 0):
         sums = torch.zeros(2, len(teacher.bias), dtype=torch.float64)
-        for _, features in shard.chunks():
-            posterior = torch.softmax(features @ teacher.weight.T + teacher.bias, dim=1)
+        for rows, features in shard.chunks():
+            if shard.first_row + rows.start >= FIRST_PRIOR_ROWS:
+                break
+            posterior = torch.softmax(shard.zero_shot_logits(rows, features, head=head), dim=1)
             sums += prior_sums(posterior, teacher.factors)
         teacher.factors = update_factors(all_reduce(sums), prior=prior)
 
 
-def _gaussian_student(
-    shard: Shard, found: Pass, *, first: State, space: Space, all_reduce: AllReduce
-) -> State:
-    """Gaussian classes from the targets, at a constant confidence, plus a share of the zero-shot logits.
+def _gaussian_student(shard: Shard, found: Pass, *, space: Space, all_reduce: AllReduce) -> State:
+    """Gaussian classes from the targets, at a constant confidence.
 
     Constant: with a confidence that grows from round to round accuracy declines after its best round.
     """
@@ -318,19 +336,25 @@ def _gaussian_student(
     rows = max(0, min(SAMPLE_ROWS, shard.num_rows) - shard.first_row)
     sample = torch.from_numpy(shard.features[:rows]).float()
     scale = scale_to_confidence(sample @ weight.T + bias, CONFIDENCE, all_reduce=all_reduce)
-    mixed = scale * weight + ZERO_SHOT_SHARE * first.weight
-    return State(round=0, weight=mixed, bias=scale * bias, factors=first.factors, scale=scale)
+    return State(round=0, weight=scale * weight, bias=scale * bias, factors=torch.ones(len(bias)))
 
 
 def _gradient_student(
-    shard: Shard, teacher: State, found: Pass, *, config: SelfTrainingConfig, all_reduce: AllReduce
+    shard: Shard,
+    teacher: State,
+    found: Pass,
+    *,
+    head: Tensor,
+    config: SelfTrainingConfig,
+    all_reduce: AllReduce,
 ) -> State:
     """LP-CLIP's objective (reconstructed): cross-entropy of the strong views against the teacher's labels.
 
     Each row counts by its confidence; rows under the threshold are left out. Adam on batches that are cut from
     a seeded permutation of all rows, so that every worker count takes the same steps.
     """
-    parameters = torch.cat([teacher.weight, teacher.bias[:, None]], dim=1)
+    weight = teacher.weight + teacher.zero_shot_share * head
+    parameters = torch.cat([weight, teacher.bias[:, None]], dim=1)
     first, second = torch.zeros_like(parameters), torch.zeros_like(parameters)
     views = shard.strong or (shard.features,)
     weights = torch.from_numpy(np.where(found.kept, found.confidence, 0).astype(np.float32))

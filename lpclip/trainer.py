@@ -119,7 +119,8 @@ def read_rounds(folder: str) -> list[State]:
     for name in names:
         text = files.read_json(files.join(folder, name))
         tensors = load_tensors(files.read_bytes(files.join(folder, name.replace(".json", ".safetensors"))))
-        states.append(State(round=text["round"], scale=text["scale"], metrics=text["metrics"], **tensors))
+        weight, bias, factors = tensors["weight"], tensors["bias"], tensors["factors"]
+        states.append(State(weight=weight, bias=bias, factors=factors, **text))
     return states
 
 
@@ -208,7 +209,8 @@ def _write_round(folder: str, state: State) -> None:
     name = files.join(folder, f"round-{state.round:03d}")
     tensors = {key: value.contiguous() for key, value in state.to_tensors().items()}
     files.write_bytes(f"{name}.safetensors", save_tensors(tensors))
-    files.write_json(f"{name}.json", {"round": state.round, "scale": state.scale, "metrics": state.metrics})
+    text = {"round": state.round, "zero_shot_share": state.zero_shot_share, "metrics": state.metrics}
+    files.write_json(f"{name}.json", text)
 
 
 @contextlib.contextmanager

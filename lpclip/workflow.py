@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,16 +18,21 @@ from lpclip.config import (
     EncoderConfig,
     PredictJob,
     SelftrainJob,
+    digest,
     to_dict,
 )
-from lpclip.console import encoded_row, print_plan, print_result, print_training
+from lpclip.console import encoded_row, print_plan, print_prior, print_result, print_training
+from lpclip.encoders import resolve_precision
 from lpclip.evaluation import evaluate, label_free_temperature, pictures, supervised_probe
 from lpclip.features import Data, Encoded, encode_data, load_labelled, open_data
 from lpclip.labels import map_labels, resolve_classes
 from lpclip.probe import Probe, load_probe, zero_shot_probe
 from lpclip.prompts import ClassList, templates
+from lpclip.pseudo_labels import Prior
 from lpclip.runtime import claim, output_folder, start_ray, versions
-from lpclip.self_training import State, check_config, neighbour_count, read_prior
+from lpclip.selection import Confirmation, Sample, choose_prior
+from lpclip.self_training import PRIORS, State, check_config, config_identity, neighbour_count, read_prior
+from lpclip.store import Features
 from lpclip.trainer import fit, make_work, read_labels
 from lpclip.views import parse_views
 from lpclip.zero_shot import EncoderInfo, Head, describe_encoder, make_head
@@ -102,7 +107,7 @@ def _selftrain(
     data: Data,
     test: Data | None,
     classes: ClassList,
-    prior: Any,
+    prior: Prior | None,
     info: EncoderInfo,
     head: Head,
     run: tracking.Run,
@@ -124,11 +129,16 @@ def _selftrain(
 
     features, raw = load_labelled(encoded)
     x, y = _evaluation_rows(data, test, tested, features, raw, classes)
+    begin = time.monotonic()
+    chosen = _choose_prior(
+        job, out, features.base, prior, head=head, fingerprint=encoded.manifest["fingerprint"]
+    )
+    seconds["prior"] = time.monotonic() - begin
     work = make_work(
         store_path=encoded.path,
         fingerprint=encoded.manifest["fingerprint"],
         head=head,
-        prior=prior,
+        prior=chosen.prior,
         config=job.training,
         folder=files.join(out, "rounds"),
     )
@@ -140,7 +150,6 @@ def _selftrain(
     rounds = fit(work, storage=files.join(out, "ray"))
     seconds["rounds"] = time.monotonic() - begin
     labels_table = read_labels(work.folder)
-    _write_parquet(files.join(out, "pseudo_labels.parquet"), labels_table)
 
     begin = time.monotonic()
     identity = {
@@ -153,18 +162,28 @@ def _selftrain(
     }
     about: dict[str, Any] = {"class_names": classes.names, "encoder": identity}
     zero_shot = zero_shot_probe(torch.tensor(head.weight), temperature=head.temperature, **about)
-    probes = [Probe(weight=s.weight, bias=s.probe_bias(), **about) for s in rounds]
-    temperature = label_free_temperature(probes[-1], zero_shot=zero_shot, features=features.base)
+    logits_head = torch.tensor(head.weight) / head.temperature
+    probes = []
+    for state in rounds:
+        weight, bias = state.probe(logits_head)
+        probes.append(Probe(weight=weight, bias=bias, **about))
+    fell_back = not chosen.trusted
+    temperature = 1.0
+    if not fell_back:
+        temperature = label_free_temperature(probes[-1], zero_shot=zero_shot, features=features.base)
     best = replace(
-        probes[-1],
+        zero_shot if fell_back else probes[-1],
         temperature=temperature,
         summary={
-            "method": "self-trained",
+            "method": "zero-shot (fallback)" if fell_back else "self-trained",
             "training": to_dict(job.training),
             "rounds": rounds[-1].round,
             "images": len(features.ids),
         },
     )
+    if fell_back:
+        labels_table = _zero_shot_labels(best, features)
+    _write_parquet(files.join(out, "pseudo_labels.parquet"), labels_table)
     zero_shot.save(files.join(out, "zero_shot"))
     best.save(files.join(out, "probe"))
     supervised = None
@@ -191,6 +210,7 @@ def _selftrain(
             "eval_quarantined": tested.manifest["num_quarantined"] if tested else None,
         },
         "probe_temperature": temperature,
+        "prior": chosen.summary(),
         "classes": list(classes.names),
         "encoder": info.identity,
         "features": {"train": encoded.path, "eval": tested.path if tested else None},
@@ -285,14 +305,86 @@ def _check_label_names(data: Data, test: Data | None, classes: ClassList) -> Non
             map_labels(places, label_names=item.label_names, classes=classes, data=item.name)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """The prior of a training, and what the views of a sample make of the rounds with it."""
+
+    name: str
+    prior: Prior
+    tried: dict[str, Confirmation]
+    """By candidate; empty for the gradient solver, whose rounds are too slow to try."""
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the rounds are to be used at all."""
+        return self.name not in self.tried or self.tried[self.name].trusted
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "trusted": self.trusted,
+            "tried": {name: asdict(found) for name, found in self.tried.items()},
+        }
+
+
+def _choose_prior(
+    job: SelftrainJob, out: str, features: np.ndarray, prior: Prior | None, *, head: Head, fingerprint: str
+) -> _Chosen:
+    """Try the rounds on a sample: with the prior that was asked for, or with those that `auto` has to choose from.
+
+    OUT/prior.json keeps the outcome, so that a job which goes on goes on with the same prior.
+    """
+    spec = job.training.prior
+    name = "weak" if spec == "auto" else spec
+    tried: dict[str, Confirmation] = {}
+    if job.training.solver == "gaussian":
+        path = files.join(out, "prior.json")
+        shares = None if prior is None or prior.shares is None else prior.shares.tolist()
+        identity = digest([fingerprint, head.identity, config_identity(job.training), shares])
+        kept = files.read_json(path) if files.exists(path) else {}
+        if kept.get("identity") != identity:
+            print("prior: trying the rounds on a sample, and on halves of its features", flush=True)
+            sample = Sample(
+                features,
+                zero_shot=torch.tensor(head.weight),
+                temperature=head.temperature,
+                config=job.training,
+                dtype=resolve_precision("auto", device=torch.device("cpu")),
+            )
+            if prior is None:
+                name, tried = choose_prior(sample)
+            else:
+                tried = {name: sample.confirm(prior)}
+            kept = {"identity": identity, "name": name, "tried": {k: asdict(v) for k, v in tried.items()}}
+            files.write_json(path, kept)
+        name, tried = kept["name"], {k: Confirmation(**v) for k, v in kept["tried"].items()}
+    chosen = _Chosen(name=name, prior=PRIORS[name] if prior is None else prior, tried=tried)
+    print_prior(name, tried, trusted=chosen.trusted)
+    return chosen
+
+
+def _zero_shot_labels(probe: Probe, features: Features) -> pa.Table:
+    confidence, label = probe.probabilities(features.base).max(dim=1)
+    count = len(features.ids)
+    return pa.table(
+        {
+            "id": features.ids,
+            "label": label.numpy().astype(np.int32),
+            "confidence": confidence.numpy(),
+            "kept": np.ones(count, bool),
+            "round": np.zeros(count, np.int32),
+        }
+    )
+
+
 def _prior_text(spec: str) -> str | None:
-    if spec in ("estimated", "uniform", "none"):
+    if spec == "auto" or spec in PRIORS:
         return None
     try:
         return files.read_bytes(spec).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"--prior {spec} is none of estimated, uniform, none, nor a text file: {error}"
+            f"--prior {spec} is none of auto, uniform, weak, none, nor a text file: {error}"
         ) from error
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from lpclip.evaluation import evaluate, label_free_temperature, mean_confidence, pictures, supervised_probe
+from lpclip.evaluation import (
+    evaluate,
+    expected_accuracy,
+    label_free_temperature,
+    mean_confidence,
+    pictures,
+    supervised_probe,
+)
 from lpclip.metrics import classification_metrics
-from lpclip.probe import Probe, calibrated
+from lpclip.probe import Probe
 
 DIM = 8
 
@@ -43,7 +52,7 @@ def test_evaluation_is_the_metrics_of_the_probe_s_probabilities():
 
 def test_temperature_changes_calibration_and_no_accuracy():
     features, labels = blobs(300, classes=(0, 1, 2))
-    warm, cold = (evaluate(calibrated(probe_of(3), temperature=t), features, labels) for t in (5.0, 0.2))
+    warm, cold = (evaluate(replace(probe_of(3), temperature=t), features, labels) for t in (5.0, 0.2))
     assert warm["accuracy"] == cold["accuracy"]
     assert warm["ece"] != cold["ece"]
 
@@ -57,22 +66,20 @@ def test_pictures_count_every_labelled_row_once():
 
 
 @pytest.mark.parametrize("sharpness", [0.5, 5.0, 500.0])
-def test_the_temperature_without_labels_gives_the_mean_of_both_confidences(sharpness: float):
+def test_the_temperature_without_labels_gives_the_expected_accuracy_as_confidence(sharpness: float):
     features, _ = blobs(500, classes=(0, 1, 2))
     zero_shot, probe = probe_of(3, sharpness=2.0), probe_of(3, sharpness=sharpness)
-    target = (mean_confidence(zero_shot, features) + mean_confidence(probe, features)) / 2
+    target = expected_accuracy(mean_confidence(zero_shot, features))
     temperature = label_free_temperature(probe, zero_shot=zero_shot, features=features)
-    assert mean_confidence(probe, features, temperature=temperature) == pytest.approx(target, abs=1e-4)
-    assert mean_confidence(calibrated(probe, temperature=temperature), features) == pytest.approx(
-        target, abs=1e-4
-    )
+    calm = replace(probe, temperature=temperature)
+    assert mean_confidence(calm, features) == pytest.approx(target, abs=1e-4)
 
 
-def test_zero_shot_itself_keeps_its_temperature():
-    features, _ = blobs(500, classes=(0, 1, 2))
-    zero_shot = probe_of(3)
-    found = label_free_temperature(zero_shot, zero_shot=zero_shot, features=features)
-    assert found == pytest.approx(1.0, abs=1e-3)
+def test_the_expected_accuracy_multiplies_the_odds_and_is_no_less_than_zero_shot_s():
+    assert expected_accuracy(0.75) == pytest.approx(0.9)
+    assert expected_accuracy(0.5) == 0.5
+    assert expected_accuracy(0.2) == pytest.approx(0.2)
+    assert 0 < expected_accuracy(0.0) < expected_accuracy(1.0) < 1
 
 
 def test_a_probe_without_an_opinion_gets_a_finite_temperature():

@@ -33,6 +33,13 @@ def test_neighbours_are_those_of_a_full_comparison() -> None:
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_without_a_space_rows_are_compared_as_they_are() -> None:
+    similarity = torch.tensor(FEATURES).float() @ torch.tensor(FEATURES).float().T
+    found = nearest(FEATURES, among=FEATURES, first_row=0, space=None, count=4, dtype=torch.float32)
+    expected = similarity.fill_diagonal_(-2).topk(4, dim=1).values.numpy()
+    np.testing.assert_allclose(similarity.gather(1, found).numpy(), expected, atol=2e-3)
+
+
 def test_no_row_is_its_own_neighbour_even_among_equals() -> None:
     same = np.repeat(FEATURES[:1], 6, axis=0)
     found = nearest(same, among=same, first_row=0, space=SPACE, count=3, dtype=torch.float32)
@@ -46,9 +53,11 @@ def test_a_cut_of_the_rows_finds_what_all_rows_find(cut: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "expected"), [(100, 0), (499, 0), (500, 10), (100_000, 10), (100_001, 0)]
+    ("num_rows", "expected"), [(3, 2), (40, 3), (200, 10), (600, 30), (100_000, 30), (100_001, 0)]
 )
-def test_neighbours_are_used_where_they_are_near_and_affordable(num_rows: int, expected: int) -> None:
+def test_neighbours_are_fewer_than_a_class_has_images_and_used_where_affordable(
+    num_rows: int, expected: int
+) -> None:
     assert neighbour_count(SelfTrainingConfig(), num_rows=num_rows, num_classes=10) == expected
 
 

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from lpclip import files
 from lpclip.probe import (
     Probe,
-    calibrated,
     feature_space,
     gaussian_probe,
     load_probe,
@@ -220,7 +219,7 @@ def make_probe() -> Probe:
 
 def test_another_temperature_changes_confidence_and_no_label():
     probe, features = make_probe(), random(100, 5)
-    warm, cold = (calibrated(probe, temperature=t).probabilities(features) for t in (10.0, 0.1))
+    warm, cold = (replace(probe, temperature=t).probabilities(features) for t in (10.0, 0.1))
     assert warm.argmax(dim=1).tolist() == cold.argmax(dim=1).tolist()
     assert (warm.amax(dim=1) <= cold.amax(dim=1)).all()
     assert probe.temperature == 0.37

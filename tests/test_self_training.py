@@ -77,8 +77,9 @@ def train(
     )
 
 
-def labels_of(state: State, features: np.ndarray) -> np.ndarray:
-    return (torch.tensor(features).float() @ state.weight.T + state.probe_bias()).argmax(dim=1).numpy()
+def labels_of(state: State, features: np.ndarray, *, head: torch.Tensor) -> np.ndarray:
+    weight, bias = state.probe(head / TEMPERATURE)
+    return (torch.tensor(features).float() @ weight.T + bias).argmax(dim=1).numpy()
 
 
 class Workers:
@@ -127,7 +128,9 @@ def train_on_workers(
 def assert_same_probe(found: State, expected: State, *, tolerance: float = 1e-4) -> None:
     bound = tolerance * float(expected.weight.abs().max())
     torch.testing.assert_close(found.weight, expected.weight, atol=bound, rtol=0)
-    torch.testing.assert_close(found.probe_bias(), expected.probe_bias(), atol=bound, rtol=0)
+    torch.testing.assert_close(found.bias, expected.bias, atol=bound, rtol=0)
+    torch.testing.assert_close(found.factors.log(), expected.factors.log(), atol=bound, rtol=0)
+    assert found.zero_shot_share == expected.zero_shot_share
 
 
 CUTS = {
@@ -151,7 +154,9 @@ def test_gaussian_rounds_do_not_depend_on_the_workers(name: str):
             torch.testing.assert_close(found.sums, whole.sums, atol=1e-2, rtol=1e-4)
     last = [rounds[-1][1] for rounds in workers]
     assert (np.concatenate([found.labels for found in last]) == alone[-1][1].labels).all()
-    assert (labels_of(workers[0][-1][0], features) == labels_of(alone[-1][0], features)).all()
+    assert (
+        labels_of(workers[0][-1][0], features, head=head) == labels_of(alone[-1][0], features, head=head)
+    ).all()
 
 
 def test_gradient_rounds_do_not_depend_on_the_workers():
@@ -166,7 +171,8 @@ def test_the_same_run_twice_is_the_same_bit_for_bit(config: SelfTrainingConfig):
     features, _, head = planted(800)
     (first, _), (second, _) = (train(features, head, config=config)[-1] for _ in range(2))
     assert torch.equal(first.weight, second.weight)
-    assert torch.equal(first.probe_bias(), second.probe_bias())
+    assert torch.equal(first.bias, second.bias)
+    assert torch.equal(first.factors, second.factors)
 
 
 def test_the_seed_decides_the_gradient_s_batches():
@@ -183,7 +189,7 @@ def test_rounds_beat_their_teacher_and_come_near_to_the_supervised_rule():
     inverse = torch.linalg.inv(torch.cov((x - means[labels]).T))
     best = x @ (means @ inverse).T - ((means @ inverse) * means).sum(dim=1) / 2
     bayes = float((best.argmax(dim=1).numpy() == labels).mean())
-    accuracy = float((labels_of(train(features, head)[-1][0], features) == labels).mean())
+    accuracy = float((labels_of(train(features, head)[-1][0], features, head=head) == labels).mean())
     assert bayes - 0.03 < accuracy
     assert zero_shot + 0.03 < accuracy
 
@@ -227,7 +233,8 @@ def test_resumed_rounds_equal_the_uninterrupted(config: SelfTrainingConfig):
         assert [state.round for state, _ in resumed] == [state.round for state, _ in whole[done:]]
         for (state, found), (expected, labelled) in zip(resumed, whole[done:], strict=True):
             assert torch.equal(state.weight, expected.weight)
-            assert torch.equal(state.probe_bias(), expected.probe_bias())
+            assert torch.equal(state.bias, expected.bias)
+            assert torch.equal(state.factors, expected.factors)
             assert state.metrics == expected.metrics
             assert (found.labels == labelled.labels).all()
 
@@ -246,7 +253,7 @@ def test_a_pass_describes_its_own_student():
     features, _, head = planted(1000)
     rounds = train(features, head, config=replace(CONFIG, threshold=0.7))
     for (state, found), (_, before) in zip(rounds[1:], rounds, strict=False):
-        assert (found.labels == labels_of(state, features)).all()
+        assert (found.labels == labels_of(state, features, head=head)).all()
         assert (found.kept == (found.confidence >= 0.7)).all()
         zero_shot = (torch.tensor(features).float() @ head.T).argmax(dim=1).numpy()
         assert state.metrics == pytest.approx(
@@ -264,7 +271,8 @@ def test_a_pass_describes_its_own_student():
 def test_the_threshold_leaves_rows_out_of_the_sums():
     features, _, head = planted(1000)
     state, found = train(features, head, config=replace(CONFIG, rounds=1, threshold=0.9))[-1]
-    logits = torch.tensor(features).float() @ state.weight.T + state.probe_bias()
+    weight, bias = state.probe(head / TEMPERATURE)
+    logits = torch.tensor(features).float() @ weight.T + bias
     targets = torch.softmax(logits, dim=1) * torch.tensor(found.kept)[:, None]
     assert 0 < found.kept.sum() < 1000
     torch.testing.assert_close(found.counts, targets.sum(dim=0).double(), atol=1e-2, rtol=0)
@@ -278,7 +286,7 @@ def test_a_high_threshold_costs_no_more_than_the_rows_it_leaves_out():
     features, labels, head = planted(3000, num_classes=8, dim=16)
     zero_shot = ((torch.tensor(features).float() @ head.T).argmax(dim=1).numpy() == labels).mean()
     for state, _ in train(features, head, config=replace(CONFIG, threshold=0.99)):
-        assert (labels_of(state, features) == labels).mean() > zero_shot
+        assert (labels_of(state, features, head=head) == labels).mean() > zero_shot
         assert state.metrics["coverage"] < 0.8
 
 
@@ -298,18 +306,31 @@ def test_a_known_prior_helps_where_classes_are_unequal():
         [rng.permutation(np.flatnonzero(labels == k))[: int(1000 * s)] for k, s in enumerate(shares)]
     )
     features, labels = features[chosen], labels[chosen]
-    accuracy = {}
+    accuracy, found = {}, {}
     for name in ("uniform", "known"):
-        prior = Prior(shares=torch.tensor(shares if name == "known" else np.full(5, 0.2)))
-        accuracy[name] = (labels_of(train(features, head, prior=prior)[-1][0], features) == labels).mean()
+        prior = Prior(shares=torch.tensor(shares) if name == "known" else None)
+        last = labels_of(train(features, head, prior=prior)[-1][0], features, head=head)
+        accuracy[name] = (last == labels).mean()
+        found[name] = np.bincount(last, minlength=5) / len(last)
     assert accuracy["known"] > accuracy["uniform"] + 0.02
+    assert np.abs(found["known"] - shares).max() < 0.03
 
 
 def test_without_a_prior_the_factors_stay_one():
     features, _, head = planted(500)
     for state, _ in train(features, head, prior=Prior(strength=0.0)):
         assert state.factors.tolist() == [1.0] * NUM_CLASSES
-        assert torch.equal(state.probe_bias(), state.bias)
+        assert torch.equal(state.probe(head)[1], state.bias)
+
+
+def test_zero_shot_logits_can_come_from_elsewhere():
+    features, _, head = planted(900)
+    logits = torch.tensor(features).float() @ head.T / TEMPERATURE
+    given = Shard(features=features, num_rows=900, zero_shot=logits)
+    rounds = self_train(given, zero_shot=head, temperature=TEMPERATURE, config=CONFIG, prior=Prior())
+    for (state, found), (expected, whole) in zip(rounds, train(features, head), strict=True):
+        assert_same_probe(state, expected)
+        assert (found.labels == whole.labels).all()
 
 
 def test_the_student_learns_from_the_strong_views():
@@ -344,14 +365,14 @@ EXTREMES = {
 
 
 @pytest.mark.parametrize("solver", ["gaussian", "gradient"])
-@pytest.mark.parametrize("prior", ["estimated", "uniform", "none"])
+@pytest.mark.parametrize("prior", ["weak", "uniform", "none"])
 @pytest.mark.parametrize("name", EXTREMES)
 def test_extreme_rows_give_finite_probes(name: str, prior: str, solver: str):
     head = planted(1)[2]
     config = SelfTrainingConfig(solver=solver, rounds=3)
     for state, found in train(EXTREMES[name], head, config=config, prior=read_prior(prior, tuple("abcde"))):
         assert state.weight.isfinite().all()
-        assert state.probe_bias().isfinite().all()
+        assert all(part.isfinite().all() for part in state.probe(head))
         assert np.isfinite(found.confidence).all()
         assert np.isfinite(list(state.metrics.values())).all()
 
@@ -386,9 +407,10 @@ CLASSES = ("cat", "dog")
 
 
 def test_priors_by_name():
-    assert (read_prior("estimated", CLASSES).shares, read_prior("estimated", CLASSES).strength) == (None, 0.3)
-    assert read_prior("none", CLASSES).strength == 0
-    assert read_prior("uniform", CLASSES).shares.tolist() == [0.5, 0.5]
+    strengths = {name: read_prior(name, CLASSES).strength for name in ("none", "weak", "uniform")}
+    assert strengths == {"none": 0, "weak": 0.3, "uniform": 1}
+    assert all(read_prior(name, CLASSES).shares is None for name in strengths)
+    assert read_prior("auto", CLASSES) is None
 
 
 @pytest.mark.parametrize(

@@ -410,7 +410,10 @@ def test_a_half_written_store_is_refused_as_data(
         ("--data {photos} --threshold 1", "--threshold must be at least 0 and below 1"),
         ("--data {photos} --num-workers -1", "--num-workers must not be negative"),
         ("--data {photos} --temperature 0", "--temperature must be above 0"),
-        ("--data {photos} --prior some", "--prior some is none of estimated, uniform, none, nor a text file"),
+        (
+            "--data {photos} --prior some",
+            "--prior some is none of auto, uniform, weak, none, nor a text file",
+        ),
         ("--data {photos} --views strong,blurry", "blurry"),
         ("--data {photos} --limit 0", "the limit must be at least 1, not 0"),
         ("--data {photos} --templates few", "unknown templates 'few'"),

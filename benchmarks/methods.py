@@ -1,0 +1,678 @@
+"""Every method on every setting: accuracy and calibration of the recipe, the field's baselines and zero-shot.
+
+    python benchmarks/methods.py runs/benchmark/features
+    python benchmarks/methods.py runs/benchmark/features --quick --json methods.json
+
+The folder holds finished feature stores, found by what stands before the hash of their names. These make them:
+
+    encode="python jobs/encode.py --out runs/benchmark"
+    $encode --data cifar10:train
+    $encode --data cifar10:test
+    $encode --data cifar10:train --limit 10000 --views weak,gaussian_noise:3,motion_blur:3
+    $encode --data cifar10:test --limit 5000 --views weak,gaussian_noise:3,motion_blur:3
+    $encode --data cifar100:test --limit 5000
+    $encode --data fashion-mnist:train --limit 10000
+    $encode --data fashion-mnist:test --limit 5000
+    $encode --data pacs-photo/
+
+Settings: all images; long-tailed 1:10 and 1:100 (the k-th class of the seed's order keeps n r^(-k / (K - 1)) images);
+three classes, all names candidates; a fifth of the images foreign, of no class (CIFAR-100 in CIFAR-10, CIFAR-10 in the
+others); 200 images; corrupted images. Test images are cut and corrupted like the unlabelled ones. At most 10,000
+unlabelled images, 3,000 with --quick; without it CIFAR-10's "all" has every image. A seed decides the sample, the order
+of the classes and which three; "all" and the corrupted settings run once. Labels cut, measure, and fit the supervised
+ceiling (on at most 10,000 images); no method sees them. Seconds are for learning and for labelling the test images.
+On a busy machine OMP_NUM_THREADS=1 saves most of the time.
+
+--json writes every mean over seeds as a row. Its `kind` is inductive (test images), transductive (the unlabelled ones),
+balanced (the uncut test images where the setting cuts them) or temperature (`method` is lpclip's temperature).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from baselines import METHODS, NUM_NEIGHBOURS, Problem, cosine_neighbours, supervised
+from sklearn.metrics import adjusted_mutual_info_score
+from torch import Tensor
+
+from lpclip import report, store
+from lpclip.cli import OPTIONS
+from lpclip.config import ClassConfig, EncoderConfig, SelfTrainingConfig
+from lpclip.encoders import Encoder, load_encoder
+from lpclip.evaluation import CALIBRATION_ROWS, expected_accuracy, mean_confidence
+from lpclip.labels import map_labels, resolve_classes
+from lpclip.metrics import classification_metrics
+from lpclip.neighbours import nearest
+from lpclip.probe import Probe, zero_shot_probe
+from lpclip.prompts import DEFAULT_TEMPLATES, zero_shot_head
+from lpclip.selection import Sample, choose_prior
+from lpclip.self_training import PRIORS, Shard, fit_space, neighbour_count, self_train
+
+# Unlabelled and test images: one store of both is cut into halves of its row order, which is that of a hash.
+STORES = {
+    "cifar10": ("cifar10-train", "cifar10-test"),
+    "fashion-mnist": ("fashion-mnist-train", "fashion-mnist-test"),
+    "pacs-photo": ("pacs-photo", "pacs-photo"),
+}
+FOREIGN = {"cifar10": "cifar100-test", "fashion-mnist": "cifar10-train", "pacs-photo": "cifar10-train"}
+CORRUPTIONS = ("gaussian_noise:3", "motion_blur:3")
+ROWS, QUICK_ROWS = 10_000, 3_000
+FEW_IMAGES = 2_500
+# Baselines that need the graph of cosines, made once: its time is added to each of theirs.
+GRAPH_METHODS = ("StatA", "TransCLIP", "ZLaP")
+SINGLE_PROMPT = ("a photo of a {}.",)
+CONFIG = SelfTrainingConfig()
+
+# Which of `temperatures` lpclip has in the tables of methods.
+DEFAULT_TEMPERATURE = "(e) zero-shot's odds squared"
+ORACLE = "oracle (test labels)"
+CANDIDATES = ("uniform", "weak")
+# Accuracy below which a choice is worse than zero-shot, or than the other candidate.
+MISS, REGRET = 0.005, 0.01
+HEADINGS = {
+    "zero-shot (one prompt)": "one prompt",
+    "domain-centred zero-shot": "centred",
+    "naive hard labels": "hard labels",
+    "LP-CLIP (reconstructed)": "LP-CLIP",
+    "logit centring": "logits",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Compare label-free methods on finished feature stores."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder of feature stores."""
+    quick: bool = False
+    """One seed and fewer images: some minutes on two cores."""
+    json: str | None = None
+    """File to write the rows to."""
+    seeds: int = 3
+    """Samples of each setting that is one."""
+    data: str = ",".join(STORES)
+    """Data sets, by comma."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """Features (n, d) float16 of unit norm and class indices (n,), -1 for none."""
+
+    features: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Any) -> Images:
+        """Those rows: a slice, places or a mask."""
+        return Images(features=self.features[rows], labels=self.labels[rows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """A data set with all that its settings need."""
+
+    name: str
+    head: Tensor
+    single_head: Tensor
+    temperature: float
+    train: Images
+    test: Images
+    foreign: np.ndarray | None
+    corrupted: dict[str, tuple[Images, Images]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What the methods see, and what they are tested on."""
+
+    name: str
+    seed: int
+    unlabelled: Images
+    test: Images
+    balanced: Images | None = None
+    """The test images before the cut, where there is one."""
+
+
+Kind = Literal["inductive", "transductive", "balanced", "temperature"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A line of the results."""
+
+    data: str
+    setting: str
+    images: int
+    method: str
+    kind: Kind
+    accuracy: float | None = None
+    ece: float | None = None
+    nll: float | None = None
+    seconds: float | None = None
+    seeds: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What criteria chose between the candidates' priors on one sample, and what that was worth."""
+
+    setting: str
+    zero_shot: float
+    accuracy: dict[str, float]
+    """By candidate."""
+    choices: dict[str, str]
+    """Candidate by criterion."""
+
+
+def long_tailed(images: Images, *, ratio: float, order: np.ndarray, limit: float = np.inf) -> Images:
+    """Class order[k] keeps n ratio^(-k / (K - 1)) images, n as large as classes and the limit allow."""
+    shares = ratio ** -np.linspace(0, 1, len(order))
+    counts = np.bincount(images.labels, minlength=len(order))[order]
+    largest = min((counts / shares).min(), limit / shares.sum())
+    keep = np.maximum(1, (largest * shares + 1e-9).astype(int))
+    places = [np.flatnonzero(images.labels == k)[:n] for k, n in zip(order, keep, strict=True)]
+    return images.take(np.sort(np.concatenate(places)))
+
+
+def only_classes(images: Images, classes: np.ndarray) -> Images:
+    """The images of these classes."""
+    return images.take(np.isin(images.labels, classes))
+
+
+def with_foreign(
+    images: Images, foreign: np.ndarray, *, share: float, limit: int, rng: np.random.Generator
+) -> Images:
+    """As many images as the limit allows, a share of them from `foreign` and without a label, shuffled."""
+    own = int(min(len(images), (1 - share) * limit, len(foreign) * (1 - share) / share))
+    added = rng.choice(len(foreign), round(own * share / (1 - share)), replace=False)
+    features = np.concatenate([images.features[:own], foreign[added]])
+    labels = np.concatenate([images.labels[:own], np.full(len(added), -1)])
+    return Images(features=features, labels=labels).take(rng.permutation(len(labels)))
+
+
+def settings(data: Data, *, seed: int, limit: int, limit_all: int) -> Iterator[Setting]:
+    """All settings of a seed; those that are no sample come with the first seed only."""
+    rng = np.random.default_rng(seed)
+    train, test = data.train.take(rng.permutation(len(data.train))), data.test
+    order, few = rng.permutation(len(data.head)), rng.permutation(len(data.head))[:3]
+    if seed == 0:
+        yield Setting(name="all", seed=seed, unlabelled=train.take(slice(limit_all)), test=test)
+    for ratio in (10, 100):
+        yield Setting(
+            name=f"long-tailed 1:{ratio}",
+            seed=seed,
+            unlabelled=long_tailed(train, ratio=ratio, order=order, limit=limit),
+            test=long_tailed(test, ratio=ratio, order=order),
+            balanced=test,
+        )
+    present = only_classes(train, few).take(slice(limit))
+    yield Setting(
+        name="3 classes", seed=seed, unlabelled=present, test=only_classes(test, few), balanced=test
+    )
+    if data.foreign is not None:
+        mixed = with_foreign(train, data.foreign, share=0.2, limit=limit, rng=rng)
+        yield Setting(name="20% foreign", seed=seed, unlabelled=mixed, test=test)
+    yield Setting(name="200 images", seed=seed, unlabelled=train.take(slice(200)), test=test)
+    for view, (seen, tested) in data.corrupted.items() if seed == 0 else ():
+        unlabelled = seen.take(rng.permutation(len(seen))[:limit])
+        yield Setting(name=f"corrupted {view}", seed=seed, unlabelled=unlabelled, test=tested)
+
+
+def find_stores(folder: str) -> dict[str, dict[str, Any]]:
+    """Manifests of the folder's finished stores by path, all of one encoder; ValueError when they are not."""
+    found = {}
+    for file in sorted(Path(folder).glob("*/manifest.json")):
+        found[str(file.parent)] = store.read_manifest(str(file.parent)) or {}
+    encoders = [manifest["identity"]["encoder"] for manifest in found.values()]
+    if not encoders or any(encoder != encoders[0] for encoder in encoders):
+        raise ValueError(f"{folder} must hold finished feature stores, all of one encoder")
+    return found
+
+
+def pick(stores: dict[str, dict[str, Any]], name: str, *, view: str | None = None) -> str | None:
+    """Path of the largest store of that name, with a view that is asked for, else without corruptions."""
+    fits = []
+    for path, manifest in stores.items():
+        views = manifest["identity"]["views"]
+        right = view in views if view else not any(":" in other for other in views)
+        if right and Path(path).name.rpartition("-")[0] == name:
+            fits.append((manifest["num_rows"], path))
+    return max(fits)[1] if fits else None
+
+
+def load_data(stores: dict[str, dict[str, Any]], name: str, *, encoder: Encoder) -> Data | None:
+    """A data set, or None, after a line that says so, when stores are missing."""
+    names = STORES[name]
+    paths = [pick(stores, part) for part in names]
+    if missing := [part for part, path in zip(names, paths, strict=True) if path is None]:
+        print(f"{name}: left out, there is no store {missing[0]}", flush=True)
+        return None
+    label_names = stores[str(paths[0])]["identity"]["source"]["label_names"]
+    classes = resolve_classes(ClassConfig(), label_names=tuple(label_names) if label_names else None)
+
+    def load(path: str | None, *, view: str | None = None) -> Images:
+        assert path is not None
+        found, own = (
+            store.load(path, views=(view,) if view else ()),
+            stores[path]["identity"]["source"]["label_names"],
+        )
+        labels = map_labels(found.labels, label_names=tuple(own) if own else None, classes=classes, data=path)
+        return Images(features=found.strong[view] if view else found.base, labels=labels)
+
+    train, test = (load(path) for path in paths)
+    if names[0] == names[1]:
+        train, test = train.take(slice(len(train) // 2)), train.take(slice(len(train) // 2, None))
+    foreign = pick(stores, FOREIGN[name])
+    if foreign is None:
+        print(f"{name}: no foreign images, there is no store {FOREIGN[name]}", flush=True)
+    seen = {view: [pick(stores, part, view=view) for part in names] for view in CORRUPTIONS}
+    corrupted = {v: (load(a, view=v), load(b, view=v)) for v, (a, b) in seen.items() if a and b}
+    return Data(
+        name=name,
+        head=zero_shot_head(encoder, classes.names, templates=DEFAULT_TEMPLATES),
+        single_head=zero_shot_head(encoder, classes.names, templates=SINGLE_PROMPT),
+        temperature=1 / encoder.logit_scale,
+        train=train,
+        test=test,
+        foreign=store.load(foreign, views=(), with_labels=False).base if foreign else None,
+        corrupted=corrupted if names[0] != names[1] else {},
+    )
+
+
+def load_encoder_of(identity: dict[str, Any]) -> Encoder:
+    """The encoder that made the stores. Raises ValueError when it cannot be had, or has changed."""
+    name, pretrained = identity["name"], identity.get("pretrained")
+    config = EncoderConfig(encoder=name, pretrained=pretrained, precision=identity["precision"])
+    encoder = load_encoder(config)
+    if {**encoder.identity, "dim": encoder.dim} != identity:
+        raise ValueError(f"the stores were made with another {name} than this machine's")
+    return encoder
+
+
+class Clock:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        last, self._last = self._last, time.perf_counter()
+        return self._last - last
+
+
+def temperature_at(logits: Tensor, *, confidence: float) -> float:
+    """The temperature that gives logits (n, K) this mean maximal probability, within 2^-8 to 2^8."""
+    low, high = -8.0, 8.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        too_sure = float(torch.softmax(logits / 2**middle, dim=1).amax(dim=1).double().mean()) > confidence
+        low, high = (middle, high) if too_sure else (low, middle)
+    return 2.0 ** ((low + high) / 2)
+
+
+def best_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature of the lowest NLL, which is convex in its inverse; within 2^-8 to 2^8."""
+
+    def nll(power: float) -> float:
+        return float(F.cross_entropy(logits.double() / 2**power, labels, ignore_index=-1))
+
+    low, high = -8.0, 8.0
+    for _ in range(40):
+        left, right = (2 * low + high) / 3, (low + 2 * high) / 3
+        low, high = (low, right) if nll(left) < nll(right) else (left, high)
+    return 2.0 ** ((low + high) / 2)
+
+
+def temperatures(
+    probe: Probe, *, zero_shot: Probe, features: np.ndarray, agreement: float | None
+) -> dict[str, float]:
+    """The label-free temperatures of a probe of temperature 1; without an agreement (b) and (d) are (a)."""
+    sample = features[:CALIBRATION_ROWS]
+    base, own = mean_confidence(zero_shot, sample), mean_confidence(probe, sample)
+    agreement = base if agreement is None else agreement
+    targets = {
+        "(a) as confident as zero-shot": base,
+        "(b) as confident as views agree": agreement,
+        "(c) midpoint of zero-shot and itself": (base + own) / 2,
+        "(d) midpoint of (a) and (b)": (base + agreement) / 2,
+        DEFAULT_TEMPERATURE: expected_accuracy(base),
+    }
+    logits = probe.logits(sample)
+    return {name: temperature_at(logits, confidence=target) for name, target in targets.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What the rounds learnt with one prior."""
+
+    probe: Probe
+    labels: np.ndarray
+    temperatures: dict[str, float]
+
+
+def train(problem: Problem, shard: Shard, *, prior: str, agreement: float | None) -> Trained:
+    """The rounds with a prior, and their probe at the default temperature."""
+    head, temperature = problem.head, problem.temperature
+    *_, (state, found) = self_train(
+        shard, zero_shot=head, temperature=temperature, config=CONFIG, prior=PRIORS[prior]
+    )
+    weight, bias = state.probe(head / temperature)
+    probe, zero_shot = Probe(weight=weight, bias=bias), zero_shot_probe(head, temperature=temperature)
+    options = temperatures(probe, zero_shot=zero_shot, features=problem.features, agreement=agreement)
+    probe = replace(probe, temperature=options[DEFAULT_TEMPERATURE])
+    return Trained(probe=probe, labels=found.labels, temperatures=options)
+
+
+def with_neighbours(problem: Problem) -> Shard:
+    """The unlabelled images as the rounds take them."""
+    x = problem.features
+    shard = Shard(features=x, num_rows=len(x))
+    count = neighbour_count(CONFIG, num_rows=len(x), num_classes=len(problem.head))
+    if count == 0:
+        return shard
+    space = fit_space(shard)
+    found = nearest(x, among=x, first_row=0, space=space, count=count, dtype=torch.bfloat16)
+    return replace(shard, neighbours=found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """The methods on one setting of a data set; each part gives rows."""
+
+    data: Data
+    setting: Setting
+    problem: Problem
+    zero_shot: Probe
+
+    def row(
+        self,
+        method: str,
+        kind: Kind,
+        p: Tensor | None,
+        *,
+        images: Images | None = None,
+        seconds: float | None = None,
+    ) -> Row:
+        """The metrics of probabilities (n, K) of images, by default the test images."""
+        size = len(self.setting.unlabelled)
+        row = Row(
+            data=self.data.name,
+            setting=self.setting.name,
+            images=size,
+            method=method,
+            kind=kind,
+            seconds=seconds,
+        )
+        if p is None:
+            return row
+        labels = torch.from_numpy((images or self.setting.test).labels)
+        found = classification_metrics(p, labels)
+        return replace(row, accuracy=found["accuracy"], ece=found["ece"], nll=found["nll"])
+
+    def baselines(self) -> Iterator[Row]:
+        """Baselines, and on "all" the ceiling."""
+        unlabelled, test = self.setting.unlabelled, self.setting.test
+        x, clock = unlabelled.features, Clock()
+        _, graph = cosine_neighbours(x, among=x, count=NUM_NEIGHBOURS, same=True)
+        problem, graph_seconds = replace(self.problem, neighbours=graph), clock.lap()
+        for name, method in METHODS.items():
+            clock.lap()
+            solution = method(problem)
+            p, q = solution.predict(test.features), solution.transductive
+            seconds = clock.lap() + graph_seconds * (name in GRAPH_METHODS)
+            yield self.row(name, "inductive", p, seconds=seconds)
+            if q is not None:
+                yield self.row(name, "transductive", q, images=unlabelled, seconds=seconds)
+        yield self.row("zero-shot", "transductive", self.zero_shot.probabilities(x), images=unlabelled)
+        if self.setting.name == "all":
+            clock.lap()
+            ceiling = supervised(
+                replace(problem, features=x[:ROWS], neighbours=None), unlabelled.labels[:ROWS]
+            )
+            p = ceiling.predict(test.features)
+            yield self.row("supervised", "inductive", p, seconds=clock.lap())
+
+    def ours(self) -> tuple[list[Row], Trial]:
+        """lpclip with each prior and its own choice, which is zero-shot where the rounds are not trusted."""
+        head, temperature, x = self.problem.head, self.problem.temperature, self.problem.features
+        test, rows, clock = self.setting.test, [], Clock()
+        sample = Sample(x, zero_shot=head, temperature=temperature, config=CONFIG, dtype=torch.bfloat16)
+        chosen, views = choose_prior(sample)
+        choice_seconds = clock.lap()
+        shard = with_neighbours(self.problem)
+        graph_seconds, found, seconds = clock.lap(), {}, {}
+        for prior in PRIORS:
+            clock.lap()
+            agreement = views[prior].agreement if prior in views else None
+            found[prior] = train(self.problem, shard, prior=prior, agreement=agreement)
+            p = found[prior].probe.probabilities(test.features)
+            seconds[prior] = graph_seconds + clock.lap()
+            rows.append(self.row(f"lpclip {prior}", "inductive", p, seconds=seconds[prior]))
+        trial = self._trial(rows, found, chosen=chosen)
+        best = found[chosen]
+        if not views[chosen].trusted:
+            print(f"  {self.data.name}, {self.setting.name}: not trusted, zero-shot stays", flush=True)
+            labels = self.zero_shot.logits(x).argmax(dim=1).numpy()
+            same = dict.fromkeys(best.temperatures, 1.0)
+            best = Trained(probe=self.zero_shot, labels=labels, temperatures=same)
+        rows += self._product(best, seconds=choice_seconds + seconds[chosen])
+        return rows, trial
+
+    def _product(self, best: Trained, *, seconds: float) -> Iterator[Row]:
+        unlabelled, test, probe = self.setting.unlabelled, self.setting.test, best.probe
+        yield self.row("lpclip", "inductive", probe.probabilities(test.features), seconds=seconds)
+        p = probe.probabilities(unlabelled.features)
+        yield self.row("lpclip's probe", "transductive", p, images=unlabelled, seconds=seconds)
+        known = unlabelled.labels >= 0
+        right = float((best.labels == unlabelled.labels)[known].mean())
+        yield replace(self.row("lpclip", "transductive", None, seconds=seconds), accuracy=right)
+        if (whole := self.setting.balanced) is not None:
+            for name, one in {"zero-shot": self.zero_shot, "lpclip": probe}.items():
+                yield self.row(name, "balanced", one.probabilities(whole.features), images=whole)
+        logits = probe.logits(test.features)
+        tried = {**best.temperatures, ORACLE: best_temperature(logits, torch.from_numpy(test.labels))}
+        yield self.row("zero-shot", "temperature", self.zero_shot.probabilities(test.features))
+        for name, value in tried.items():
+            yield self.row(name, "temperature", torch.softmax(logits / value, dim=1))
+
+    def _trial(self, rows: Sequence[Row], found: dict[str, Trained], *, chosen: str) -> Trial:
+        base = self.zero_shot.logits(self.problem.features).argmax(dim=1).numpy()
+        p = self.zero_shot.probabilities(self.setting.test.features)
+        accuracy = {row.method.removeprefix("lpclip "): row.accuracy or 0.0 for row in rows}
+        mutual = {name: adjusted_mutual_info_score(base, found[name].labels) for name in CANDIDATES}
+        equal = {name: (base == found[name].labels).mean() for name in CANDIDATES}
+        return Trial(
+            setting=f"{self.data.name} {self.setting.name}",
+            zero_shot=self.row("zero-shot", "inductive", p).accuracy or 0.0,
+            accuracy={name: accuracy[name] for name in CANDIDATES},
+            choices={
+                "views' agreement (lpclip)": chosen,
+                "mutual information with zero-shot": max(CANDIDATES, key=lambda name: mutual[name]),
+                "agreement with zero-shot": max(CANDIDATES, key=lambda name: equal[name]),
+                **{f"always {name}": name for name in CANDIDATES},
+                ORACLE: max(CANDIDATES, key=lambda name: accuracy[name]),
+            },
+        )
+
+
+def run(data: Data, setting: Setting) -> tuple[list[Row], Trial]:
+    """All methods on a setting."""
+    head, temperature = data.head, data.temperature
+    x = setting.unlabelled.features
+    problem = Problem(features=x, head=head, single_head=data.single_head, temperature=temperature)
+    zero_shot = zero_shot_probe(head, temperature=temperature)
+    bench = Bench(data=data, setting=setting, problem=problem, zero_shot=zero_shot)
+    baselines = list(bench.baselines())
+    rows, trial = bench.ours()
+    return baselines + rows, trial
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean; None of nothing, or where a value is missing."""
+    known = list(values)
+    numbers = [value for value in known if value is not None]
+    return sum(numbers) / len(numbers) if numbers and len(numbers) == len(known) else None
+
+
+def over_seeds(rows: Sequence[Row]) -> list[Row]:
+    """Means of the rows that differ in nothing but the seed, in order of appearance."""
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.data, row.setting, row.method, row.kind].append(row)
+    return [
+        replace(
+            group[0],
+            seeds=len(group),
+            images=round(sum(row.images for row in group) / len(group)),
+            accuracy=mean(row.accuracy for row in group),
+            ece=mean(row.ece for row in group),
+            nll=mean(row.nll for row in group),
+            seconds=mean(row.seconds for row in group),
+        )
+        for group in groups.values()
+    ]
+
+
+def accuracy_table(rows: Sequence[Row], *, summary: bool = False) -> list[dict[str, Any]]:
+    """A line for each setting and a column for each method; with a summary of all lines at the end."""
+    lines: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        place = {"data": row.data, "setting": row.setting, "images": row.images, "seeds": row.seeds}
+        line = lines.setdefault((row.data, row.setting), place)
+        line[f"{HEADINGS.get(row.method, row.method)} %"] = row.accuracy
+    table = list(lines.values())
+    if not summary:
+        return table
+    columns = list(dict.fromkeys(name for line in table for name in line if name.endswith("%")))
+    few = [line for line in table if line["images"] < FEW_IMAGES]
+    means = {"mean of all": table, f"mean under {FEW_IMAGES:,} images": few}
+    ends: list[dict[str, Any]] = [
+        {"data": name, **{c: mean(line.get(c) for line in chosen) for c in columns}}
+        for name, chosen in means.items()
+    ]
+    worst = {c: worst_gap((line.get(c), line.get("zero-shot %")) for line in table) for c in columns}
+    return [*table, *ends, {"data": "worst gap to zero-shot", **worst}]
+
+
+def worst_gap(pairs: Iterable[tuple[float | None, float | None]]) -> float | None:
+    """The lowest difference of first and second; None of nothing."""
+    return min((a - b for a, b in pairs if a is not None and b is not None), default=None)
+
+
+def method_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """A line for each method: means over settings, and how it compares with zero-shot. Inductive rows."""
+    base = {(row.data, row.setting): row.accuracy for row in rows if row.method == "zero-shot"}
+    table = []
+    for method in dict.fromkeys(row.method for row in rows):
+        mine = [row for row in rows if row.method == method]
+        pairs = [(row.accuracy, base[row.data, row.setting]) for row in mine]
+        table.append(
+            {
+                "method": method,
+                "settings": len(mine),
+                "accuracy %": mean(row.accuracy for row in mine),
+                "ece": mean(row.ece for row in mine),
+                "nll": mean(row.nll for row in mine),
+                "seconds": mean(row.seconds for row in mine),
+                "worst gap %": worst_gap(pairs),
+                "below zero-shot": sum(a < b - MISS for a, b in pairs if a is not None and b is not None),
+            }
+        )
+    return table
+
+
+def guard_table(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """A line for each criterion: what its choices were worth, each sample for itself.
+
+    `missed` counts choices that fell more than 0.5 points below zero-shot while the other candidate did not,
+    `regret` those more than 1 point below the other candidate. The mean is over settings, of means over seeds.
+    """
+    table = []
+    for criterion in trials[0].choices if trials else ():
+        by_setting: dict[str, list[float]] = defaultdict(list)
+        gaps, missed, regret = [], 0, 0
+        for trial in trials:
+            mine = trial.accuracy[trial.choices[criterion]]
+            best, floor = max(trial.accuracy.values()), trial.zero_shot - MISS
+            by_setting[trial.setting].append(mine)
+            gaps.append(mine - trial.zero_shot)
+            missed += mine < floor <= best
+            regret += mine < best - REGRET
+        table.append(
+            {
+                "criterion": criterion,
+                "accuracy %": mean(mean(values) for values in by_setting.values()),
+                "worst gap %": min(gaps),
+                "missed": missed,
+                "regret": regret,
+                "samples": len(trials),
+            }
+        )
+    return table
+
+
+def print_tables(rows: Sequence[Row], trials: Sequence[Trial]) -> None:
+    """All tables, from means over seeds and from each sample's choices."""
+    of: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        of[row.kind].append(row)
+    columns = ("method", "settings", "ece", "nll")
+    temperature_table = [{name: line[name] for name in columns} for line in method_table(of["temperature"])]
+    tables = {
+        "Accuracy on test images": accuracy_table(of["inductive"], summary=True),
+        "The same on uncut test images": accuracy_table(of["balanced"]),
+        "Methods, means over settings": method_table(of["inductive"]),
+        "Accuracy on the unlabelled images": accuracy_table(of["transductive"], summary=True),
+        "Temperatures of lpclip's probe, means over settings": temperature_table,
+        "Choice between the uniform and the weak prior": guard_table(trials),
+    }
+    for title, table in tables.items():
+        print(f"\n{title}\n\n{report.table(table)}" if table else "")
+
+
+def main(options: Options) -> None:
+    """Run every setting, print the tables, write the rows."""
+    begin, clock = time.perf_counter(), Clock()
+    names = options.data.split(",")
+    if unknown := set(names) - set(STORES):
+        raise ValueError(f"unknown data {', '.join(sorted(unknown))}: use {', '.join(STORES)}")
+    stores = find_stores(options.folder)
+    encoder = load_encoder_of(next(iter(stores.values()))["identity"]["encoder"])
+    rows: list[Row] = []
+    trials = []
+    for name in names:
+        data = load_data(stores, name, encoder=encoder)
+        if data is None:
+            continue
+        limit = QUICK_ROWS if options.quick else ROWS
+        limit_all = len(data.train) if name == "cifar10" and not options.quick else limit
+        for seed in range(1 if options.quick else options.seeds):
+            for setting in settings(data, seed=seed, limit=limit, limit_all=limit_all):
+                clock.lap()
+                found, trial = run(data, setting)
+                rows += found
+                trials.append(trial)
+                size, running = len(setting.unlabelled), time.perf_counter() - begin
+                took = f"{clock.lap():.0f} s, running {running:.0f} s"
+                print(f"{name}, {setting.name}, seed {seed}: {size:,} images, {took}", flush=True)
+    means = over_seeds(rows)
+    print_tables(means, trials)
+    if options.json:
+        Path(options.json).write_text(json.dumps([asdict(row) for row in means], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, config=OPTIONS))

@@ -1,0 +1,110 @@
+"""Choosing a prior without labels: planted equal and unequal classes are told apart, and noise is not believed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lpclip.config import SelfTrainingConfig
+from lpclip.pseudo_labels import Prior
+from lpclip.selection import MIN_KAPPA, Confirmation, Sample, choose_prior
+from lpclip.self_training import PRIORS
+
+CONFIG = SelfTrainingConfig()
+NUM_CLASSES, DIM = 6, 64
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def planted(counts: list[int], *, seed: int = 0) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
+    """Classes of so many rows each in all directions alike, and a head that has their means only roughly right."""
+    rng = np.random.default_rng(seed)
+    means = rng.normal(size=(len(counts), DIM)) / np.sqrt(DIM)
+    labels = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+    rows = means[labels] + 0.09 * rng.normal(size=(len(labels), DIM))
+    head = means + 0.9 * rng.normal(size=means.shape) / np.sqrt(DIM)
+    rows, head = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (rows, head))
+    return rows.astype(np.float16), labels, torch.tensor(head).float()
+
+
+def sample(features: np.ndarray, head: torch.Tensor, *, config: SelfTrainingConfig = CONFIG) -> Sample:
+    return Sample(features, zero_shot=head, temperature=0.05, config=config)
+
+
+def test_equal_classes_are_recognised() -> None:
+    features, _, head = planted([150] * NUM_CLASSES)
+    name, found = choose_prior(sample(features, head))
+    assert name == "uniform"
+    assert found["uniform"].trusted
+    assert found["uniform"].agreement > 0.6
+
+
+@pytest.mark.parametrize("counts", [[500, 400, 0, 0, 0, 0], [700, 60, 40, 20, 10, 5]], ids=["absent", "tail"])
+def test_unequal_classes_are_recognised(counts: list[int]) -> None:
+    features, _, head = planted(counts)
+    name, found = choose_prior(sample(features, head))
+    assert name == "weak"
+    assert found["weak"].trusted
+
+
+def test_noise_is_not_believed() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(900, DIM))
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+    name, found = choose_prior(sample(rows, planted([1] * NUM_CLASSES)[2]))
+    assert not found[name].trusted
+
+
+def test_the_classes_order_does_not_matter() -> None:
+    features, _, head = planted([200, 100, 80, 60, 40, 20])
+    order = torch.tensor([3, 5, 0, 1, 4, 2])
+    (name, found), (other, turned) = (choose_prior(sample(features, h)) for h in (head, head[order]))
+    assert name == other
+    for key, value in found.items():
+        assert turned[key].agreement == pytest.approx(value.agreement, abs=0.01)
+        assert turned[key].entropy == pytest.approx(value.entropy, abs=0.01)
+
+
+def test_the_same_sample_gives_the_same_choice() -> None:
+    features, _, head = planted([100] * NUM_CLASSES)
+    assert choose_prior(sample(features, head)) == choose_prior(sample(features, head))
+
+
+def test_a_threshold_and_the_workers_change_nothing_in_the_trial() -> None:
+    features, _, head = planted([60] * NUM_CLASSES)
+    config = replace(CONFIG, threshold=0.999, num_workers=2, rounds=1)
+    prior = PRIORS["weak"]
+    assert sample(features, head, config=config).confirm(prior) == sample(features, head).confirm(prior)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5])
+@pytest.mark.parametrize("num_classes", [1, 2, NUM_CLASSES])
+def test_hardly_any_rows_or_classes_give_an_answer(num_rows: int, num_classes: int) -> None:
+    features, _, head = planted([1] * NUM_CLASSES)
+    name, found = choose_prior(sample(features[:num_rows], head[:num_classes]))
+    assert name in PRIORS
+    assert all(np.isfinite([value.agreement, value.kappa, value.entropy]).all() for value in found.values())
+
+
+def test_a_known_prior_is_confirmed_too() -> None:
+    features, labels, head = planted([300, 200, 150, 100, 80, 70])
+    shares = torch.tensor(np.bincount(labels) / len(labels))
+    known, equal = (sample(features, head).confirm(prior) for prior in (Prior(shares=shares), Prior()))
+    assert known.trusted
+    assert known.agreement > equal.agreement
+    assert 0 < known.entropy < 1
+
+
+def test_trust_begins_at_the_bound() -> None:
+    assert Confirmation(agreement=0.5, kappa=MIN_KAPPA, entropy=1.0).trusted
+    assert not Confirmation(agreement=0.9, kappa=MIN_KAPPA - 0.01, entropy=0.1).trusted
