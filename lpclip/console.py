@@ -9,7 +9,7 @@ from lpclip import report, tracking
 from lpclip.config import SelftrainJob
 from lpclip.features import Data, Encoded
 from lpclip.prompts import ClassList
-from lpclip.selection import Confirmation
+from lpclip.selection import MIN_IMAGES_PER_CLASS, MIN_KAPPA, Confirmation
 from lpclip.views import parse_views
 from lpclip.zero_shot import EncoderInfo, Head
 
@@ -73,9 +73,10 @@ def print_prior(name: str, tried: dict[str, Confirmation], *, trusted: bool) -> 
     reason = f": halves of the features confirm so much of the labels: {found}" if tried else ""
     print(f"prior: {name}{reason}", flush=True)
     if not trusted:
+        kappa, images = tried[name].kappa, tried[name].images_per_class
         print(
-            f"WARNING: that is hardly more than chance (kappa {tried[name].kappa:.2f}): OUT/probe will be zero-shot. "
-            "There are too few images, or classes that the encoder does not tell apart.",
+            f"WARNING: too little to trust (kappa {kappa:.2f}, {images:.3g} images a class name): OUT/probe will "
+            f"be zero-shot. It takes a kappa of {MIN_KAPPA} and {MIN_IMAGES_PER_CLASS} images a name.",
             flush=True,
         )
 

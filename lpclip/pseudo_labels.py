@@ -15,6 +15,9 @@ AllReduce = Callable[[Tensor], Tensor]
 
 # Sharp softmaxes are full of denormal floats, which slow a matrix product many times over.
 SMALLEST_TARGET = 1e-6
+# Factors stay within this ratio of the prior's own. Where it fits they need about 3; where it does not they would
+# grow without bound, round after round, for classes that have no image.
+MAX_FACTOR = 5.0
 
 
 def soft_targets(logits: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,6 +65,8 @@ def update_factors(sums: Tensor, *, prior: Prior) -> Tensor:
     num_rows = counts.sum().clamp_min(1)
     wanted = prior.target(counts) / (ratios / num_rows).clamp_min(1e-12)
     factors = wanted.clamp(1e-6, 1e6) ** prior.strength
+    own = torch.ones_like(counts) if prior.shares is None else prior.shares.double() * len(counts)
+    factors = own * (factors / own / (factors / own).log().mean().exp()).clamp(1 / MAX_FACTOR, MAX_FACTOR)
     return (factors / factors.mean()).float()
 
 

@@ -32,6 +32,8 @@ TOLERANCE = 0.02
 SUSPICION = 0.2
 # Beyond chance: views of pure noise confirm up to 0.25 (they start from the same labels), real classes 0.4 and more.
 MIN_KAPPA = 0.28
+# With fewer images for each class name, the rounds' probe fits the images it saw and no others.
+MIN_IMAGES_PER_CLASS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +47,13 @@ class Confirmation:
     entropy: float
     """Entropy of the labels' class shares over that of equal shares."""
 
+    images_per_class: float
+    """Images over class names."""
+
     @property
     def trusted(self) -> bool:
         """Whether there is anything in the rounds at all."""
-        return self.kappa >= MIN_KAPPA
+        return self.kappa >= MIN_KAPPA and self.images_per_class >= MIN_IMAGES_PER_CLASS
 
 
 class Sample:
@@ -65,6 +70,7 @@ class Sample:
     ) -> None:
         """Features (n, d) in an order that says nothing, a head (K, d) of unit norm; `dtype` compares neighbours."""
         self._head, self._temperature, self._config = zero_shot, temperature, config
+        self._images_per_class = len(features) / len(zero_shot)
         rows = features[:SAMPLE_ROWS]
         shard = Shard(features=rows, num_rows=len(rows))
         space = fit_space(shard)
@@ -93,6 +99,7 @@ class Sample:
         return Confirmation(
             agreement=agreement,
             kappa=(agreement - chance) / max(1 - chance, 1e-9),
+            images_per_class=self._images_per_class,
             entropy=float(
                 -(shares[0] * np.log(np.maximum(shares[0], 1e-12))).sum() / np.log(max(2, len(self._head)))
             ),

@@ -435,6 +435,11 @@ def _track(
     for entry in summary["rounds"]:
         run.log({k: v for k, v in entry.items() if k != "round"}, step=entry["round"])
     last = len(summary["rounds"])
+    run.set_tags({"prior": summary["prior"]["name"], "trusted": str(summary["prior"]["trusted"])})
+    for name, found in summary["prior"]["tried"].items():
+        run.log(
+            {f"views_agreement_{name}": found["agreement"], f"views_kappa_{name}": found["kappa"]}, step=last
+        )
     for name in ("zero_shot", "probe", "supervised"):
         if name in summary:
             run.log({f"{name}_{key}": value for key, value in summary[name].items()}, step=last)

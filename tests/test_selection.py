@@ -11,7 +11,7 @@ import torch
 
 from lpclip.config import SelfTrainingConfig
 from lpclip.pseudo_labels import Prior
-from lpclip.selection import MIN_KAPPA, Confirmation, Sample, choose_prior
+from lpclip.selection import MIN_IMAGES_PER_CLASS, MIN_KAPPA, Confirmation, Sample, choose_prior
 from lpclip.self_training import PRIORS
 
 CONFIG = SelfTrainingConfig()
@@ -105,6 +105,15 @@ def test_a_known_prior_is_confirmed_too() -> None:
     assert 0 < known.entropy < 1
 
 
-def test_trust_begins_at_the_bound() -> None:
-    assert Confirmation(agreement=0.5, kappa=MIN_KAPPA, entropy=1.0).trusted
-    assert not Confirmation(agreement=0.9, kappa=MIN_KAPPA - 0.01, entropy=0.1).trusted
+def test_trust_begins_at_the_bounds() -> None:
+    enough = Confirmation(
+        agreement=0.5, kappa=MIN_KAPPA, entropy=1.0, images_per_class=float(MIN_IMAGES_PER_CLASS)
+    )
+    assert enough.trusted
+    assert not replace(enough, kappa=MIN_KAPPA - 0.01, agreement=0.9).trusted
+    assert not replace(enough, images_per_class=MIN_IMAGES_PER_CLASS - 0.1).trusted
+
+
+def test_all_images_count_not_those_of_the_sample() -> None:
+    features, _, head = planted([60] * NUM_CLASSES)
+    assert sample(features, head).confirm(PRIORS["weak"]).images_per_class == 60

@@ -132,6 +132,44 @@ def test_a_saved_probe_loads_and_gives_the_summarys_accuracy(
     assert accuracy == pytest.approx(base[name]["accuracy"])
 
 
+def test_the_prior_was_tried_and_the_outcome_is_kept(base: dict[str, Any], work: Path) -> None:
+    tried = base["prior"]["tried"]
+    assert set(tried) == {"uniform", "weak"}
+    assert base["prior"]["name"] in tried
+    assert base["prior"]["trusted"]
+    assert json.loads((work / "base" / "prior.json").read_text())["tried"] == tried
+    kept = MlflowClient().get_run(base["mlflow_run"]).data
+    assert kept.tags["prior"] == base["prior"]["name"]
+    assert kept.metrics["views_agreement_weak"] == pytest.approx(tried["weak"]["agreement"])
+
+
+def test_rounds_that_nothing_confirms_are_not_believed(
+    base: dict[str, Any],
+    work: Path,
+    lake: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("lpclip.selection.MIN_KAPPA", 1.1)
+    found = run(
+        f"selftrain.py --data {lake}/labelled.parquet --classes {WORDS} --features {work}/features "
+        f"--rounds 2 --prior weak --out {work}/doubted",
+        monkeypatch,
+    )
+    assert not found["prior"]["trusted"]
+    assert "WARNING" in capsys.readouterr().out
+    assert probe_bytes(work / "doubted") == probe_bytes(work / "doubted", "zero_shot")
+    assert found["probe"] == found["zero_shot"]
+    probe = load_probe(str(work / "doubted" / "probe"))
+    assert probe.temperature == 1
+    assert probe.summary["method"] == "zero-shot (fallback)"
+    features = store.load(found["features"]["train"])
+    labels = dict(zip(features.ids.tolist(), probe.logits(features.base).argmax(dim=1).tolist(), strict=True))
+    table = pq.read_table(work / "doubted" / "pseudo_labels.parquet")
+    assert dict(zip(table["id"].to_pylist(), table["label"].to_pylist(), strict=True)) == labels
+    assert set(table["round"].to_pylist()) == {0}
+
+
 def test_mlflow_holds_the_run(base: dict[str, Any]) -> None:
     client = MlflowClient()
     kept = client.get_run(base["mlflow_run"])
