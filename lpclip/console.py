@@ -67,11 +67,14 @@ def encoded_row(data: Data, encoded: Encoded) -> dict[str, Any]:
     }
 
 
+def print_tried(name: str, found: Confirmation) -> None:
+    """What the halves of the features make of the rounds with one prior."""
+    print(f"  {name}: they confirm {found.agreement:.1%} of the labels (kappa {found.kappa:.2f})", flush=True)
+
+
 def print_prior(name: str, tried: dict[str, Confirmation], *, trusted: bool) -> None:
-    """Which prior the rounds go on with, and why."""
-    found = ", ".join(f"{key} {value.agreement:.1%}" for key, value in tried.items())
-    reason = f": halves of the features confirm so much of the labels: {found}" if tried else ""
-    print(f"prior: {name}{reason}", flush=True)
+    """Which prior the rounds go on with, and whether they are to be used."""
+    print(f"prior: {name}", flush=True)
     if not trusted:
         kappa, images = tried[name].kappa, tried[name].images_per_class
         print(

@@ -9,6 +9,7 @@ are right is the argument of co-training (Blum and Mitchell, COLT 1998; Dasgupta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -127,9 +128,17 @@ class Sample:
         return replace(shard, neighbours=found)
 
 
-def choose_prior(sample: Sample) -> tuple[str, dict[str, Confirmation]]:
-    """Name in `PRIORS`, and what the views make of each candidate: equal class shares where they bear them out."""
-    found = {name: sample.confirm(PRIORS[name]) for name in ("uniform", "weak")}
+def choose_prior(
+    sample: Sample, *, show: Callable[[str, Confirmation], None] = lambda name, found: None
+) -> tuple[str, dict[str, Confirmation]]:
+    """Name in `PRIORS`, and what the views make of each candidate: equal class shares where they bear them out.
+
+    `show` is told of each candidate as it has been tried.
+    """
+    found = {}
+    for name in ("uniform", "weak"):
+        found[name] = sample.confirm(PRIORS[name])
+        show(name, found[name])
     doubt = SUSPICION * (1 - found["weak"].entropy) - TOLERANCE
     equal = found["uniform"].agreement >= found["weak"].agreement + doubt
     return "uniform" if equal else "weak", found

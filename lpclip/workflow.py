@@ -21,7 +21,7 @@ from lpclip.config import (
     digest,
     to_dict,
 )
-from lpclip.console import encoded_row, print_plan, print_prior, print_result, print_training
+from lpclip.console import encoded_row, print_plan, print_prior, print_result, print_training, print_tried
 from lpclip.encoders import resolve_precision
 from lpclip.evaluation import evaluate, label_free_temperature, pictures, supervised_probe
 from lpclip.features import Data, Encoded, encode_data, load_labelled, open_data
@@ -343,7 +343,9 @@ def _choose_prior(
         identity = digest([fingerprint, head.identity, config_identity(job.training), shares])
         kept = files.read_json(path) if files.exists(path) else {}
         if kept.get("identity") != identity:
-            print("prior: trying the rounds on a sample, and on halves of its features", flush=True)
+            print(
+                "prior: trying the rounds on a sample, and on halves of its features (a minute)", flush=True
+            )
             sample = Sample(
                 features,
                 zero_shot=torch.tensor(head.weight),
@@ -352,9 +354,10 @@ def _choose_prior(
                 dtype=resolve_precision("auto", device=torch.device("cpu")),
             )
             if prior is None:
-                name, tried = choose_prior(sample)
+                name, tried = choose_prior(sample, show=print_tried)
             else:
                 tried = {name: sample.confirm(prior)}
+                print_tried(name, tried[name])
             kept = {"identity": identity, "name": name, "tried": {k: asdict(v) for k, v in tried.items()}}
             files.write_json(path, kept)
         name, tried = kept["name"], {k: Confirmation(**v) for k, v in kept["tried"].items()}
