@@ -49,14 +49,13 @@ from lpclip import report, store
 from lpclip.cli import OPTIONS
 from lpclip.config import ClassConfig, EncoderConfig, SelfTrainingConfig
 from lpclip.encoders import Encoder, load_encoder
-from lpclip.evaluation import CALIBRATION_ROWS, expected_accuracy, mean_confidence
+from lpclip.evaluation import CALIBRATION_ROWS, expected_accuracy, mean_confidence, temperature_at
 from lpclip.labels import map_labels, resolve_classes
 from lpclip.metrics import classification_metrics
-from lpclip.neighbours import nearest
 from lpclip.probe import Probe, zero_shot_probe
 from lpclip.prompts import DEFAULT_TEMPLATES, zero_shot_head
-from lpclip.selection import Sample, choose_prior
-from lpclip.self_training import PRIORS, Shard, fit_space, neighbour_count, self_train
+from lpclip.selection import Sample, choose_prior, with_neighbours
+from lpclip.self_training import PRIORS, Shard, fit_space, self_train
 
 # Unlabelled and test images: one store of both is cut into halves of its row order, which is that of a hash.
 STORES = {
@@ -313,16 +312,6 @@ class Clock:
         return self._last - last
 
 
-def temperature_at(logits: Tensor, *, confidence: float) -> float:
-    """The temperature that gives logits (n, K) this mean maximal probability, within 2^-8 to 2^8."""
-    low, high = -8.0, 8.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        too_sure = float(torch.softmax(logits / 2**middle, dim=1).amax(dim=1).double().mean()) > confidence
-        low, high = (middle, high) if too_sure else (low, middle)
-    return 2.0 ** ((low + high) / 2)
-
-
 def best_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature of the lowest NLL, which is convex in its inverse; within 2^-8 to 2^8."""
 
@@ -374,18 +363,6 @@ def train(problem: Problem, shard: Shard, *, prior: str, agreement: float | None
     options = temperatures(probe, zero_shot=zero_shot, features=problem.features, agreement=agreement)
     probe = replace(probe, temperature=options[DEFAULT_TEMPERATURE])
     return Trained(probe=probe, labels=found.labels, temperatures=options)
-
-
-def with_neighbours(problem: Problem) -> Shard:
-    """The unlabelled images as the rounds take them."""
-    x = problem.features
-    shard = Shard(features=x, num_rows=len(x))
-    count = neighbour_count(CONFIG, num_rows=len(x), num_classes=len(problem.head))
-    if count == 0:
-        return shard
-    space = fit_space(shard)
-    found = nearest(x, among=x, first_row=0, space=space, count=count, dtype=torch.bfloat16)
-    return replace(shard, neighbours=found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -452,7 +429,11 @@ class Bench:
         sample = Sample(x, zero_shot=head, temperature=temperature, config=CONFIG, dtype=torch.bfloat16)
         chosen, views = choose_prior(sample)
         choice_seconds = clock.lap()
-        shard = with_neighbours(self.problem)
+        shard = Shard(features=x, num_rows=len(x))
+        space = fit_space(shard)
+        shard = with_neighbours(
+            shard, config=CONFIG, num_classes=len(head), space=space, dtype=torch.bfloat16
+        )
         graph_seconds, found, seconds = clock.lap(), {}, {}
         for prior in PRIORS:
             clock.lap()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
+from torch import Tensor
 
 from lpclip.metrics import classification_metrics, confusion_matrix, reliability_bins
 from lpclip.probe import Probe
@@ -51,12 +52,16 @@ def label_free_temperature(probe: Probe, *, zero_shot: Probe, features: np.ndarr
     """
     sample = features[:CALIBRATION_ROWS]
     target = expected_accuracy(mean_confidence(zero_shot, sample))
-    logits = probe.logits(sample)
+    return temperature_at(probe.logits(sample), confidence=target)
+
+
+def temperature_at(logits: Tensor, *, confidence: float) -> float:
+    """The temperature that gives logits (N, K) this mean maximal probability, within 2^-8 to 2^8."""
     low, high = -8.0, 8.0
     for _ in range(40):
         middle = (low + high) / 2
-        confidence = torch.softmax(logits / 2.0**middle, dim=1).amax(dim=1).double().mean()
-        low, high = (middle, high) if confidence > target else (low, middle)
+        too_sure = float(torch.softmax(logits / 2.0**middle, dim=1).amax(dim=1).double().mean()) > confidence
+        low, high = (middle, high) if too_sure else (low, middle)
     return 2.0 ** ((low + high) / 2)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,6 @@ class Confirmation:
     """The same beyond what labels of these frequencies share by chance (Cohen, 1960): 0 by chance, 1 for all."""
     entropy: float
     """Entropy of the labels' class shares over that of equal shares."""
-
     images_per_class: float
     """Images over class names."""
 
@@ -75,7 +75,8 @@ class Sample:
         rows = features[:SAMPLE_ROWS]
         shard = Shard(features=rows, num_rows=len(rows))
         space = fit_space(shard)
-        self._whole = self._with_neighbours(shard, space=space, dtype=dtype)
+        options: dict[str, Any] = {"config": config, "num_classes": len(zero_shot), "dtype": dtype}
+        self._whole = with_neighbours(shard, space=space, **options)
         seen = torch.from_numpy(rows[:VIEW_ROWS]).float()
         logits = seen @ zero_shot.T / temperature
         whitened = (seen - space.mean.float()) @ space.whitener.float()
@@ -85,7 +86,7 @@ class Sample:
             for half in order.chunk(2):
                 view = torch.nn.functional.normalize(whitened[:, half], dim=1).numpy()
                 part = Shard(features=view, num_rows=len(view), zero_shot=logits)
-                self._views.append(self._with_neighbours(part, space=None, dtype=dtype))
+                self._views.append(with_neighbours(part, space=None, **options))
 
     def confirm(self, prior: Prior) -> Confirmation:
         """Try the rounds with a prior, and in the views."""
@@ -119,13 +120,17 @@ class Sample:
         )
         return found.labels
 
-    def _with_neighbours(self, shard: Shard, *, space: Space | None, dtype: torch.dtype) -> Shard:
-        count = neighbour_count(self._config, num_rows=shard.num_rows, num_classes=len(self._head))
-        if count == 0:
-            return shard
-        rows = shard.features
-        found = nearest(rows, among=rows, first_row=0, space=space, count=count, dtype=dtype)
-        return replace(shard, neighbours=found)
+
+def with_neighbours(
+    shard: Shard, *, config: SelfTrainingConfig, num_classes: int, space: Space | None, dtype: torch.dtype
+) -> Shard:
+    """A shard of all rows with as many neighbours as the rounds use, compared in `dtype` (in `space`, if any)."""
+    count = neighbour_count(config, num_rows=shard.num_rows, num_classes=num_classes)
+    if count == 0:
+        return shard
+    rows = shard.features
+    found = nearest(rows, among=rows, first_row=0, space=space, count=count, dtype=dtype)
+    return replace(shard, neighbours=found)
 
 
 def choose_prior(

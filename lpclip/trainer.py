@@ -44,6 +44,8 @@ from lpclip.self_training import (
 )
 from lpclip.zero_shot import Head
 
+# Of the rounds: an older version's are never gone on from.
+FORMAT = 2
 LABELS = pa.schema(
     [("id", pa.string()), ("label", pa.int32()), ("confidence", pa.float32()), ("kept", pa.bool_())]
 )
@@ -68,6 +70,7 @@ def make_work(
     """The work of training on a feature store."""
     shares = prior.shares.tolist() if prior.shares is not None else None
     identity = {
+        "format": FORMAT,
         "features": fingerprint,
         "head": head.identity,
         "prior": [shares, prior.strength],

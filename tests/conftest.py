@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 from PIL import Image, ImageDraw
 
 from lpclip.config import EncoderConfig
@@ -46,6 +47,15 @@ def cluster(environment: None) -> Iterator[None]:
 def lite_map(environment: None) -> None:
     """The lite encoder's text map, built from nothing, once for all tests."""
     load_encoder(EncoderConfig()).encode_text(["a dog"])
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Sums of a few thousand rows are slower in many threads than in one, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def draw(place: int, seed: int) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import baselines
@@ -14,17 +13,10 @@ from baselines import METHODS, Problem, cosine_neighbours, fit_probe, sinkhorn, 
 
 from lpclip.probe import zero_shot_probe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NUM_CLASSES, DIM = 4, 24
 names = pytest.mark.parametrize("name", METHODS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """So small sums are slower in many threads than in one, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def planted(num_rows: int, *, num_classes: int = NUM_CLASSES, present: int | None = None, seed: int = 0):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import methods
@@ -16,14 +15,7 @@ from methods import Data, Images, Row, Setting, Trial
 from lpclip.metrics import classification_metrics
 from lpclip.selection import Confirmation
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """So small sums are slower in many threads than in one, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def balanced(num_rows: int, *, num_classes: int = 5) -> Images:

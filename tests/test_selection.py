@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -14,16 +13,10 @@ from lpclip.pseudo_labels import Prior
 from lpclip.selection import MIN_IMAGES_PER_CLASS, MIN_KAPPA, Confirmation, Sample, choose_prior
 from lpclip.self_training import PRIORS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = SelfTrainingConfig()
 NUM_CLASSES, DIM = 6, 64
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def planted(counts: list[int], *, seed: int = 0) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:

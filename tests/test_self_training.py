@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -26,19 +25,12 @@ from lpclip.self_training import (
     self_train,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NUM_CLASSES, DIM = 5, 12
 TEMPERATURE = 0.05
 CONFIG = SelfTrainingConfig(rounds=4)
 GRADIENT = SelfTrainingConfig(solver="gradient", rounds=2)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """So small sums are slower in many threads than in one, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def one_shard(tensor: torch.Tensor) -> torch.Tensor:
