@@ -9,7 +9,7 @@ from lpclip.config import EncodeJob
 
 def run(job: EncodeJob) -> None:
     """Run the job. The libraries are imported here: --help and wrong flags need not wait for them."""
-    from lpclip.workflow import encode_job
+    from lpclip.workflows.encode import encode_job
 
     encode_job(job)
 

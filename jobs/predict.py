@@ -9,7 +9,7 @@ from lpclip.config import PredictJob
 
 def run(job: PredictJob) -> None:
     """Run the job. The libraries are imported here: --help and wrong flags need not wait for them."""
-    from lpclip.workflow import predict_job
+    from lpclip.workflows.predict import predict_job
 
     predict_job(job)
 

@@ -9,7 +9,7 @@ from lpclip.config import SelftrainJob
 
 def run(job: SelftrainJob) -> None:
     """Run the job. The libraries are imported here: --help and wrong flags need not wait for them."""
-    from lpclip.workflow import selftrain_job
+    from lpclip.workflows.selftrain import selftrain_job
 
     selftrain_job(job)
 

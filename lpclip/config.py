@@ -47,8 +47,9 @@ class EncoderConfig:
 class EncodeConfig:
     """How images become features."""
 
-    views: str = "weak,mirror"
-    """Views of each image, by comma: weak (always first), mirror, strong, strong2, ..., corruption:severity."""
+    views: str = "weak,mirror,strong"
+    """Views of each image, by comma: weak (always first) and mirror, whose mean is the image's feature; strong,
+    strong2, ..., and corruption:severity, which students are fitted to as well. Any but weak has VIEW+mirror."""
     batch_size: int = 64
     """Images in one forward pass."""
     num_actors: int | None = None
@@ -155,6 +156,45 @@ class SelftrainJob:
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     names: ClassConfig = field(default_factory=ClassConfig)
     training: SelfTrainingConfig = field(default_factory=SelfTrainingConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateJob:
+    """Measure probes beside zero-shot: accuracy, calibration, corruptions, natural shifts, foreign images."""
+
+    probe: tuple[str, ...]
+    """Folders of saved probes of one encoder (OUT/probe, OUT/supervised of selftrain.py), or NAME=FOLDER."""
+    data: str
+    """Labelled images: folder, Parquet, WebDataset tar, manifest, named data set (its test part) or feature store."""
+    out: str = "runs/evaluate"
+    """Output folder."""
+    limit: int | None = None
+    """Use only this many images of each set, chosen by a hash of their ids."""
+    corruptions: str = "none"
+    """Corruptions to put on --data's images: none, all (ImageNet-C's 15), or names by comma."""
+    severities: str = "1,3,5"
+    """Severities of the corruptions, 1 to 5, by comma."""
+    corrupted: tuple[str, ...] = ()
+    """NAME=PATH of published corrupted sets, read as they are: ImageNet-C's folders or CIFAR-10-C's arrays."""
+    shift: tuple[str, ...] = ()
+    """NAME=PATH of labelled sets of the same classes from elsewhere. The names imagenet-v2, imagenet-sketch,
+    imagenet-r and objectnet stand for those sets: their effective robustness is told too."""
+    ood: tuple[str, ...] = ()
+    """NAME=PATH of images of other classes, which a classifier should not be sure about."""
+    classes: str | None = None
+    """Text file with lines `label<TAB>name`, where the data calls the probe's classes otherwise."""
+    pretrained: str | None = None
+    """Where the encoder's local checkpoint lies now, if it has moved since training."""
+    batch_size: int = 64
+    """Images in one forward pass."""
+    num_actors: int | None = None
+    """Encoder actors; by default one for each GPU, or one for every eight CPUs."""
+    features: str | None = None
+    """Folder that holds the feature stores, to share them between evaluations; OUT/features by default."""
+    seed: int = 0
+    """Seed of the corruptions and of the bootstrap."""
+    source: SourceConfig = field(default_factory=SourceConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lpclip import report, tracking
 from lpclip.config import SelftrainJob
 from lpclip.features import Data, Encoded
+from lpclip.probe import Probe
 from lpclip.prompts import ClassList
+from lpclip.report.evaluation import corruption_table, ood_table, overview_table
 from lpclip.selection import MIN_IMAGES_PER_CLASS, MIN_KAPPA, Confirmation
-from lpclip.views import parse_views
+from lpclip.views import base_views, parse_views
 from lpclip.zero_shot import EncoderInfo, Head
 
 LITE_NOTE = "the embedded lite encoder is not CLIP: it serves first impressions, its figures are its own"
@@ -18,17 +21,15 @@ LITE_NOTE = "the embedded lite encoder is not CLIP: it serves first impressions,
 
 def print_plan(data: Data, test: Data | None, *, info: EncoderInfo, views: str, out: str) -> None:
     """What a job is about to do, before it does it."""
-    num_views = len(parse_views(views))
     print(f"data      {data.describe()}")
     if test is not None:
         print(f"evaluate  {test.describe()}")
     print(f"encoder   {info.name}, {info.preprocess.size} px, {info.identity['precision']}, views {views}")
     if info.name == "lite":
         print(f"          ({LITE_NOTE})")
-    row_bytes = 2 * info.identity["dim"] * num_views
-    for item in (data, test):
+    for item, needed in ((data, parse_views(views)), (test, base_views(views))):
         if item is not None and item.source is not None and item.source.num_rows:
-            size = row_bytes * item.source.num_rows / 1e6
+            size = 2 * info.identity["dim"] * len(needed) * item.source.num_rows / 1e6
             print(f"features  {item.name}: about {size:,.0f} MB when all are encoded")
     print(f"output    {shown(out)}")
     noted = [note for item in (data, test) if item is not None and item.source for note in item.source.notes]
@@ -128,3 +129,46 @@ def print_result(
             )
     out = shown(out)
     print(f"\nprobe    {out}/probe\nsummary  {out}/summary.json\nMLflow   {shown(run.uri)}, run {run.run_id}")
+
+
+def print_evaluation_plan(
+    sets: Sequence[tuple[str, Data, int]], probes: Mapping[str, Probe], *, info: EncoderInfo, out: str
+) -> None:
+    """What is about to be evaluated: `sets` are a kind, images and the number of their views."""
+    for kind, data, num_views in sets:
+        size = ""
+        if data.source is not None and data.source.num_rows:
+            num_bytes = 2 * info.identity["dim"] * num_views * data.source.num_rows
+            size = f", {num_views * data.source.num_rows:,} features, {num_bytes / 1e6:,.0f} MB"
+        print(f"{kind:<9} {data.describe()}: {num_views} views{size}")
+    print(f"probes    {', '.join(probes)}")
+    print(f"encoder   {info.name}, {info.preprocess.size} px, {info.identity['precision']}")
+    if info.name == "lite":
+        print(f"          ({LITE_NOTE})")
+    print(f"output    {shown(out)}")
+    noted = [note for _, data, _ in sets if data.source for note in data.source.notes]
+    for note in (*noted, *info.notes):
+        print(f"note      {note}")
+    print(end="", flush=True)
+
+
+def print_evaluation(summary: dict[str, Any], *, out: str, run: tracking.Run) -> None:
+    """The evaluation's tables, and where everything lies."""
+    results = summary["results"]
+    rates = summary["rates"]
+    if rates["features"]:
+        print(f"\nencoded {rates['images']:.1f} images, {rates['features']:.0f} features a second")
+    for rows in (corruption_table(results), ood_table(results), overview_table(results)):
+        if rows:
+            print(f"\n{report.table(rows)}")
+    for cell in summary["significantly_worse"]:
+        where = " ".join(str(cell[key]) for key in ("set", "corruption", "severity") if cell[key] is not None)
+        low, high = (100 * end for end in cell["interval"])
+        print(
+            f"WORSE than zero-shot: {cell['probe']} on {where} by {-100 * cell['value']:.1f} points "
+            f"({low:+.1f} to {high:+.1f})"
+        )
+    out = shown(out)
+    print(
+        f"\nreport   {out}/report.html\nsummary  {out}/summary.json\nMLflow   {shown(run.uri)}, run {run.run_id}"
+    )

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 import torch
 
@@ -28,8 +27,20 @@ from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
 from lpclip.encoders import load_encoder, preprocess_identity
 from lpclip.images import Source
 from lpclip.progress import Progress
-from lpclip.views import Preprocess, decode_image, parse_views, pixel_views, render
+from lpclip.views import (
+    BASE_VIEWS,
+    STRONG_VERSION,
+    Preprocess,
+    decode_image,
+    parse_views,
+    pixel_views,
+    render,
+    split_mirror,
+)
 from lpclip.zero_shot import EncoderInfo, Head, has_gpus, pseudo_label
+
+# Pixels of the tables that travel from the decoding tasks to the encoder: many views make few rows.
+PIXEL_BYTES = 64 << 20
 
 
 def store_identity(
@@ -43,8 +54,10 @@ def store_identity(
         "encoder": info.identity,
         "preprocessing": preprocess_identity(info.preprocess),
         "views": list(views),
-        "seed": seed if any(view not in store.BASE_VIEWS for view in views) else None,
+        "seed": seed if any(view not in BASE_VIEWS for view in views) else None,
     }
+    if any(view.startswith("strong") for view in views):
+        identity["strong_version"] = STRONG_VERSION
     if source is not None:
         identity["source"] = {**source.identity, "label_names": list(source.label_names or ()) or None}
     return identity
@@ -64,8 +77,9 @@ def _decode_unit(
     (position,) = index["id"]
     row = ray.get(units).slice(int(position), 1)
     unit, start = row["unit"][0].as_py(), 0
+    step = max(1, PIXEL_BYTES // (len(views) * preprocess.size**2 * 3))
     held: pa.Table | None = None
-    for rows in reader.tables(row["spec"][0].as_py()):
+    for rows in _pieces(reader.tables(row["spec"][0].as_py()), step):
         if held is not None:
             yield held
         held = _decode_rows(rows, unit, start, limits=limits, views=views, preprocess=preprocess, seed=seed)
@@ -74,6 +88,12 @@ def _decode_unit(
         return
     last = pa.array([False] * (len(held) - 1) + [True])
     yield held.set_column(held.schema.get_field_index("last"), "last", last)
+
+
+def _pieces(tables: Iterator[pa.Table], step: int) -> Iterator[pa.Table]:
+    for table in tables:
+        for start in range(0, len(table), step):
+            yield table.slice(start, step)
 
 
 def _decode_rows(
@@ -135,27 +155,35 @@ class _Encode:
         begin = time.perf_counter()
         good = table.filter(table["error"].is_null())
         kept = table.drop_columns([name for name in table.column_names if name.startswith("pixels:")])
-        size, dim = self.encoder.preprocess.size, self.encoder.dim
-        for view in self.views:
-            source = "weak" if view == "mirror" else view
-            pixels = _pixel_array(good[f"pixels:{source}"], size)
-            found = np.zeros((len(table), dim), np.float16)
-            found[table["error"].is_null().to_numpy()] = self._features(pixels, mirror=view == "mirror")
-            flat = pa.FixedSizeListArray.from_arrays(pa.array(found.reshape(-1)), dim)
+        is_good = table["error"].is_null().to_numpy()
+        features = self._features(good)
+        for place, view in enumerate(self.views):
+            found = np.zeros((len(table), self.encoder.dim), np.float16)
+            found[is_good] = features[place * len(good) : (place + 1) * len(good)]
+            flat = pa.FixedSizeListArray.from_arrays(pa.array(found.reshape(-1)), self.encoder.dim)
             kept = kept.append_column(view, flat)
         seconds = np.full(len(table), (time.perf_counter() - begin) / len(table))
         return kept.append_column("seconds", pa.array(seconds))
 
-    def _features(self, pixels: np.ndarray, *, mirror: bool) -> np.ndarray:
-        out = np.empty((len(pixels), self.encoder.dim), np.float16)
-        for start in range(0, len(pixels), self.batch_size):
-            chunk = pixels[start : start + self.batch_size]
+    def _features(self, good: pa.Table) -> np.ndarray:
+        """Features (views x rows, d) float16, one view after the other; batches run on from view to view."""
+        size = self.encoder.preprocess.size
+        names = [split_mirror(view) for view in self.views]
+        pixels = [_pixel_array(good[f"pixels:{name}"], size) for name, _ in names]
+        total = len(names) * len(good)
+        out = np.empty((total, self.encoder.dim), np.float16)
+        for start in range(0, total, self.batch_size):
             # Every batch has one shape: kernels, and so roundings, may differ with the batch size.
-            padded = np.zeros((self.batch_size, *pixels.shape[1:]), np.uint8)
-            padded[: len(chunk)] = chunk
-            batch = torch.from_numpy(padded).to(self.device, non_blocking=True)
-            found = self.encoder.encode_image(batch.flip(2) if mirror else batch)
-            out[start : start + len(chunk)] = found[: len(chunk)].to(torch.float16).cpu().numpy()
+            batch = np.zeros((self.batch_size, size, size, 3), np.uint8)
+            stop = min(start + self.batch_size, total)
+            place = start
+            while place < stop:
+                view, row = divmod(place, len(good))
+                run = pixels[view][row : row + stop - place]
+                batch[place - start :][: len(run)] = run[:, :, ::-1] if names[view][1] else run
+                place += len(run)
+            found = self.encoder.encode_image(torch.from_numpy(batch).to(self.device, non_blocking=True))
+            out[start:stop] = found[: stop - start].to(torch.float16).cpu().numpy()
         return out
 
 
@@ -187,7 +215,7 @@ def _commit(
         total = sum(int.from_bytes(value.as_py(), "big") for value in rows["digest"])
         if head is not None:
             labels = pseudo_label(good, head=head, dim=head.weight.shape[1])
-            _write_table(files.join(scores_path, part.name), labels)
+            files.write_parquet(files.join(scores_path, part.name), labels)
         store.write_part(
             path,
             part,
@@ -198,12 +226,6 @@ def _commit(
         seconds = float(np.sum(rows["seconds"].to_numpy()))
         counts.append({"unit": unit, "images": len(rows), "bad": len(bad), "encode_seconds": seconds})
     return pa.Table.from_pylist(counts)
-
-
-def _write_table(path: str, table: pa.Table) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    files.write_bytes(path, sink.getvalue())
 
 
 MAX_LOST_ENCODERS = 3

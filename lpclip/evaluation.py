@@ -17,7 +17,7 @@ CALIBRATION_ROWS = 20_000
 
 
 def evaluate(probe: Probe, features: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
-    """Accuracy, ECE and NLL of a probe on features (N, d) with class indices (N,), -1 for none."""
+    """All `metrics.METRICS` of a probe on features (N, d) with class indices (N,), -1 for none."""
     return classification_metrics(probe.probabilities(features), torch.from_numpy(labels))
 
 

@@ -1,9 +1,9 @@
-"""Data as features: find the feature store that fits, or encode one."""
+"""Data as features: find the feature stores that fit, or encode what is missing."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from lpclip import files, store
 from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
 from lpclip.encode import check_manifest, encode, plan_actors, store_identity
 from lpclip.images import Source, open_source
-from lpclip.views import parse_views
+from lpclip.views import BASE_VIEWS, STRONG_VERSION, parse_views
 from lpclip.zero_shot import EncoderInfo, Head
 
 
@@ -116,6 +116,107 @@ def encode_data(
     return Encoded(
         path=path, manifest=manifest, seconds=seconds, reused=False, rate=manifest["images_per_second"]
     )
+
+
+class Views:
+    """Views of one set of images, spread over complete stores; a view is read when it is asked for.
+
+    `ids` (N,) str and `labels` (N,) int32, -1 for none, are in row order. `stores` is what the views lie in.
+    Raises ValueError when the stores do not hold the same images.
+    """
+
+    def __init__(self, encoded: dict[str, Encoded]) -> None:
+        self.stores = list({item.path: item for item in encoded.values()}.values())
+        self._paths = {view: item.path for view, item in encoded.items()}
+        self._orders: dict[str, np.ndarray] = {}
+        for item in self.stores:
+            ids, labels = store.read_ids(item.path)
+            order = self._orders[item.path] = store.row_order(ids)
+            if item is self.stores[0]:
+                self.ids, self.labels = ids[order], labels[order]
+            elif not np.array_equal(ids[order], self.ids):
+                raise ValueError(
+                    f"{self.stores[0].path} and {item.path} do not hold the same images; remove one of them, it is "
+                    "encoded again"
+                )
+
+    @property
+    def latest(self) -> Encoded:
+        """The store that was encoded now, or the first of those that were found."""
+        return next((item for item in self.stores if not item.reused), self.stores[0])
+
+    def mean(self, *views: str) -> np.ndarray:
+        """Unit-norm mean of some views, (N, d) float16."""
+        return store.mean_view([self._read(view) for view in views])
+
+    def _read(self, view: str) -> np.ndarray:
+        path = self._paths[view]
+        manifest = store.read_manifest(path)
+        assert manifest is not None, path
+        dim = manifest["identity"]["encoder"]["dim"]
+        pieces = [store.matrix(table, view, dim) for table in store.read_parts(path, [view])]
+        return np.concatenate(pieces)[self._orders[path]]
+
+
+def encode_views(
+    data: Data,
+    *,
+    views: tuple[str, ...],
+    info: EncoderInfo,
+    encoder: EncoderConfig,
+    config: EncodeConfig,
+    seed: int,
+    folder: str,
+) -> Views:
+    """All these views of the data: those that stores under `folder` hold, the missing ones encoded in one pass.
+
+    `config.views` plays no part. Raises ValueError when a given store lacks a view, and as `encode_data` does.
+    """
+    found = _find_views(data, info=info, seed=seed, folder=folder)
+    missing = tuple(view for view in views if view not in found)
+    if data.source is None and missing:
+        raise ValueError(
+            f"{data.path} is a feature store without the view {missing[0]}: name the images, or encode them with "
+            f"--views {','.join(views)}"
+        )
+    if missing:
+        options = replace(config, views=",".join(dict.fromkeys(("weak", *missing))))
+        now = encode_data(data, info=info, encoder=encoder, config=options, seed=seed, folder=folder)
+        found |= dict.fromkeys(missing, now)
+    else:
+        where = data.path or folder
+        print(f"features of {data.name}: {len(views)} views found in {where}", flush=True)
+    return Views({view: found[view] for view in views})
+
+
+def _find_views(data: Data, *, info: EncoderInfo, seed: int, folder: str) -> dict[str, Encoded]:
+    """The complete stores of this data under the folder, by view."""
+    wanted = store_identity(data.source, info, (), seed=seed)
+    if data.source is None:
+        assert data.path is not None
+        paths = [data.path]
+        store.check_store(data.path, {key: wanted[key] for key in ("encoder", "preprocessing")})
+    else:
+        names = [name for name in files.list_folders(folder) if name.startswith(f"{data.name}-")]
+        paths = [files.join(folder, name) for name in names]
+    found: dict[str, Encoded] = {}
+    for path in paths:
+        manifest = store.read_manifest(path)
+        if manifest is None:
+            continue
+        identity = manifest["identity"]
+        if any(identity.get(key) != wanted[key] for key in wanted if key not in ("views", "seed")):
+            continue
+        encoded = Encoded(path=path, manifest=manifest, seconds=0.0, reused=True, rate=None)
+        for view in identity["views"]:
+            if view.startswith("strong") and identity.get("strong_version") != STRONG_VERSION:
+                continue
+            if view in BASE_VIEWS or identity["seed"] == seed:
+                found.setdefault(view, encoded)
+    if data.source is not None:
+        for encoded in found.values():
+            check_manifest(data.source, encoded.path, encoded.manifest)
+    return found
 
 
 def load_labelled(encoded: Encoded) -> tuple[store.Features, np.ndarray]:

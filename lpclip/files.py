@@ -8,6 +8,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pyarrow import fs
 
 
@@ -42,6 +44,13 @@ def list_names(folder: str) -> list[str]:
     return sorted(info.base_name for info in infos if info.type == fs.FileType.File)
 
 
+def list_folders(folder: str) -> list[str]:
+    """Sorted names of the folders in a folder, empty when the folder is not there."""
+    filesystem, inner = resolve(folder)
+    infos = filesystem.get_file_info(fs.FileSelector(inner, allow_not_found=True))
+    return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
+
+
 def make_folder(folder: str) -> None:
     """Create a folder and its parents; ValueError when it cannot be written."""
     filesystem, inner = resolve(folder)
@@ -65,6 +74,13 @@ def write_bytes(path: str, data: bytes | memoryview) -> None:
         os.replace(temporary, inner)
     else:
         filesystem.move(temporary, inner)
+
+
+def write_parquet(path: str, table: pa.Table) -> None:
+    """Write a table as Parquet, atomically."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    write_bytes(path, sink.getvalue())
 
 
 def read_bytes(path: str) -> bytes:

@@ -2,28 +2,94 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 NUM_BINS = 15
+TOP = 5
+METRICS = (
+    "accuracy",
+    "top5_accuracy",
+    "mean_recall",
+    "ece",
+    "adaptive_ece",
+    "nll",
+    "brier",
+    "aurc",
+    "augrc",
+)
+# Softmax and means of it may miss [0, 1] by a rounding error.
+TOLERANCE = 1e-5
+# Resamples that are held at once: for 50,000 rows 5 MB of counts.
+BLOCK_RESAMPLES = 25
 
 
 def classification_metrics(probabilities: Tensor, labels: Tensor) -> dict[str, float | None]:
-    """Accuracy, ECE (15 equal-width bins, L1, top label) and NLL (nats) of (N, K) against (N,) int64 labels.
+    """`METRICS` of probabilities (N, K), float32 or float64, against class indices (N,) int64, below 0 for none.
 
-    Rows with a label below 0 have none and are left out; with no label at all every value is None.
+    accuracy, top5_accuracy: the share of rows whose true class is the most probable, or one of the five most
+    probable; of equally probable classes the first comes first. Top-5 is None when there are at most five classes.
+    mean_recall: the mean of `per_class_recall` over the classes that occur, also called balanced accuracy.
+    ece: expected calibration error of the top label, L1, 15 bins of equal width (Guo et al., 2017). Bins hold
+    their lower edge; torchmetrics gives a confidence of exactly 1 a bin of its own.
+    adaptive_ece: the same with 15 bins of equal mass, the rows in order of confidence cut into runs whose sizes
+    differ by at most one, the first ones longer (Nixon et al., 2019). Tied rows share their errors evenly.
+    nll: mean negative log-likelihood in nats, of probabilities of at least 1e-12.
+    brier: mean squared error summed over classes, 0 to 2 (Brier, 1950).
+    aurc, augrc: means of the selective and the generalized risk of `risk_coverage`, the confidence being the
+    largest probability.
+
+    Rows without a label are left out; with no label at all every value is None. Raises ValueError when
+    probabilities are NaN or outside [0, 1], a label is K or more, or the shapes do not fit.
+    """
+    p, y = _labelled(probabilities, labels)
+    found: dict[str, float | None] = dict.fromkeys(METRICS)
+    if len(y) == 0:
+        return found
+    confidence, predicted = p.max(dim=1)
+    error = multiclass_calibration_error(
+        p, y, num_classes=p.shape[1], n_bins=NUM_BINS, norm="l1", validate_args=False
+    )
+    _, selective, generalized = risk_coverage(confidence, predicted == y)
+    return (
+        found
+        | {name: float(column.mean()) for name, column in _columns(p, y).items()}
+        | {
+            "mean_recall": float(per_class_recall(predicted, y, num_classes=p.shape[1]).nanmean()),
+            "ece": float(error),
+            "adaptive_ece": _adaptive_calibration_error(confidence, predicted == y),
+            "aurc": float(selective.mean()),
+            "augrc": float(generalized.mean()),
+        }
+    )
+
+
+def per_class_recall(predicted: Tensor, labels: Tensor, *, num_classes: int) -> Tensor:
+    """The share (K,) float64 of each class' images that are predicted right, NaN for a class without images.
+
+    Both arguments are class indices (N,) int64; rows with a label below 0 are left out.
     """
     known = labels >= 0
-    if not known.any():
-        return {"accuracy": None, "ece": None, "nll": None}
-    p, y = probabilities[known], labels[known]
-    error = multiclass_calibration_error(p, y, num_classes=p.shape[1], n_bins=NUM_BINS, norm="l1")
-    return {
-        "accuracy": float((p.argmax(dim=1) == y).double().mean()),
-        "ece": float(error),
-        "nll": float(-p.gather(1, y[:, None]).double().clamp_min(1e-12).log().mean()),
-    }
+    right = torch.bincount(labels[known & (predicted == labels)], minlength=num_classes)
+    return right.double() / torch.bincount(labels[known], minlength=num_classes)
+
+
+def risk_coverage(confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Coverage, selective risk and generalized risk, each (N,) float64, of confidence (N,) and correct (N,) bool.
+
+    At coverage k/N the k most confident rows are accepted. The selective risk is the share of errors among them,
+    its mean the AURC (Geifman and El-Yaniv, 2017); the generalized risk is their errors over N, its mean the AUGRC
+    (Traub et al., 2024). Tied rows are taken in random order, in expectation: the order of rows does not matter.
+    Raises ValueError for NaN or shapes that do not fit.
+    """
+    _, errors = _spread_errors(confidence, correct)
+    rejected = errors.flip(0).cumsum(0)
+    rows = torch.arange(1, len(errors) + 1, dtype=torch.float64)
+    return rows / len(errors), rejected / rows, rejected / len(errors)
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, *, num_classes: int) -> Tensor:
@@ -46,3 +112,153 @@ def reliability_bins(probabilities: Tensor, labels: Tensor) -> dict[str, list[fl
         "accuracy": (torch.bincount(index, correct, minlength=NUM_BINS) / filled).tolist(),
         "count": count.tolist(),
     }
+
+
+def bootstrap_blocks(
+    num_rows: int, *, resamples: int = 1000, seed: int | tuple[int, ...] = 0
+) -> Iterator[Tensor]:
+    """The rows of `bootstrap_counts`, up to 25 at a time: for many rows they need not all be held at once."""
+    random = np.random.default_rng(seed)
+    for start in range(0, resamples, BLOCK_RESAMPLES):
+        size = min(BLOCK_RESAMPLES, resamples - start)
+        rows = random.integers(num_rows, size=(size, num_rows))
+        rows += np.arange(size)[:, None] * num_rows
+        counts = np.bincount(rows.ravel(), minlength=size * num_rows)
+        yield torch.from_numpy(counts.astype(np.float32)).reshape(size, num_rows)
+
+
+def bootstrap_counts(num_rows: int, *, resamples: int = 1000, seed: int | tuple[int, ...] = 0) -> Tensor:
+    """How often each of N rows is drawn in each of B resamples, (B, N) float32; every resample has N draws.
+
+    A mean over resampled rows of a column (N,) is counts @ column / N.
+    """
+    return torch.cat(list(bootstrap_blocks(num_rows, resamples=resamples, seed=seed)))
+
+
+def mean_interval(values: Tensor, *, resamples: int = 1000, seed: int = 0) -> Tensor:
+    """The 95% percentile bootstrap interval of the mean of values (N,) or (N, M): (2,) or (2, M) float64.
+
+    The first row is the lower end. Columns are resampled together. For two classifiers on the same images take
+    the differences of their correctness. Raises ValueError for NaN or no values.
+    """
+    if len(values) == 0 or values.isnan().any():
+        raise ValueError("an interval of a mean needs at least one value, and no NaN")
+    # Around the mean, float32 loses nothing.
+    mean = values.double().mean(dim=0)
+    spread = (values.double() - mean).float()
+    draws = [counts @ spread for counts in bootstrap_blocks(len(values), resamples=resamples, seed=seed)]
+    return mean + _percentiles(torch.cat(draws).double() / len(values))
+
+
+def metric_intervals(
+    probabilities: Tensor, labels: Tensor, *, resamples: int = 1000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """95% percentile bootstrap intervals, over rows, of `classification_metrics`.
+
+    All metrics but mean_recall, adaptive_ece and those that are None. An ECE is larger on a resample than on the
+    rows themselves: its interval is no test of calibration. Arguments and errors as there.
+    """
+    p, y = _labelled(probabilities, labels)
+    if len(y) == 0:
+        return {}
+    confidence, order = p.amax(dim=1).sort(descending=True, stable=True)
+    p, y = p[order], y[order]
+    means = _columns(p, y)
+    errors = 1 - means["accuracy"]
+    # A bin's share of the ECE is the absolute sum of accuracy less confidence over its rows.
+    edges = torch.linspace(0, 1, NUM_BINS + 1)
+    bins = torch.bucketize(confidence.float(), edges, right=True) - 1
+    gaps = torch.nn.functional.one_hot(bins, NUM_BINS + 1) * (1 - errors - confidence.double())[:, None]
+    columns = torch.cat([torch.stack(list(means.values()), dim=1), gaps], dim=1).float()
+    areas = _RiskAreas(confidence, errors)
+    draws = []
+    for counts in bootstrap_blocks(len(y), resamples=resamples, seed=seed):
+        sums = (counts @ columns).double() / len(y)
+        ece = sums[:, len(means) :].abs().sum(dim=1, keepdim=True)
+        draws.append(torch.cat([sums[:, : len(means)], ece, areas(counts)], dim=1))
+    low, high = _percentiles(torch.cat(draws)).tolist()
+    return dict(zip((*means, "ece", "aurc", "augrc"), zip(low, high, strict=True), strict=True))
+
+
+class _RiskAreas:
+    """AURC and AUGRC of resamples, without sorting any.
+
+    The r-th most confident of N rows counts in all coverages from r/N on. So an error there adds
+    (1/r + ... + 1/N) / N to the AURC and (N - r + 1) / N^2 to the AUGRC, and a block of tied rows adds its error
+    rate times the sum of these over its ranks.
+    """
+
+    def __init__(self, confidence: Tensor, errors: Tensor) -> None:
+        """Confidence (N,), falling, and errors (N,) 0 or 1."""
+        num_rows = len(errors)
+        rows = torch.arange(1, num_rows + 1, dtype=torch.float64)
+        harmonic = (1 / rows).flip(0).cumsum(0).flip(0) / num_rows
+        self._tables = [
+            torch.nn.functional.pad(worth.cumsum(0), (1, 0))
+            for worth in (harmonic, rows.flip(0) / num_rows**2)
+        ]
+        sizes = confidence.unique_consecutive(return_counts=True)[1]
+        self._ends = sizes.cumsum(0) - 1
+        self._errors = errors.float()
+
+    def __call__(self, counts: Tensor) -> Tensor:
+        """(B, 2) float64 of counts (B, N) whose columns are in order of confidence."""
+        total = counts.cumsum(dim=1).index_select(1, self._ends)
+        wrong = (counts * self._errors).cumsum(dim=1).index_select(1, self._ends)
+        nothing = torch.zeros(len(counts), 1)
+        rate = wrong.diff(dim=1, prepend=nothing) / total.diff(dim=1, prepend=nothing).clamp_min(1)
+        # The sum of rates times differences of a table, by parts: the differences are taken once.
+        fall = -rate.diff(dim=1, append=nothing)
+        place = total.long()
+        return torch.stack([(table.take(place) * fall).sum(dim=1) for table in self._tables], dim=1)
+
+
+def _percentiles(draws: Tensor) -> Tensor:
+    """The 2.5% and 97.5% quantiles (2, ...) of draws (B, ...)."""
+    return draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype), dim=0)
+
+
+def _labelled(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows with a label. Raises ValueError for what is no probabilities and labels."""
+    if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1]:
+        shapes = f"{tuple(probabilities.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"probabilities (N, K) and labels (N,) are needed, not {shapes}")
+    # The comparison is false for NaN.
+    if not ((probabilities >= -TOLERANCE) & (probabilities <= 1 + TOLERANCE)).all():
+        raise ValueError("probabilities must lie between 0 and 1, and none may be NaN")
+    if (labels >= probabilities.shape[1]).any():
+        raise ValueError(f"a label is {int(labels.max())}, but there are {probabilities.shape[1]} classes")
+    known = labels >= 0
+    # torchmetrics takes what lies outside [0, 1], however little, for logits.
+    return probabilities[known].clamp(0, 1), labels[known]
+
+
+def _columns(p: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """The metrics that are means over rows: their values (N,) float64."""
+    own = p.gather(1, y[:, None])
+    found = {"accuracy": p.argmax(dim=1) == y}
+    if p.shape[1] > TOP:
+        earlier = torch.arange(p.shape[1]) < y[:, None]
+        found["top5_accuracy"] = ((p > own) | ((p == own) & earlier)).sum(dim=1) < TOP
+    found["nll"] = -own[:, 0].double().clamp_min(1e-12).log()
+    found["brier"] = p.scatter_add(1, y[:, None], -torch.ones_like(own)).square().sum(dim=1)
+    return {name: column.double() for name, column in found.items()}
+
+
+def _spread_errors(confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidence, rising, and in its order the share of errors among each row's ties; (N,) float64 both."""
+    if confidence.ndim != 1 or confidence.shape != correct.shape:
+        shapes = f"{tuple(confidence.shape)} and {tuple(correct.shape)}"
+        raise ValueError(f"confidence and correct must be (N,) both, not {shapes}")
+    if confidence.isnan().any():
+        raise ValueError("no confidence may be NaN")
+    confidence, order = confidence.sort()
+    _, block, size = confidence.unique_consecutive(return_inverse=True, return_counts=True)
+    errors = torch.bincount(block, 1 - correct[order].double()) / size
+    return confidence.double(), errors[block]
+
+
+def _adaptive_calibration_error(confidence: Tensor, correct: Tensor) -> float:
+    confidence, errors = _spread_errors(confidence, correct)
+    runs = (1 - errors - confidence).tensor_split(NUM_BINS)
+    return float(sum(run.sum().abs() for run in runs)) / len(errors)

@@ -73,13 +73,14 @@ def output_folder(out: str) -> Iterator[str]:
         lock.release()
 
 
-def claim(out: str, identity: dict[str, Any]) -> None:
-    """Mark the output folder as this work's. Raises ValueError when it holds another work's results."""
-    mark = files.join(out, "job.json")
-    if not files.exists(mark):
-        files.write_json(mark, identity)
+def claim(out: str, identity: dict[str, Any], *, mark: bool = True) -> None:
+    """Mark the output folder as this work's, if wanted. Raises ValueError when it holds another work's results."""
+    path = files.join(out, "job.json")
+    if not files.exists(path):
+        if mark:
+            files.write_json(path, identity)
         return
-    found = files.read_json(mark)
+    found = files.read_json(path)
     changed = sorted(k for k in {*found, *identity} if found.get(k) != identity.get(k))
     if changed:
         raise ValueError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,8 @@ class Shard:
     features: np.ndarray
     """(n, d) float16 or float32, unit norm: what the teacher sees."""
     strong: tuple[np.ndarray, ...] = ()
-    """Strong views, each (n, d) float16: what the gradient solver's student sees (the base view without them)."""
+    """Strong views, each (n, d) float16: what the gradient solver's students see (the base view without them), and
+    the gaussian solver's last student beside the base view."""
     first_row: int = 0
     """Place of the shard's first row among all rows."""
     num_rows: int = 0
@@ -75,6 +77,10 @@ class Shard:
     def zero_shot_logits(self, rows: slice, features: Tensor, *, head: Tensor) -> Tensor:
         """(m, K) of the chunk `rows`, whose features (m, d) are given; `head` (K, d) is in units of logits."""
         return features @ head.T if self.zero_shot is None else self.zero_shot[rows]
+
+    def views(self, rows: slice, features: Tensor, *, strong: bool) -> list[Tensor]:
+        """The base view (m, d) of the chunk `rows`, which is given, and its strong views, if wanted."""
+        return [features, *(torch.from_numpy(view[rows]).float() for view in self.strong if strong)]
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Row slices and their features (m, d) as float32."""
@@ -182,10 +188,18 @@ def neighbour_count(config: SelfTrainingConfig, *, num_rows: int, num_classes: i
     return max(0, min(count, num_rows - 1))
 
 
-def run_pass(shard: Shard, teacher: State, *, head: Tensor, threshold: float, before: Pass | None) -> Pass:
+def run_pass(
+    shard: Shard,
+    teacher: State,
+    *,
+    head: Tensor,
+    threshold: float,
+    before: Pass | None,
+    strong: bool = False,
+) -> Pass:
     """Label all rows of a shard with the teacher, helped by what the pass `before` said of their neighbours.
 
-    The sums and targets are this shard's own.
+    The sums, of the base features or their mean with the `strong` views, and the targets are this shard's own.
     """
     num_classes, dim = teacher.weight.shape
     sums, counts = torch.zeros(num_classes, dim, dtype=torch.float64), torch.zeros(num_classes).double()
@@ -206,7 +220,8 @@ def run_pass(shard: Shard, teacher: State, *, head: Tensor, threshold: float, be
         if shared is not None:
             shared[shard.first_row + rows.start : shard.first_row + rows.stop] = targets
         targets = targets * keep[:, None]
-        sums += (targets.T @ features).double()
+        views = shard.views(rows, features, strong=strong)
+        sums += (targets.T @ (sum(views) / len(views))).double()
         counts += targets.sum(dim=0, dtype=torch.float64)
         base = zero_shot.argmax(dim=1)
         flips = (
@@ -263,7 +278,8 @@ def self_train(
 ) -> Iterator[tuple[State, Pass]]:
     """Self-training rounds on features (n, d), from a zero-shot head (K, d) of unit norm.
 
-    Yields after every round the student with its metrics, and its own pass over the shard (sums of all shards).
+    Yields after every round the student with its metrics, and its own pass over the shard (sums of all shards). With
+    strong views a last round of the gaussian solver follows, beyond `config.rounds`.
     `start` is the state of the last round of an interrupted run. Raises ValueError when no row is left to fit.
     """
     head = zero_shot / temperature
@@ -274,17 +290,15 @@ def self_train(
         factors=torch.ones(len(head)),
         zero_shot_share=1.0,
     )
-    space = fit_space(shard, all_reduce=all_reduce) if config.solver == "gaussian" else None
     teacher = start or first
+    options: dict[str, Any] = {"head": head, "threshold": config.threshold}
     if start is None:
         _settle_prior(shard, teacher, head=head, prior=prior, all_reduce=all_reduce)
-    found = _reduce(run_pass(shard, teacher, head=head, threshold=config.threshold, before=None), all_reduce)
-    for number in range(teacher.round + 1, config.rounds + 1):
-        if found.numbers[1] == 0:
-            raise ValueError(
-                f"no pseudo-label has a confidence of at least {config.threshold:g} (--threshold) in round {number}; "
-                "lower the threshold or the temperature"
-            )
+    found = _reduce(run_pass(shard, teacher, before=None, **options), all_reduce)
+    space = fit_space(shard, all_reduce=all_reduce) if config.solver == "gaussian" else None
+    earlier, converged = None, start is not None and start.metrics["flip_rate"] < STOP_FLIP_RATE
+    while teacher.round < config.rounds and not converged:
+        _require_labels(found, number=teacher.round + 1, threshold=config.threshold)
         if space is not None:
             student = _gaussian_student(shard, found, space=space, all_reduce=all_reduce)
             student.zero_shot_share = zero_shot_share
@@ -292,26 +306,61 @@ def self_train(
             student = _gradient_student(
                 shard, teacher, found, head=head, config=config, all_reduce=all_reduce
             )
-        student.round = number
-        # Halfway in the logarithm: a full step from the last teacher's sums to this student's can oscillate.
-        student.factors = (teacher.factors * update_factors(found.prior, prior=prior)).sqrt()
-        found = _reduce(
-            run_pass(shard, student, head=head, threshold=config.threshold, before=found),
-            all_reduce,
+        earlier, found = (
+            found,
+            _graduate(shard, student, teacher, found, prior=prior, all_reduce=all_reduce, **options),
         )
-        student.metrics = _metrics(found)
         yield student, found
         teacher = student
-        if student.metrics["flip_rate"] < STOP_FLIP_RATE:
-            return
+        converged = student.metrics["flip_rate"] < STOP_FLIP_RATE
+    if space is None or not shard.strong:
+        return
+    # One more student, of the same labels, sees the strong views as well: what they change lies within a class, so
+    # that its boundaries turn away from it. Earlier, it would cost the rounds what they know of clean images.
+    _require_labels(found, number=teacher.round + 1, threshold=config.threshold)
+    seen = _reduce(run_pass(shard, teacher, before=earlier, strong=True, **options), all_reduce)
+    student = _gaussian_student(
+        shard, seen, space=fit_space(shard, all_reduce=all_reduce, strong=True), all_reduce=all_reduce
+    )
+    student.zero_shot_share = zero_shot_share
+    found = _graduate(shard, student, teacher, found, prior=prior, all_reduce=all_reduce, **options)
+    yield student, found
 
 
-def fit_space(shard: Shard, *, all_reduce: AllReduce = lambda tensor: tensor) -> Space:
-    """The whitened space of all shards' features."""
+def _require_labels(found: Pass, *, number: int, threshold: float) -> None:
+    if found.numbers[1] == 0:
+        raise ValueError(
+            f"no pseudo-label has a confidence of at least {threshold:g} (--threshold) in round {number}; "
+            "lower the threshold or the temperature"
+        )
+
+
+def _graduate(
+    shard: Shard,
+    student: State,
+    teacher: State,
+    found: Pass,
+    *,
+    prior: Prior,
+    all_reduce: AllReduce,
+    **options: Any,
+) -> Pass:
+    """Make a fitted student the teacher's successor: its round, prior factors and, from its own pass, metrics."""
+    student.round = teacher.round + 1
+    # Halfway in the logarithm: a full step from the last teacher's sums to this student's can oscillate.
+    student.factors = (teacher.factors * update_factors(found.prior, prior=prior)).sqrt()
+    own = _reduce(run_pass(shard, student, before=found, **options), all_reduce)
+    student.metrics = _metrics(own)
+    return own
+
+
+def fit_space(shard: Shard, *, all_reduce: AllReduce = lambda tensor: tensor, strong: bool = False) -> Space:
+    """The whitened space of all shards' base features, or of all their views."""
     dim = shard.features.shape[1]
     total = torch.zeros(dim + 1, dim + 1, dtype=torch.float64)
-    for _, features in shard.chunks():
-        total += row_moments(features)
+    for rows, features in shard.chunks():
+        views = shard.views(rows, features, strong=strong)
+        total += sum(row_moments(view) for view in views) / len(views)
     return feature_space(all_reduce(total))
 
 

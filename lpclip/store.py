@@ -29,12 +29,11 @@ import pyarrow.parquet as pq
 
 from lpclip import files
 from lpclip.config import digest
+from lpclip.views import BASE_VIEWS
 
 FORMAT = 1
 DIGEST_MODULUS = 1 << 128
 QUARANTINE = pa.schema([("id", pa.string()), ("stage", pa.string()), ("error", pa.string())])
-# Views whose mean is an image's feature; the others are inputs of the gradient solver's student.
-BASE_VIEWS = ("weak", "mirror")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 KEY_TAG = "lpclip.resume_key"
+PARENT_TAG = "mlflow.parentRunId"
 
 # MLflow's pages open an experiment as traces of language models unless told otherwise.
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
@@ -146,13 +147,14 @@ def track(
     params: dict[str, Any],
     tags: dict[str, Any] | None = None,
     resume_key: str | None = None,
+    parent: Run | None = None,
 ) -> Iterator[Run]:
     """One MLflow run around a job: FINISHED at the end, FAILED on an error, KILLED on Ctrl-C or an exit.
 
-    `name` is the run's name unless the configuration has one. With a `resume_key`, an unfinished run of the
-    same key in the experiment goes on instead of a second one beginning: two jobs that may run at once need
-    different keys. Raises ValueError or OSError, with a sentence for the user, when the server or the
-    database cannot be used.
+    `name` is the run's name unless the configuration has one; a run with a parent is nested in it and keeps
+    `name`. With a `resume_key`, an unfinished run of the same key in the experiment goes on instead of a second one
+    beginning: two jobs that may run at once need different keys. Raises ValueError or OSError, with a sentence for
+    the user, when the server or the database cannot be used.
     """
     # MLflow reports usage to its makers unless told otherwise before it is first imported.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -160,12 +162,13 @@ def track(
     with _explained(uri):
         client = _connect(uri)
         experiment_id = _experiment(client, config.experiment, uri)
-        run = _resume(client, experiment_id, resume_key, uri) if resume_key else None
+        run = _resume(client, experiment_id, resume_key, uri, parent=parent) if resume_key else None
         if run is None:
-            info = client.create_run(experiment_id, run_name=config.run_name or name).info
+            info = client.create_run(experiment_id, run_name=(not parent and config.run_name) or name).info
             run = Run(client, info.run_id, uri=redact(uri), resumed=False)
     key_tag = {KEY_TAG: digest(resume_key)} if resume_key else {}
-    run.set_tags({"mlflow.source.name": Path(sys.argv[0]).name, **(tags or {}), **key_tag})
+    parent_tag = {PARENT_TAG: parent.run_id} if parent else {}
+    run.set_tags({"mlflow.source.name": Path(sys.argv[0]).name, **(tags or {}), **key_tag, **parent_tag})
     run.log_params(params)
     try:
         yield run
@@ -293,11 +296,14 @@ def _experiment(client: MlflowClient, name: str, uri: str) -> str:
     return experiment.experiment_id
 
 
-def _resume(client: MlflowClient, experiment_id: str, resume_key: str, uri: str) -> Run | None:
-    """The latest unfinished run of the key, RUNNING again."""
+def _resume(
+    client: MlflowClient, experiment_id: str, resume_key: str, uri: str, *, parent: Run | None
+) -> Run | None:
+    """The latest unfinished run of the key, or the parent's own of that key, RUNNING again."""
+    which = f"tags.`{PARENT_TAG}` = '{parent.run_id}'" if parent else "attributes.status != 'FINISHED'"
     found = client.search_runs(
         [experiment_id],
-        filter_string=f"tags.`{KEY_TAG}` = '{digest(resume_key)}' and attributes.status != 'FINISHED'",
+        filter_string=f"tags.`{KEY_TAG}` = '{digest(resume_key)}' and {which}",
         order_by=["attributes.start_time DESC"],
         max_results=1,
     )

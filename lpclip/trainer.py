@@ -45,7 +45,7 @@ from lpclip.self_training import (
 from lpclip.zero_shot import Head
 
 # Of the rounds: an older version's are never gone on from.
-FORMAT = 2
+FORMAT = 3
 LABELS = pa.schema(
     [("id", pa.string()), ("label", pa.int32()), ("confidence", pa.float32()), ("kept", pa.bool_())]
 )
@@ -195,10 +195,7 @@ def _find_neighbours(work: Work, shard: Shard, *, count: int, all_reduce: AllRed
 
 def load_shard(work: Work, *, part: int, num_parts: int) -> tuple[Shard, np.ndarray]:
     """A worker's rows, a run of whole chunks of the row order, and their ids. Labels stay in the store."""
-    views = None if work.config.solver == "gradient" else ()
-    found = store.load(
-        work.store_path, part=part, num_parts=num_parts, views=views, chunk=CHUNK_ROWS, with_labels=False
-    )
+    found = store.load(work.store_path, part=part, num_parts=num_parts, chunk=CHUNK_ROWS, with_labels=False)
     shard = Shard(
         features=found.base,
         strong=tuple(found.strong.values()),

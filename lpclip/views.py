@@ -35,8 +35,22 @@ CORRUPTIONS = (
 )
 """ImageNet-C's 15 corruptions, then its 4 extra ones (Hendrycks and Dietterich, 2019)."""
 
+TRAINING_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter")
+"""Those of the extra ones that strong views take: the 15 stay out of training, robustness to them is measured.
+(The fourth, saturate, is slow, and colour jitter does the same.)"""
+
+STRONG_VERSION = 2
+"""Counts the changes of `strong_view`: features of another version are others."""
+
+MIRROR = "mirror"
+BASE_VIEWS = ("weak", MIRROR)
+"""Views whose mean is an image's feature; students are fitted to the others as well."""
+
 # Formats that Pillow decodes by itself: EPS, for one, would start another program on the user's bytes.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "JPEG2000", "AVIF", "PPM", "ICO", "DIB")
+
+# Of strong views: the others keep what corruptions hide.
+CORRUPTED_SHARE = 0.75
 
 # Beyond this aspect ratio only the middle is resized: a 1 x 1,000,000 image would fill the memory otherwise.
 MAX_ASPECT = 16
@@ -100,7 +114,7 @@ def weak_view(image: Image.Image, preprocess: Preprocess) -> Pixels:
 
 
 def strong_view(image: Image.Image, preprocess: Preprocess, *, seed: int) -> Pixels:
-    """A seeded augmentation of an RGB image, uint8 (S, S, 3): crop, flip, colour jitter, grey, blur."""
+    """A seeded augmentation of an RGB image, uint8 (S, S, 3): crop, flip, colour jitter, grey, blur, corruption."""
     rng = np.random.default_rng(seed)
     size = preprocess.size
     view = image.resize((size, size), preprocess.resample, box=_random_box(image.size, rng))
@@ -116,6 +130,9 @@ def strong_view(image: Image.Image, preprocess: Preprocess, *, seed: int) -> Pix
         view = view.convert("L").convert("RGB")
     if blur:
         view = view.filter(ImageFilter.GaussianBlur(radius))
+    if rng.random() < CORRUPTED_SHARE:
+        name, severity = rng.choice(TRAINING_CORRUPTIONS), int(rng.integers(1, 6))
+        return corrupt(np.array(view), name=str(name), severity=severity, seed=int(rng.integers(2**32)))
     return np.array(view)
 
 
@@ -155,9 +172,25 @@ def parse_views(spec: str) -> tuple[str, ...]:
     return ("weak", *(view for view in views if view != "weak"))
 
 
+def base_views(spec: str) -> tuple[str, ...]:
+    """Those views of a comma list whose mean is an image's feature: all that a probe needs to classify."""
+    return tuple(view for view in parse_views(spec) if view in BASE_VIEWS)
+
+
+def mirror_view(view: str) -> str:
+    """The name of a view's mirror image; that of `weak` is plain `mirror`."""
+    return MIRROR if view == "weak" else f"{view}+{MIRROR}"
+
+
+def split_mirror(view: str) -> tuple[str, bool]:
+    """The view whose pixels are encoded, and whether they are flipped before."""
+    base = "weak" if view == MIRROR else view.removesuffix(f"+{MIRROR}")
+    return base, base != view
+
+
 def pixel_views(views: tuple[str, ...]) -> tuple[str, ...]:
-    """The views that need pixels of their own: `mirror` is weak, flipped on the device."""
-    return tuple(view for view in views if view != "mirror")
+    """The views that need pixels of their own: mirror images are flipped by the encoder's actor."""
+    return tuple(dict.fromkeys(split_mirror(view)[0] for view in views))
 
 
 def render(
@@ -179,9 +212,9 @@ def render(
 
 
 def _check_view(view: str) -> None:
-    if re.fullmatch(r"weak|mirror|strong([2-9]|[1-9]\d+)?", view):
+    if re.fullmatch(r"weak|mirror|strong([2-9]|[1-9]\d+)?(\+mirror)?", view):
         return
-    name, _, severity = view.partition(":")
+    name, _, severity = view.removesuffix(f"+{MIRROR}").partition(":")
     if name not in CORRUPTIONS:
         known = (
             f"weak, mirror, strong, strong2, ..., or corruption:severity with one of {', '.join(CORRUPTIONS)}"

@@ -15,7 +15,8 @@ import torch
 from lpclip import prompts, store
 from lpclip.config import EncoderConfig, digest
 from lpclip.encoders import load_encoder
-from lpclip.views import Preprocess
+from lpclip.probe import Probe
+from lpclip.views import BASE_VIEWS, Preprocess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,28 @@ def describe_encoder(
         raise error.cause from None
 
 
+def describe_probes_encoder(
+    probe: Probe, *, pretrained: str | None, with_head: bool
+) -> tuple[EncoderConfig, EncoderInfo]:
+    """The encoder that a probe was trained with, `pretrained` being where its checkpoint lies now, if it has moved.
+
+    With the zero-shot head of the probe's classes, if asked. Raises ValueError when the encoder has changed.
+    """
+    made = probe.encoder["config"]
+    encoder = EncoderConfig(
+        encoder=made["encoder"], pretrained=pretrained or made["pretrained"], precision=made["precision"]
+    )
+    names = probe.class_names if with_head else ()
+    templates = tuple(probe.encoder["templates"]) if with_head else ()
+    info = describe_encoder(encoder, class_names=names, templates=templates)
+    if info.identity != probe.encoder["identity"]:
+        raise ValueError(
+            f"the probe was trained on features of another encoder than {encoder.encoder} as it is now: "
+            "the weights, the precision or the preprocessing differ"
+        )
+    return encoder, info
+
+
 def make_head(info: EncoderInfo, names: tuple[str, ...], *, temperature: float | None) -> Head:
     """The zero-shot head of the class names that `info` was asked for; the encoder's own temperature by default."""
     assert info.head is not None
@@ -91,7 +114,7 @@ def make_head(info: EncoderInfo, names: tuple[str, ...], *, temperature: float |
 
 def pseudo_label(table: pa.Table, *, head: Head, dim: int) -> pa.Table:
     """Zero-shot pseudo-labels of rows with base-view columns: id, label, confidence."""
-    base = [v for v in store.BASE_VIEWS if v in table.column_names]
+    base = [v for v in BASE_VIEWS if v in table.column_names]
     features = store.mean_view([store.matrix(table, view, dim) for view in base]).astype(np.float32)
     logits = features @ head.weight.T / head.temperature
     p = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from lpclip.cli import main, users_mistake
-from lpclip.config import EncodeJob, PredictJob, SelftrainJob, to_dict
+from lpclip.config import EncodeJob, EvaluateJob, PredictJob, SelftrainJob, to_dict
 
 
 def parse(flags: str, config_type: type, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
@@ -41,6 +41,19 @@ def test_fields_of_every_stage_are_plain_flags(monkeypatch: pytest.MonkeyPatch) 
     }
 
 
+def test_flags_of_many_values_take_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = (
+        "--probe a b=c --data d --ood x=1 y=2 --corruptions fog,snow --severities 1,5 --max-bad-fraction 0.1"
+    )
+    config = parse(flags, EvaluateJob, monkeypatch)
+    assert config == to_dict(EvaluateJob(probe=("a", "b=c"), data="d")) | {
+        "ood": ("x=1", "y=2"),
+        "corruptions": "fog,snow",
+        "severities": "1,5",
+        "max_bad_fraction": 0.1,
+    }
+
+
 @pytest.mark.parametrize(
     ("flags", "word"), [("--bogus 3", "--bogus"), ("--rounds many", "--rounds"), ("--solver x", "--solver")]
 )
@@ -62,16 +75,23 @@ def test_a_required_flag_is_asked_for(
     assert "--probe" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("job", "sentence"),
+    [
+        (SelftrainJob(), "Column with the row's unique name"),
+        (EvaluateJob(probe=("p",), data="d"), "a classifier should not be sure about"),
+    ],
+)
 def test_help_explains_every_flag(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    job: object, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse("--help", SelftrainJob, monkeypatch)
+        parse("--help", type(job), monkeypatch)
     assert stop.value.code == 0
     help_text = capsys.readouterr().out
-    flags = [f"--{name.replace('_', '-')}" for name in to_dict(SelftrainJob())]
+    flags = [f"--{name.replace('_', '-')}" for name in to_dict(job)]
     assert [flag for flag in flags if not re.search(rf"{flag}\b", help_text)] == []
-    assert "Column with the row's unique name" in help_text
+    assert sentence in " ".join(re.sub("[│╭╮╰╯]", "", help_text).split())
 
 
 JOB = """

@@ -12,12 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
+import torch
 from conftest import CLASSES, draw, write_tar
 from PIL import Image
 
 from lpclip import store
 from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
-from lpclip.encode import encode, plan_actors
+from lpclip.encode import _decode_unit, _Encode, encode, plan_actors
 from lpclip.features import encode_data, open_data
 from lpclip.images import open_source
 from lpclip.prompts import DEFAULT_TEMPLATES
@@ -108,6 +110,62 @@ def test_features_do_not_depend_on_batches_actors_or_the_order_of_work(
     assert features(tmp_path / "store") == features(made.path)
     same = ("fingerprint", "content_digest", "num_rows", "parts")
     assert {key: manifest[key] for key in same} == {key: made.manifest[key] for key in same}
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3, 8])
+def test_a_table_is_cut_where_its_pixels_would_be_too_many(
+    tars: Path, info: EncoderInfo, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(str(tars / "0.tar"), config=SourceConfig())
+    views = ("weak", "gaussian_noise:3")
+
+    def decode() -> list[pa.Table]:
+        units = ray.put(pa.table({"unit": [0], "spec": list(source.units)}))
+        options: dict[str, Any] = {"reader": source.reader, "limits": source.config, "seed": 0}
+        return list(
+            _decode_unit({"id": [0]}, units=units, views=views, preprocess=info.preprocess, **options)
+        )
+
+    (whole,) = decode()
+    assert whole["row"].to_pylist() == list(range(8))
+    assert whole["last"].to_pylist() == [False] * 7 + [True]
+    image_bytes = len(views) * info.preprocess.size**2 * 3
+    monkeypatch.setattr("lpclip.encode.PIXEL_BYTES", (rows_at_once + 1) * image_bytes - 1)
+    pieces = decode()
+    assert max(len(piece) for piece in pieces) == rows_at_once
+    assert pa.concat_tables(pieces) == whole
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, 64])
+def test_batches_run_on_from_view_to_view(info: EncoderInfo, batch_size: int) -> None:
+    views = ("weak", "mirror", "gaussian_noise:3", "gaussian_noise:3+mirror")
+    encode_table = _Encode(LITE, views, batch_size, 1)
+    sizes: list[int] = []
+    encode_image = encode_table.encoder.encode_image
+    size = info.preprocess.size
+    random = np.random.default_rng(0)
+    pixels = {view: random.integers(0, 256, (3, size, size, 3), np.uint8) for view in views[::2]}
+    columns = {"id": ["a", "b", "c"], "error": pa.array([None, "damaged", None], pa.string())}
+    dtype = pa.binary(size * size * 3)
+    for view, images in pixels.items():
+        columns[f"pixels:{view}"] = pa.array([image.tobytes() for image in images], dtype)
+
+    def counted(batch: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(batch))
+        return encode_image(batch)
+
+    encode_table.encoder.encode_image = counted  # type: ignore[method-assign]
+    found = encode_table(pa.table(columns))
+    # Two good images in four views; every batch has one shape.
+    assert sizes == [batch_size] * -(-8 // batch_size)
+    assert found.column_names == ["id", "error", *views, "seconds"]
+    for view in views:
+        images = pixels[view.removesuffix("+mirror") if view != "mirror" else "weak"]
+        flipped = images[:, :, ::-1] if view.endswith("mirror") else images
+        expected = encode_image(torch.from_numpy(flipped.copy())).float().cpu().numpy()
+        features = store.matrix(found, view, 1280)
+        assert (features[1] == 0).all()
+        np.testing.assert_allclose(features[[0, 2]], expected[[0, 2]], atol=4e-3)
 
 
 def test_an_interrupted_encoding_goes_on_with_the_missing_units_alone(

@@ -338,6 +338,84 @@ def test_the_student_learns_from_the_strong_views():
     assert states[1].weight.isfinite().all()
 
 
+def shaken(features: np.ndarray, *, head: torch.Tensor, seed: int) -> np.ndarray:
+    """Views that move along one direction, which tells the classes apart as well, and along no other."""
+    direction = (head[0] - head[1]).numpy()
+    steps = np.random.default_rng(seed).normal(size=(len(features), 1))
+    return unit(features + steps * direction)
+
+
+def last_round(
+    features: np.ndarray, head: torch.Tensor, *strong: np.ndarray, start: State | None = None
+) -> list[tuple[State, Pass]]:
+    shard = Shard(features=features, strong=strong, num_rows=len(features))
+    options = {"zero_shot": head, "temperature": TEMPERATURE, "config": CONFIG, "prior": Prior()}
+    return list(self_train(shard, start=start, **options))
+
+
+def test_the_last_student_withstands_what_the_strong_views_change():
+    everything, classes, head = planted(4000)
+    features, test, labels = everything[:2000], everything[2000:], classes[2000:]
+    moved = shaken(test, head=head, seed=9)
+    rounds = last_round(features, head, shaken(features, head=head, seed=1))
+    plain, robust = rounds[-2][0], rounds[-1][0]
+    before, after = ((labels_of(state, moved, head=head) == labels).mean() for state in (plain, robust))
+    assert after > before + 0.05
+    clean = [(labels_of(state, test, head=head) == labels).mean() for state in (plain, robust)]
+    assert clean[1] > clean[0] - 0.03
+
+
+def test_strong_views_leave_the_rounds_before_the_last_alone():
+    features, _, head = planted(800)
+    plain, strong = (
+        last_round(features, head),
+        last_round(features, head, shaken(features, head=head, seed=1)),
+    )
+    assert len(strong) == len(plain) + 1
+    assert [state.round for state, _ in strong] == list(range(1, len(strong) + 1))
+    for (mine, _), (theirs, _) in zip(strong, plain, strict=False):
+        assert torch.equal(mine.weight, theirs.weight)
+
+
+def test_a_strong_view_like_the_base_one_is_another_round():
+    features, _, head = planted(800)
+    copied = last_round(features, head, features)
+    ordinary = train(features, head, config=replace(CONFIG, rounds=len(copied)), start=copied[-2][0])
+    assert len(ordinary) == 1
+    assert_same_probe(copied[-1][0], ordinary[0][0])
+
+
+def test_a_training_cut_before_its_last_round_ends_alike():
+    features, _, head = planted(800)
+    view = shaken(features, head=head, seed=1)
+    whole = last_round(features, head, view)
+    resumed = last_round(features, head, view, start=whole[-2][0])
+    assert len(resumed) == 1
+    assert_same_probe(resumed[0][0], whole[-1][0])
+    assert (resumed[0][1].labels == whole[-1][1].labels).all()
+
+
+def test_strong_views_count_alike_on_any_number_of_workers():
+    features, _, head = planted(2 * CHUNK_ROWS)
+    view = shaken(features, head=head, seed=1)
+    workers = Workers(2)
+
+    def work(rank: int) -> State:
+        rows = slice(rank * CHUNK_ROWS, (rank + 1) * CHUNK_ROWS)
+        shard = Shard(
+            features=features[rows], strong=(view[rows],), first_row=rows.start, num_rows=len(features)
+        )
+        options = {"zero_shot": head, "temperature": TEMPERATURE, "config": CONFIG, "prior": Prior()}
+        *_, (state, _) = self_train(shard, all_reduce=workers.all_reduce(rank), **options)
+        return state
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(work, range(2)))
+    expected = last_round(features, head, view)[-1][0]
+    for state in found:
+        assert_same_probe(state, expected)
+
+
 def unit(rows: np.ndarray) -> np.ndarray:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
 

@@ -69,6 +69,39 @@ def test_the_configuration_names_the_run(client: MlflowClient) -> None:
     assert client.get_run(run.run_id).info.run_name == "mine"
 
 
+def test_nested_runs_belong_to_their_parent_and_keep_their_names(client: MlflowClient) -> None:
+    config = TrackingConfig(experiment="tests", run_name="mine")
+
+    def nested() -> tuple[Run, list[Run]]:
+        children = []
+        with track(config, name="other", params={}, resume_key="nested") as parent:
+            for name in ("a", "b"):
+                options = {"resume_key": f"nested {name}", "parent": parent}
+                with track(config, name=name, params={}, tags={"probe": name}, **options) as child:
+                    child.log({"accuracy": 0.5}, step=3)
+                children.append(child)
+                if name == "b" and not parent.resumed:
+                    raise RuntimeError("no luck")
+        return parent, children
+
+    with pytest.raises(RuntimeError):
+        nested()
+    parent, children = nested()
+    assert parent.resumed
+    kept = client.get_run(parent.run_id)
+    assert (kept.info.run_name, kept.info.status) == ("mine", "FINISHED")
+    assert "mlflow.parentRunId" not in kept.data.tags
+    query = f"tags.`mlflow.parentRunId` = '{parent.run_id}'"
+    runs = client.search_runs([kept.info.experiment_id], filter_string=query)
+    assert len(runs) == 2, "a resumed parent finds its children, finished ones too"
+    for name, child in zip("ab", children, strict=True):
+        found = client.get_run(child.run_id)
+        assert (found.info.run_name, found.info.status) == (name, "FINISHED")
+        assert found.data.tags["mlflow.parentRunId"] == parent.run_id
+        assert found.data.tags["probe"] == name
+        assert curve(client, child, "accuracy") == [(3, 0.5)]
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [(RuntimeError("no luck"), "FAILED"), (KeyboardInterrupt(), "KILLED"), (SystemExit(1), "KILLED")],

@@ -16,10 +16,13 @@ from PIL import Image
 from lpclip import views
 from lpclip.views import (
     Preprocess,
+    base_views,
     decode_image,
+    mirror_view,
     parse_views,
     pixel_views,
     render,
+    split_mirror,
     strong_view,
     view_seed,
     weak_view,
@@ -247,6 +250,43 @@ def test_views_are_parsed_with_weak_first() -> None:
 
 
 @pytest.mark.parametrize(
+    ("view", "mirrored"),
+    [
+        ("weak", "mirror"),
+        ("strong", "strong+mirror"),
+        ("strong12", "strong12+mirror"),
+        ("fog:3", "fog:3+mirror"),
+    ],
+)
+def test_every_view_has_a_mirror_image_that_needs_no_pixels_of_its_own(view: str, mirrored: str) -> None:
+    assert mirror_view(view) == mirrored
+    assert split_mirror(view) == (view, False)
+    assert split_mirror(mirrored) == (view, True)
+    parsed = parse_views(",".join(dict.fromkeys(("weak", mirrored, view))))
+    assert {view, mirrored} <= set(parsed)
+    assert pixel_views((mirrored, view, mirrored)) == (view,)
+
+
+def test_corruptions_and_their_mirror_images_play_no_part_in_an_images_feature() -> None:
+    assert base_views("fog:1,strong,weak") == ("weak",)
+    assert base_views("mirror,fog:1+mirror,weak,strong+mirror") == ("weak", "mirror")
+    with pytest.raises(ValueError, match="must include weak"):
+        base_views("mirror")
+
+
+@pytest.mark.parametrize("view", ["glass_blur:2", "impulse_noise:5"])
+def test_corruptions_are_put_on_the_weak_view_and_drawn_anew_for_each_image(view: str) -> None:
+    image, options = photo(), {"preprocess": PREPROCESS, "seed": 0}
+    found = render(image, id="a", view=view, **options)
+    name, _, severity = view.partition(":")
+    seed = view_seed("a", view=view, seed=0)
+    expected = views.corrupt(weak_view(image, PREPROCESS), name=name, severity=int(severity), seed=seed)
+    np.testing.assert_array_equal(found, expected)
+    assert (render(image, id="b", view=view, **options) != found).any()
+    assert (render(image, id="a", view=view, preprocess=PREPROCESS, seed=1) != found).any()
+
+
+@pytest.mark.parametrize(
     ("spec", "message"),
     [
         ("mirror", "must include weak"),
@@ -256,6 +296,12 @@ def test_views_are_parsed_with_weak_first() -> None:
         ("weak,", "unknown view ''"),
         ("weak,fog", "severity from 1 to 5"),
         ("weak,fog:6", "severity from 1 to 5"),
+        ("weak,fog:2.5", "severity from 1 to 5"),
+        ("weak,fog:0+mirror", "severity from 1 to 5"),
+        ("weak,weak+mirror", "unknown view 'weak\\+mirror'"),
+        ("weak,mirror+mirror", "unknown view 'mirror\\+mirror'"),
+        ("weak,fog+mirror:3", "unknown view 'fog\\+mirror:3'"),
+        ("weak,fog:3+mirror,fog:3+mirror", "named twice: fog:3\\+mirror"),
     ],
 )
 def test_views_that_make_no_sense_are_refused(spec: str, message: str) -> None:

@@ -72,7 +72,7 @@ class Source:
     name: str
     """Short, and safe in file names."""
     kind: str
-    """folder, parquet, webdataset or manifest."""
+    """folder, parquet, webdataset, manifest or npy."""
     root: str
     """The folder, as an absolute path or URI."""
     reader: Reader

@@ -1,4 +1,4 @@
-"""The jobs: encode, selftrain and predict, each from its configuration to its files and tables."""
+"""The selftrain job: encode what is missing, choose the prior, run the rounds, evaluate where labels exist."""
 
 from __future__ import annotations
 
@@ -8,25 +8,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from lpclip import files, report, tracking
 from lpclip.config import (
-    EncodeConfig,
-    EncodeJob,
-    EncoderConfig,
-    PredictJob,
     SelftrainJob,
     digest,
     to_dict,
 )
-from lpclip.console import encoded_row, print_plan, print_prior, print_result, print_training, print_tried
+from lpclip.console import print_plan, print_prior, print_result, print_training, print_tried
 from lpclip.encoders import resolve_precision
 from lpclip.evaluation import evaluate, label_free_temperature, pictures, supervised_probe
-from lpclip.features import Data, Encoded, encode_data, load_labelled, open_data
+from lpclip.features import Data, encode_data, encode_views, load_labelled, open_data
 from lpclip.labels import map_labels, resolve_classes
-from lpclip.probe import Probe, load_probe, zero_shot_probe
+from lpclip.probe import Probe, zero_shot_probe
 from lpclip.prompts import ClassList, templates
 from lpclip.pseudo_labels import Prior
 from lpclip.runtime import claim, output_folder, start_ray, versions
@@ -34,45 +29,8 @@ from lpclip.selection import Confirmation, Sample, choose_prior
 from lpclip.self_training import PRIORS, State, check_config, config_identity, neighbour_count, read_prior
 from lpclip.store import Features
 from lpclip.trainer import fit, make_work, read_labels
-from lpclip.views import parse_views
+from lpclip.views import base_views, parse_views
 from lpclip.zero_shot import EncoderInfo, Head, describe_encoder, make_head
-
-
-def encode_job(job: EncodeJob) -> dict[str, Any]:
-    """Encode images into a feature store under OUT/features, with zero-shot pseudo-labels for class names."""
-    parse_views(job.encode.views)
-    with output_folder(job.out) as out:
-        data = open_data(job.data, config=job.source, split="train", limit=job.limit)
-        classes = resolve_classes(job.names, label_names=data.label_names) if job.names.classes else None
-        start_ray()
-        names = classes.names if classes else ()
-        info = describe_encoder(
-            job.encoder, class_names=names, templates=templates(job.names.templates) if names else ()
-        )
-        head = make_head(info, names, temperature=None) if names else None
-        print_plan(data, None, info=info, views=job.encode.views, out=out)
-        encoded = encode_data(
-            data,
-            info=info,
-            encoder=job.encoder,
-            config=job.encode,
-            seed=job.seed,
-            folder=job.encode.features or files.join(out, "features"),
-            head=head,
-            scores_path=files.join(out, f"zero_shot-{head.identity[:12]}") if head else "",
-        )
-        summary = {
-            "features": encoded.path,
-            "images": encoded.manifest["num_rows"],
-            "quarantined": encoded.manifest["num_quarantined"],
-            "timings": {"encode": encoded.seconds},
-            "rates": {"encode": encoded.rate},
-            "config": to_dict(job),
-            "versions": versions(),
-        }
-        files.write_json(files.join(out, "summary.json"), summary)
-        print(report.table([encoded_row(data, encoded)]))
-        return summary
 
 
 def selftrain_job(job: SelftrainJob) -> dict[str, Any]:
@@ -123,12 +81,17 @@ def _selftrain(
     scores = files.join(out, f"zero_shot-{head.identity[:12]}")
     encoded = encode_data(data, **options, head=head, scores_path=scores)
     seconds["encode"] = encoded.seconds
-    tested = encode_data(test, **options) if test is not None else None
-    if tested is not None:
-        seconds["encode_eval"] = tested.seconds
-
     features, raw = load_labelled(encoded)
-    x, y = _evaluation_rows(data, test, tested, features, raw, classes)
+    tested = None
+    if test is None:
+        x, y = features.base, map_labels(raw, label_names=data.label_names, classes=classes, data=data.name)
+    else:
+        # Students alone need the other views.
+        base = base_views(job.encode.views)
+        found = encode_views(test, views=base, **options)
+        x, tested = found.mean(*base), found.latest
+        y = map_labels(found.labels, label_names=test.label_names, classes=classes, data=test.name)
+        seconds["encode_eval"] = tested.seconds
     begin = time.monotonic()
     chosen = _choose_prior(
         job, out, features.base, prior, head=head, fingerprint=encoded.manifest["fingerprint"]
@@ -142,7 +105,7 @@ def _selftrain(
         config=job.training,
         folder=files.join(out, "rounds"),
     )
-    claim(out, {**work.identity, "eval_data": tested.manifest["fingerprint"] if tested else None})
+    claim(out, {**work.identity, "eval_data": tested.manifest["content_digest"] if tested else None})
     begin = time.monotonic()
     near = neighbour_count(job.training, num_rows=len(features.ids), num_classes=len(classes.names))
     if near:
@@ -183,7 +146,7 @@ def _selftrain(
     )
     if fell_back:
         labels_table = _zero_shot_labels(best, features)
-    _write_parquet(files.join(out, "pseudo_labels.parquet"), labels_table)
+    files.write_parquet(files.join(out, "pseudo_labels.parquet"), labels_table)
     zero_shot.save(files.join(out, "zero_shot"))
     best.save(files.join(out, "probe"))
     supervised = None
@@ -224,65 +187,6 @@ def _selftrain(
     _track(run, summary, {name: shown[name] for name in ("zero_shot", "probe")}, x, y, out, classes)
     print_result(summary, data, encoded, test, tested, out, run)
     return summary
-
-
-def predict_job(job: PredictJob) -> dict[str, Any]:
-    """Label images with a saved probe: id, label, probability and the top k, one Parquet file."""
-    if job.top_k < 1:
-        raise ValueError(f"--top-k must be at least 1, not {job.top_k}")
-    probe = load_probe(job.probe)
-    made = probe.encoder["config"]
-    encoder = EncoderConfig(
-        encoder=made["encoder"], pretrained=job.pretrained or made["pretrained"], precision=made["precision"]
-    )
-    data = open_data(job.data, config=job.source, split="test", limit=job.limit)
-    if "://" not in job.out:
-        _check_file_target(job.out)
-    start_ray()
-    info = describe_encoder(encoder)
-    if info.identity != probe.encoder["identity"]:
-        raise ValueError(
-            f"{job.probe} was trained on features of another encoder than {encoder.encoder} as it is now: "
-            "the weights, the precision or the preprocessing differ"
-        )
-    views = probe.encoder["views"]
-    folder = job.features or f"{job.out}.features"
-    with output_folder(folder) as held:
-        print_plan(data, None, info=info, views=views, out=job.out)
-        encoded = encode_data(
-            data,
-            info=info,
-            encoder=encoder,
-            config=EncodeConfig(views=views, batch_size=job.batch_size),
-            seed=0,
-            folder=held,
-        )
-        features, _ = load_labelled(encoded)
-        p = probe.probabilities(features.base)
-        top, places = p.topk(min(job.top_k, p.shape[1]), dim=1)
-        names = np.array(probe.class_names)[places.numpy()]
-        table = pa.table(
-            {
-                "id": features.ids,
-                "label": names[:, 0],
-                "probability": top[:, 0].numpy(),
-                "top_labels": list(names.tolist()),
-                "top_probabilities": list(top.numpy()),
-            }
-        )
-        _write_parquet(job.out, table)
-    if job.features is None:
-        files.delete_folder(folder)
-    counts = np.bincount(places[:, 0].numpy(), minlength=p.shape[1])
-    order = np.argsort(-counts)[:20]
-    print(report.table([{"label": probe.class_names[i], "images": int(counts[i])} for i in order]))
-    print(f"{len(table):,} images labelled, {encoded.manifest['num_quarantined']:,} quarantined: {job.out}")
-    return {"images": len(table), "quarantined": encoded.manifest["num_quarantined"]}
-
-
-def _check_file_target(path: str) -> None:
-    if path.endswith("/") or not path.endswith(".parquet"):
-        raise ValueError(f"--out {path}: a Parquet file is written, so its name must end in .parquet")
 
 
 def _open_eval(job: SelftrainJob) -> Data | None:
@@ -391,16 +295,6 @@ def _prior_text(spec: str) -> str | None:
         ) from error
 
 
-def _evaluation_rows(
-    data: Data, test: Data | None, tested: Encoded | None, features: Any, raw: np.ndarray, classes: ClassList
-) -> tuple[np.ndarray, np.ndarray]:
-    if test is None or tested is None:
-        labels = map_labels(raw, label_names=data.label_names, classes=classes, data=data.name)
-        return features.base, labels
-    found, raw = load_labelled(tested)
-    return found.base, map_labels(raw, label_names=test.label_names, classes=classes, data=test.name)
-
-
 def _evaluated_on(data: Data, test: Data | None, labels: np.ndarray) -> dict[str, Any]:
     known = int((labels >= 0).sum())
     same = test is None or (
@@ -459,9 +353,3 @@ def _track(
         report.save(report.reliability_figure(bins), files.join(figures, "reliability.png"))
     for name in ("probe", "figures", "summary.json", "pseudo_labels.parquet"):
         run.artifact(files.join(out, name))
-
-
-def _write_parquet(path: str, table: pa.Table) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    files.write_bytes(path, sink.getvalue())

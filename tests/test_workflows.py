@@ -25,9 +25,12 @@ from safetensors.torch import save_file
 from lpclip import store
 from lpclip.cli import main
 from lpclip.config import EncodeJob, PredictJob, SelftrainJob
+from lpclip.metrics import METRICS
 from lpclip.probe import load_probe
 from lpclip.runtime import output_folder
-from lpclip.workflow import encode_job, predict_job, selftrain_job
+from lpclip.workflows.encode import encode_job
+from lpclip.workflows.predict import predict_job
+from lpclip.workflows.selftrain import selftrain_job
 
 pytestmark = pytest.mark.usefixtures("cluster", "lite_map")
 ROOT = Path(__file__).parents[1]
@@ -91,7 +94,7 @@ def probe_bytes(out: Path, name: str = "probe") -> bytes:
 def test_a_run_leaves_all_its_numbers_in_the_summary(base: dict[str, Any], work: Path) -> None:
     assert json.loads((work / "base" / "summary.json").read_text()) == base
     for name in ("zero_shot", "probe", "supervised"):
-        assert set(base[name]) == {"accuracy", "ece", "nll"}
+        assert set(base[name]) == set(METRICS)
         assert 0 <= base[name]["accuracy"] <= 1
         assert 0 <= base[name]["ece"] <= 1
         assert base[name]["nll"] >= 0
@@ -198,7 +201,7 @@ def test_without_labels_the_probe_is_the_same_and_the_accuracies_are_null(
     )
     assert summary["rates"]["encode"] > 0, "encoded anew, for itself"
     for name in ("zero_shot", "probe"):
-        assert summary[name] == {"accuracy": None, "ece": None, "nll": None}
+        assert summary[name] == dict.fromkeys(METRICS)
         assert probe_bytes(work / "unlabelled", name) == probe_bytes(work / "base", name)
     assert {entry["accuracy"] for entry in summary["rounds"]} == {None}
     assert summary["evaluated_on"]["setting"] is None
@@ -291,7 +294,7 @@ def crowd(base: dict[str, Any], work: Path) -> Path:
             "id": [f"{unit}-{i}" for i in range(1000)],
             "label": pa.array(seen.labels[np.arange(1000) % 60], pa.int32()),
         }
-        for view in ("weak", "mirror"):
+        for view in ("weak", "mirror", "strong"):
             rows = seen.base[np.arange(1000) % 60] + random.normal(0, 0.03, (1000, 1280))
             rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
             columns[view] = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), 1280)

@@ -1,58 +1,38 @@
-"""What people look at: a table for the terminal and pictures for MLflow and the README."""
+"""Pictures of one run: its rounds, its confusions, its calibration; and bars to compare methods."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from lpclip import files
-
-# Colours that stay apart for colour-blind readers; the zero-shot baseline is grey everywhere.
-COLOURS = {"zero-shot": "#8a9099", "probe": "#1f6fb4", "supervised": "#e59f3c"}
-MORE_COLOURS = ("#2a9d8f", "#b5577e", "#6a51a3", "#c4512d", "#4d4d4d")
-INK = "#2b2f36"
-FAINT = "#d9dce1"
+from lpclip.report.style import (
+    COLOURS,
+    FAINT,
+    INK,
+    MORE_COLOURS,
+    colours,
+    grid,
+    new_figure,
+    percent,
+    shortened,
+)
 
 MAX_TICK_LABELS = 50
 MAX_CELL_NUMBERS = 15
 MAX_CELLS = 250
-MAX_NAME = 24
-MAX_PICTURE_BYTES = 300_000
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as aligned text, one column for each key in order of appearance.
-
-    Texts are aligned left, numbers right. A column whose name ends in % shows a fraction in per cent; other
-    floats have three decimals. None, and a key that a row lacks, is a dash.
-    """
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    columns = [[name, *(_cell(row.get(name), name) for row in rows)] for name in names]
-    is_text = [any(isinstance(row.get(name), str) for row in rows) for name in names]
-    widths = [max(map(len, column)) for column in columns]
-    lines = []
-    for cells in zip(*columns, strict=True):
-        aligned = zip(cells, widths, is_text, strict=True)
-        lines.append(
-            "  ".join(cell.ljust(width) if text else cell.rjust(width) for cell, width, text in aligned)
-        )
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join(line.rstrip() for line in [*lines[:1], rule, *lines[1:]])
 
 
 def confusion_matrix_figure(matrix: ArrayLike, class_names: Sequence[str]) -> Figure:
     """Shares of each true class by predicted class.
 
-    `matrix` is (K, K) counts, rows true and columns predicted. Cells have numbers up to 15 classes and axes
+    `matrix` is (K, K) counts, rows true and columns predicted. Cells have numbers (per cent) up to 15 classes and axes
     have class names up to 50; beyond that the colours alone speak, on a scale that shows small shares. Above
     250 classes a cell is the largest share in a square of classes, so that no confusion fades away.
     """
@@ -61,8 +41,9 @@ def confusion_matrix_figure(matrix: ArrayLike, class_names: Sequence[str]) -> Fi
     assert counts.shape == (num_classes, num_classes), (counts.shape, num_classes)
     totals = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
-    side = 4.6 + 0.13 * num_classes if num_classes <= MAX_TICK_LABELS else 6.5
-    figure = _figure(side + 0.6, side)
+    side = 3.6 + 0.15 * num_classes if num_classes <= MAX_TICK_LABELS else 6.5
+    written = num_classes <= MAX_CELL_NUMBERS
+    figure = new_figure(side if written else side + 0.6, side)
     axes = figure.subplots()
     picture = axes.imshow(
         _pooled(shares), cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1), interpolation="nearest"
@@ -74,7 +55,7 @@ def confusion_matrix_figure(matrix: ArrayLike, class_names: Sequence[str]) -> Fi
     axes.set_ylabel(f"true class{suffix}")
     if num_classes <= MAX_TICK_LABELS:
         size = 9 if num_classes <= 25 else 6.5
-        labels = [_shortened(name) for name in class_names]
+        labels = [shortened(name) for name in class_names]
         axes.set_xticks(
             range(num_classes), labels, rotation=45, ha="right", rotation_mode="anchor", fontsize=size
         )
@@ -82,14 +63,15 @@ def confusion_matrix_figure(matrix: ArrayLike, class_names: Sequence[str]) -> Fi
     else:
         axes.set_xticks([])
         axes.set_yticks([])
-    if num_classes <= MAX_CELL_NUMBERS:
-        _write_shares(axes, shares)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    bar = figure.colorbar(picture, ax=axes, fraction=0.04, pad=0.02, ticks=[0, 0.01, 0.1, 0.25, 0.5, 1])
-    bar.ax.set_yticklabels(["0", "1%", "10%", "25%", "50%", "100%"])
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0, labelsize=8)
+    if written:
+        _write_shares(axes, shares)
+    else:
+        bar = figure.colorbar(picture, ax=axes, fraction=0.04, pad=0.02, ticks=[0, 0.01, 0.1, 0.25, 0.5, 1])
+        bar.ax.set_yticklabels(["0", "1%", "10%", "25%", "50%", "100%"])
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(length=0, labelsize=8)
     return figure
 
 
@@ -99,21 +81,28 @@ def reliability_figure(bins_by_name: Mapping[str, Mapping[str, ArrayLike]]) -> F
     Each value holds three arrays of one length: `confidence` and `accuracy`, a bin's means in [0, 1], and
     `count`. Empty bins are left out. On the diagonal, confidence is what it claims to be.
     """
-    figure = _figure(5.6, 5.8)
+    figure = new_figure(4.4, 4.9)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     top.plot([0, 1], [0, 1], color=FAINT, linewidth=1.5, zorder=1)
     top.text(0.03, 0.09, "well calibrated", color="#9aa0a8", fontsize=8, rotation=38, rotation_mode="anchor")
-    for index, (name, bins) in enumerate(bins_by_name.items()):
+    colour_of = colours(bins_by_name)
+    for name, bins in bins_by_name.items():
         count = np.asarray(bins["count"], dtype=np.float64)
         full = count > 0
         confidence, accuracy = (
             np.asarray(bins[key], dtype=np.float64)[full] for key in ("confidence", "accuracy")
         )
         share = count[full] / max(count.sum(), 1)
-        colour = _colour(name, index)
+        colour = colour_of[name]
         top.plot(confidence, accuracy, color=colour, linewidth=1.8, zorder=2)
         top.scatter(
-            confidence, accuracy, s=12 + 160 * share, color=colour, edgecolor="white", zorder=3, label=name
+            confidence,
+            accuracy,
+            s=12 + 160 * share,
+            color=colour,
+            edgecolor="white",
+            zorder=3,
+            label=shortened(name),
         )
         bottom.plot(confidence, share, color=colour, linewidth=1.8)
         bottom.fill_between(confidence, share, color=colour, alpha=0.15, linewidth=0)
@@ -125,9 +114,9 @@ def reliability_figure(bins_by_name: Mapping[str, Mapping[str, ArrayLike]]) -> F
             handle.set_sizes([40])
     bottom.set(xlabel="confidence", ylabel="share of images", ylim=(0, None))
     for axes in (top, bottom):
-        _percent(axes, "y")
-        _grid(axes)
-    _percent(bottom, "x")
+        percent(axes, "y")
+        grid(axes)
+    percent(bottom, "x")
     return figure
 
 
@@ -136,7 +125,7 @@ def rounds_figure(rounds: Sequence[Mapping[str, Any]]) -> Figure:
 
     A key that is missing or None in every round, as accuracy is without labels, has no line.
     """
-    figure = _figure(6.4, 4.2)
+    figure = new_figure(6.4, 4.2)
     axes = figure.subplots()
     steps = [row.get("round", index) for index, row in enumerate(rounds)]
     for name, (label, colour) in LINES.items():
@@ -150,8 +139,8 @@ def rounds_figure(rounds: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set(ylim=(0, 1), xlabel="round", xlim=(min(steps, default=0) - 0.4, max(steps, default=0) + 0.4))
     axes.set_title("Self-training, round by round", loc="left")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _percent(axes, "y")
-    _grid(axes)
+    percent(axes, "y")
+    grid(axes)
     if axes.lines:
         axes.legend(frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.16), borderaxespad=0)
     return figure
@@ -168,62 +157,25 @@ LINES = {
 def comparison_figure(accuracies: Mapping[str, Mapping[str, float | None]], *, title: str) -> Figure:
     """Bars of accuracy: one group for each data set, one bar for each method in it; None leaves a gap."""
     methods = list(dict.fromkeys(name for group in accuracies.values() for name in group))
-    figure = _figure(max(5.0, 1.4 + 0.62 * len(accuracies) * (len(methods) + 0.6)), 3.9)
+    figure = new_figure(max(5.0, 1.4 + 0.62 * len(accuracies) * (len(methods) + 0.6)), 3.9)
     axes = figure.subplots()
     width = 0.8 / max(len(methods), 1)
+    colour_of = colours(methods)
     for index, method in enumerate(methods):
         values = [group.get(method) for group in accuracies.values()]
         places = np.arange(len(values)) + (index - (len(methods) - 1) / 2) * width
         heights = [value or 0.0 for value in values]
-        bars = axes.bar(places, heights, 0.92 * width, color=_colour(method, index), label=method)
+        bars = axes.bar(places, heights, 0.92 * width, color=colour_of[method], label=shortened(method))
         labels = ["" if value is None else f"{100 * value:.1f}" for value in values]
         axes.bar_label(bars, labels, padding=2, fontsize=9, color=INK)
-    axes.set_xticks(range(len(accuracies)), [_shortened(name) for name in accuracies])
+    axes.set_xticks(range(len(accuracies)), [shortened(name) for name in accuracies])
     axes.set(xlim=(-0.7, len(accuracies) - 0.3), ylim=(0, 1), ylabel="accuracy")
     axes.set_title(title, loc="left", pad=26)
     axes.legend(frameon=False, ncols=len(methods), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
-    _percent(axes, "y")
-    _grid(axes)
+    percent(axes, "y")
+    grid(axes)
     axes.tick_params(axis="x", length=0)
     return figure
-
-
-def save(figure: Figure, path: str) -> None:
-    """Write a PNG under 300 KB, coarser if need be, to any file system that pyarrow reaches."""
-    data = b""
-    for dpi in (150, 110, 80, 60):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
-        data = buffer.getvalue()
-        if len(data) <= MAX_PICTURE_BYTES:
-            break
-    files.write_bytes(path, data)
-
-
-def _cell(value: Any, name: str) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, (bool, str)):
-        return str(value)
-    if name.endswith("%"):
-        return f"{100 * value:.1f}"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
-
-
-def _figure(width: float, height: float) -> Figure:
-    """A figure that belongs to no global state, so that any thread may draw."""
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _colour(name: str, index: int) -> str:
-    return COLOURS.get(name, MORE_COLOURS[index % len(MORE_COLOURS)])
-
-
-def _shortened(name: str) -> str:
-    short = name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"
-    return short.replace("$", r"\$")  # a pair of dollars would be taken for mathematics
 
 
 def _pooled(shares: np.ndarray) -> np.ndarray:
@@ -240,15 +192,3 @@ def _write_shares(axes: Axes, shares: np.ndarray) -> None:
         share = shares[row, column]
         colour = "white" if share > 0.35 else INK
         axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
-
-
-def _percent(axes: Axes, which: str) -> None:
-    axis = axes.yaxis if which == "y" else axes.xaxis
-    axis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
-
-
-def _grid(axes: Axes) -> None:
-    axes.grid(axis="y", color=FAINT, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#aab0b8")

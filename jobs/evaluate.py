@@ -1,0 +1,18 @@
+"""Measure probes beside zero-shot CLIP: accuracy, calibration, corruptions, natural shifts, foreign images.
+
+python jobs/evaluate.py --probe runs/pets/probe --data test-photos/ --corruptions all --ood other=other-photos/
+"""
+
+from lpclip.cli import main
+from lpclip.config import EvaluateJob
+
+
+def run(job: EvaluateJob) -> None:
+    """Run the job. The libraries are imported here: --help and wrong flags need not wait for them."""
+    from lpclip.workflows.evaluate import evaluate_job
+
+    evaluate_job(job)
+
+
+if __name__ == "__main__":
+    main(run, EvaluateJob)

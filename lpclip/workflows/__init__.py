@@ -1,0 +1,1 @@
+"""The jobs, each from its configuration to its files and tables."""
