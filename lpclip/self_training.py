@@ -41,6 +41,8 @@ STOP_FLIP_RATE = 0.002
 # The recipe's constants: one set for all data. docs/method.md has the measurements behind them.
 CONFIDENCE = 0.8
 ZERO_SHOT_SHARE = 0.3
+# Of the last student, which faces other images than the unlabelled ones: the text weights know more of these.
+LAST_ZERO_SHOT_SHARE = 0.6
 # Of the pull to equal shares where nothing says that they are equal: enough for classes that zero-shot hardly
 # ever names, not enough to cut one class into many.
 WEAK_STRENGTH = 0.3
@@ -322,7 +324,7 @@ def self_train(
     student = _gaussian_student(
         shard, seen, space=fit_space(shard, all_reduce=all_reduce, strong=True), all_reduce=all_reduce
     )
-    student.zero_shot_share = zero_shot_share
+    student.zero_shot_share = LAST_ZERO_SHOT_SHARE
     found = _graduate(shard, student, teacher, found, prior=prior, all_reduce=all_reduce, **options)
     yield student, found
 

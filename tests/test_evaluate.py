@@ -319,7 +319,7 @@ def test_mlflow_holds_a_run_for_each_classifier_with_severities_as_steps(found: 
     assert (parent.info.status, parent.info.run_name) == ("FINISHED", "main")
     assert parent.data.params["severities"] == "1,5"
     files = {item.path for item in client.list_artifacts(found["mlflow_run"])}
-    assert files == {"report.html", "summary.json", "results.parquet"}
+    assert files == {"report.html", "summary.json", "results.parquet", "figures"}
     children = client.search_runs(
         [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{found['mlflow_run']}'"
     )

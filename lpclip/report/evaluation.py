@@ -207,7 +207,8 @@ def _overview(summary: Mapping[str, Any]) -> Section:
     )
 
 
-def _accuracies(results: Sequence[Row], name: str) -> dict[str, dict[str, dict[int, float]]]:
+def corruption_curves(results: Sequence[Row], name: str) -> dict[str, dict[str, dict[int, float]]]:
+    """Accuracy on a set by corruption, classifier and severity, as the figures take it; empty without corruptions."""
     curves: dict[str, dict[str, dict[int, float]]] = {}
     for row in results:
         if row["set"] == name and row["metric"] == "accuracy" and row["corruption"] not in (None, "mean"):
@@ -216,8 +217,8 @@ def _accuracies(results: Sequence[Row], name: str) -> dict[str, dict[str, dict[i
     return curves
 
 
-def _plain(results: Sequence[Row], kind: str, metric: str) -> dict[str, dict[str, float]]:
-    """Values by set and probe, without corruptions."""
+def plain_values(results: Sequence[Row], kind: str, metric: str) -> dict[str, dict[str, float]]:
+    """Values of a metric on the sets of a kind, by set and classifier, without corruptions."""
     found: dict[str, dict[str, float]] = {}
     for row in results:
         if row["kind"] == kind and row["metric"] == metric and row["corruption"] is None:
@@ -227,9 +228,9 @@ def _plain(results: Sequence[Row], kind: str, metric: str) -> dict[str, dict[str
 
 def _corrupted(results: Sequence[Row]) -> Iterator[Section]:
     names = dict.fromkeys(row["set"] for row in results if row["corruption"] is not None)
-    clean = next(iter(_plain(results, "clean", "accuracy").values()))
+    clean = next(iter(plain_values(results, "clean", "accuracy").values()))
     for name in names:
-        curves = _accuracies(results, name)
+        curves = corruption_curves(results, name)
         mine = [row for row in results if row["set"] == name]
         generated = any(row["kind"] == "corrupted" for row in mine)
         origin = (
@@ -277,11 +278,13 @@ def _without_images(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _shifted(results: Sequence[Row]) -> Iterator[Section]:
-    shifted = _plain(results, "shift", "accuracy_of_classes")
+    shifted = plain_values(results, "shift", "accuracy_of_classes")
     if not shifted:
         return
-    before = _plain(results, "shift", "clean_accuracy_of_classes")
-    kept, beyond = (_plain(results, "shift", key) for key in ("retained_accuracy", "effective_robustness"))
+    before = plain_values(results, "shift", "clean_accuracy_of_classes")
+    kept, beyond = (
+        plain_values(results, "shift", key) for key in ("retained_accuracy", "effective_robustness")
+    )
     rows = [
         {
             "images": name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from lpclip.features import Data, Encoded, Views, encode_views
 from lpclip.labels import map_labels
 from lpclip.probe import Probe, load_probe, zero_shot_probe
 from lpclip.prompts import ClassList
-from lpclip.report.evaluation import Evidence, evaluation_page
+from lpclip.report.evaluation import Evidence, corruption_curves, evaluation_page, plain_values
 from lpclip.robustness import (
     ZERO_SHOT,
     Cell,
@@ -101,6 +102,7 @@ def evaluate_job(job: EvaluateJob) -> dict[str, Any]:
             files.write_parquet(files.join(out, "results.parquet"), results_table(found.rows))
             page = evaluation_page(summary, _evidence(found, sets[0], shown))
             files.write_bytes(files.join(out, "report.html"), page.encode())
+            _draw(found.rows, files.join(out, "figures"))
             summary["timings"]["report"] = round(time.monotonic() - begin, 3)
             files.write_json(files.join(out, "summary.json"), summary)
             _track(job, run, found.rows, shown, out)
@@ -409,6 +411,16 @@ def _thumbnails(data: Data, wanted: dict[str, list[str]]) -> dict[str, dict[str,
     return small
 
 
+def _draw(rows: list[Row], folder: str) -> None:
+    """The overviews of corruptions as pictures of their own."""
+    files.make_folder(folder)
+    (clean,) = plain_values(rows, "clean", "accuracy").values()
+    for name, kind in dict.fromkeys((row["set"], row["kind"]) for row in rows if row["corruption"]):
+        curves = corruption_curves(rows, name)
+        figure = report.corruption_figure(curves, clean=clean if kind == "corrupted" else None)
+        report.save(figure, files.join(folder, f"corruptions-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}.png"))
+
+
 TRACKED = ("accuracy", "accuracy_gain", "ece", "adaptive_ece", "nll", "brier", "aurc", "retained_accuracy")
 
 
@@ -416,7 +428,7 @@ def _track(
     job: EvaluateJob, run: tracking.Run, rows: list[Row], probes: Mapping[str, Probe], out: str
 ) -> None:
     """A nested run for each classifier, all with the same metric names: that is what the pages compare."""
-    for name in ("report.html", "summary.json", "results.parquet"):
+    for name in ("report.html", "summary.json", "results.parquet", "figures"):
         run.artifact(files.join(out, name))
     for name in probes:
         params = {"probe": name, "data": job.data, "limit": job.limit, "corruptions": job.corruptions}
