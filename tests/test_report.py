@@ -200,7 +200,7 @@ def test_the_overview_has_means_of_what_all_probes_share() -> None:
     figure = corruption_figure(curves, clean={"zero-shot": 0.5, "probe": 0.6})
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels == ["clean", "NOISE", "shot noise", "WEATHER", "fog", "OTHER", "mine"]
-    assert numbers(figure) == ["50.0", "0.0", "30.0", "60.0", "100", "60.0"]
+    assert numbers(figure) == ["zero-shot", "50.0", "0.0", "30.0", "probe", "60.0", "100", "60.0"]
     bold = [text.get_text() for text in figure.axes[0].texts if text.get_fontweight() == "bold"]
     assert bold == ["60.0", "100", "60.0"]
     places = [dots.get_offsets()[0].tolist() for dots in figure.axes[0].collections]

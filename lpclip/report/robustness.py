@@ -75,7 +75,7 @@ def corruption_figure(curves: Curves, *, clean: Mapping[str, float] | None = Non
         rows += [(family.upper(), {}), *means] if means else []
 
     column = 0.45
-    figure = new_figure(max(4.4, 2.75 + column * len(colour_of)), 0.75 + 0.245 * len(rows))
+    figure = new_figure(max(4.4, 2.75 + column * len(colour_of)), 1.35 + 0.245 * len(rows))
     axes = figure.subplots()
     for place, (_, accuracies) in enumerate(rows):
         if accuracies:
@@ -94,6 +94,10 @@ def corruption_figure(curves: Curves, *, clean: Mapping[str, float] | None = Non
         axes.annotate(
             "●", (1, 1), (offset, 4), color=colour, fontsize=11, ha="center", va="bottom",
             xycoords="axes fraction", textcoords="offset points",
+        )  # fmt: skip
+        axes.annotate(
+            shortened(probe, 14), (1, 1), (offset, 18), color=INK, fontsize=8, ha="left", va="bottom", rotation=40,
+            rotation_mode="anchor", xycoords="axes fraction", textcoords="offset points",
         )  # fmt: skip
         for place, (_, accuracies) in enumerate(rows):
             if probe in accuracies:
