@@ -350,8 +350,11 @@ def test_mlflow_holds_a_run_for_each_classifier_with_severities_as_steps(found: 
     for name in by_name:
         expected = {s: value(found, "accuracy", name, "photos", "fog", s)[0] for s in (1, 5)}
         assert steps(name, "corrupted/fog/accuracy") == pytest.approx(expected)
-        expected = {s or 0: value(found, "accuracy", name, "photos", "mean", s)[0] for s in (None, 1, 5)}
+        expected = {s: value(found, "accuracy", name, "photos", "mean", s)[0] for s in (1, 5)}
         assert steps(name, "corrupted/mean/accuracy") == pytest.approx(expected)
+        mean = value(found, "accuracy", name, "photos", "mean")[0]
+        assert steps(name, "corrupted/accuracy") == pytest.approx({0: mean})
+        assert parent.data.metrics[f"{name}/corrupted/accuracy"] == pytest.approx(mean)
         assert steps(name, "clean/accuracy") == pytest.approx({0: value(found, "accuracy", name)[0]})
         assert set(steps(name, "published corruption/tiny/contrast/accuracy")) == {1, 2, 3, 4, 5}
 

@@ -442,14 +442,20 @@ def _track(
         ) as child:
             for step in (0, 1, 2, 3, 4, 5):
                 mine = [r for r in rows if r["probe"] == name and (r["severity"] or 0) == step]
-                child.log({metric: value for row in mine for metric, value in _metrics_of(row)}, step=step)
+                found: dict[str, float | None] = dict(pair for row in mine for pair in _metrics_of(row))
+                child.log(found, step=step)
+                if step == 0:
+                    run.log({f"{name}/{key}": v for key, v in found.items() if key.count("/") == 1}, step=0)
 
 
 def _metrics_of(row: Row) -> Iterator[tuple[str, float]]:
-    """A row's name in MLflow, without probe and severity: these are the run and the step."""
+    """A row's name in MLflow, without probe and severity: these are the run and the step.
+
+    A mean over all severities has a name of its own: the pages show a metric's last step.
+    """
     if row["value"] is None or (row["kind"] != "ood" and row["metric"] not in TRACKED):
         return
     place = {"clean": "clean", "corrupted": "corrupted"}.get(row["kind"], f"{row['kind']}/{row['set']}")
-    if row["corruption"] is not None:
+    if row["corruption"] is not None and (row["corruption"], row["severity"]) != ("mean", None):
         place = f"{place}/{row['corruption']}"
     yield f"{place}/{row['metric']}", row["value"]
