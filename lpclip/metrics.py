@@ -143,11 +143,10 @@ def mean_interval(values: Tensor, *, resamples: int = 1000, seed: int = 0) -> Te
     """
     if len(values) == 0 or values.isnan().any():
         raise ValueError("an interval of a mean needs at least one value, and no NaN")
-    # Around the mean, float32 loses nothing.
-    mean = values.double().mean(dim=0)
-    spread = (values.double() - mean).float()
-    draws = [counts @ spread for counts in bootstrap_blocks(len(values), resamples=resamples, seed=seed)]
-    return mean + _percentiles(torch.cat(draws).double() / len(values))
+    # In float64 sums of whole numbers are exact: no rounding may lift an interval's end over zero.
+    exact = values.double()
+    blocks = bootstrap_blocks(len(values), resamples=resamples, seed=seed)
+    return _percentiles(torch.cat([counts.double() @ exact for counts in blocks]) / len(values))
 
 
 def metric_intervals(
