@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import uuid
@@ -65,11 +66,17 @@ def make_folder(folder: str) -> None:
 
 
 def write_bytes(path: str, data: bytes | memoryview) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file so that it is there whole or not at all. Raises OSError with its path when the disk is full."""
     filesystem, inner = resolve(path)
     temporary = f"{inner}.{uuid.uuid4().hex}.tmp"
-    with filesystem.open_output_stream(temporary) as stream:
-        stream.write(data)
+    try:
+        with filesystem.open_output_stream(temporary) as stream:
+            stream.write(data)
+    except OSError as error:
+        # What was written of it would keep a full disk full.
+        with contextlib.suppress(OSError):
+            filesystem.delete_file(temporary)
+        raise OSError(f"cannot write {path}: {error}; what was finished before is kept") from error
     if isinstance(filesystem, fs.LocalFileSystem):
         os.replace(temporary, inner)
     else:

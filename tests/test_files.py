@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,3 +110,26 @@ def test_home_and_relative_paths_become_absolute(tmp_path: Path, monkeypatch: py
 def test_paths_are_joined_with_one_slash():
     assert files.join("a/", "b", "c") == "a/b/c"
     assert files.join("s3://bucket/a", "b") == "s3://bucket/a/b"
+
+
+FULL_DISK = """
+import resource, signal, sys
+from lpclip import files
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    files.write_bytes(sys.argv[1], b"new" * 10_000)
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_is_full_leaves_the_old_file_and_no_half_of_the_new_one(folder: str):
+    path = files.join(folder, "data.bin")
+    files.write_bytes(path, b"old")
+    # A limit on the size of files fails like a full disk does: in the middle of writing.
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, path], capture_output=True, text=True, check=True)
+    assert f"cannot write {path}" in done.stdout
+    assert files.read_bytes(path) == b"old"
+    assert files.list_names(folder) == ["data.bin"]
