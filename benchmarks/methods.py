@@ -48,13 +48,13 @@ from torch import Tensor
 from lpclip import report, store
 from lpclip.cli import OPTIONS
 from lpclip.config import ClassConfig, EncoderConfig, SelfTrainingConfig
+from lpclip.confirmation import Sample, choose_prior, with_neighbours
 from lpclip.encoders import Encoder, load_encoder
 from lpclip.evaluation import CALIBRATION_ROWS, expected_accuracy, mean_confidence, temperature_at
 from lpclip.labels import map_labels, resolve_classes
 from lpclip.metrics import classification_metrics
 from lpclip.probe import Probe, zero_shot_probe
 from lpclip.prompts import DEFAULT_TEMPLATES, zero_shot_head
-from lpclip.selection import Sample, choose_prior, with_neighbours
 from lpclip.self_training import PRIORS, Shard, fit_space, self_train
 
 # Unlabelled and test images: one store of both is cut into halves of its row order, which is that of a hash.

@@ -8,11 +8,11 @@ from typing import Any
 
 from lpclip import report, tracking
 from lpclip.config import SelftrainJob
+from lpclip.confirmation import MIN_IMAGES_PER_CLASS, MIN_KAPPA, Confirmation
 from lpclip.features import Data, Encoded
 from lpclip.probe import Probe
 from lpclip.prompts import ClassList
 from lpclip.report.evaluation import corruption_table, ood_table, overview_table
-from lpclip.selection import MIN_IMAGES_PER_CLASS, MIN_KAPPA, Confirmation
 from lpclip.views import base_views, parse_views
 from lpclip.zero_shot import EncoderInfo, Head
 

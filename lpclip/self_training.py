@@ -91,6 +91,15 @@ class Shard:
             yield rows, torch.from_numpy(self.features[rows]).float()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Spaces:
+    """Where the gaussian solver's students are fitted: it hangs on the features alone, so trainings can share it."""
+
+    base: Space
+    last: Space | None
+    """Of all views, for the last student; None without strong views."""
+
+
 @dataclass(kw_only=True)
 class State:
     """What a round hands to the next one, and all that a checkpoint holds."""
@@ -130,7 +139,7 @@ class Pass:
     """(num_rows, K) float32, the targets of all shards' rows, where neighbours are used."""
 
 
-# `auto` chooses between the first two: lpclip/selection.py.
+# `auto` chooses between the first two: lpclip/confirmation.py.
 PRIORS = {"uniform": Prior(), "weak": Prior(strength=WEAK_STRENGTH), "none": Prior(strength=0.0)}
 
 
@@ -277,12 +286,14 @@ def self_train(
     all_reduce: AllReduce = lambda tensor: tensor,
     start: State | None = None,
     zero_shot_share: float = ZERO_SHOT_SHARE,
+    spaces: Spaces | None = None,
 ) -> Iterator[tuple[State, Pass]]:
     """Self-training rounds on features (n, d), from a zero-shot head (K, d) of unit norm.
 
     Yields after every round the student with its metrics, and its own pass over the shard (sums of all shards). With
     strong views a last round of the gaussian solver follows, beyond `config.rounds`.
-    `start` is the state of the last round of an interrupted run. Raises ValueError when no row is left to fit.
+    `start` is the state of the last round of an interrupted run, `spaces` what `fit_spaces` gives. Raises ValueError
+    when no row is left to fit.
     """
     head = zero_shot / temperature
     first = State(
@@ -297,12 +308,14 @@ def self_train(
     if start is None:
         _settle_prior(shard, teacher, head=head, prior=prior, all_reduce=all_reduce)
     found = _reduce(run_pass(shard, teacher, before=None, **options), all_reduce)
-    space = fit_space(shard, all_reduce=all_reduce) if config.solver == "gaussian" else None
+    if spaces is None and config.solver == "gaussian":
+        spaces = fit_spaces(shard, all_reduce=all_reduce)
     earlier, converged = None, start is not None and start.metrics["flip_rate"] < STOP_FLIP_RATE
     while teacher.round < config.rounds and not converged:
         _require_labels(found, number=teacher.round + 1, threshold=config.threshold)
-        if space is not None:
-            student = _gaussian_student(shard, found, space=space, all_reduce=all_reduce)
+        if config.solver == "gaussian":
+            assert spaces is not None
+            student = _gaussian_student(shard, found, space=spaces.base, all_reduce=all_reduce)
             student.zero_shot_share = zero_shot_share
         else:
             student = _gradient_student(
@@ -315,15 +328,13 @@ def self_train(
         yield student, found
         teacher = student
         converged = student.metrics["flip_rate"] < STOP_FLIP_RATE
-    if space is None or not shard.strong:
+    if config.solver != "gaussian" or spaces is None or spaces.last is None:
         return
     # One more student, of the same labels, sees the strong views as well: what they change lies within a class, so
     # that its boundaries turn away from it. Earlier, it would cost the rounds what they know of clean images.
     _require_labels(found, number=teacher.round + 1, threshold=config.threshold)
     seen = _reduce(run_pass(shard, teacher, before=earlier, strong=True, **options), all_reduce)
-    student = _gaussian_student(
-        shard, seen, space=fit_space(shard, all_reduce=all_reduce, strong=True), all_reduce=all_reduce
-    )
+    student = _gaussian_student(shard, seen, space=spaces.last, all_reduce=all_reduce)
     student.zero_shot_share = LAST_ZERO_SHOT_SHARE
     found = _graduate(shard, student, teacher, found, prior=prior, all_reduce=all_reduce, **options)
     yield student, found
@@ -354,6 +365,12 @@ def _graduate(
     own = _reduce(run_pass(shard, student, before=found, **options), all_reduce)
     student.metrics = _metrics(own)
     return own
+
+
+def fit_spaces(shard: Shard, *, all_reduce: AllReduce = lambda tensor: tensor) -> Spaces:
+    """The spaces of all shards' features."""
+    last = fit_space(shard, all_reduce=all_reduce, strong=True) if shard.strong else None
+    return Spaces(base=fit_space(shard, all_reduce=all_reduce), last=last)
 
 
 def fit_space(shard: Shard, *, all_reduce: AllReduce = lambda tensor: tensor, strong: bool = False) -> Space:

@@ -31,14 +31,15 @@ from lpclip import files, store
 from lpclip.config import SelfTrainingConfig
 from lpclip.encoders import resolve_precision
 from lpclip.neighbours import nearest
-from lpclip.pseudo_labels import AllReduce, Prior
+from lpclip.probe import Space
+from lpclip.pseudo_labels import Prior
 from lpclip.self_training import (
     CHUNK_ROWS,
     Pass,
     Shard,
     State,
     config_identity,
-    fit_space,
+    fit_spaces,
     neighbour_count,
     self_train,
 )
@@ -154,8 +155,9 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     # are: they hang on the targets of the round before, and take seconds where there are few enough rows.
     count = neighbour_count(work.config, num_rows=shard.num_rows, num_classes=len(work.head.weight))
     rounds = read_rounds(work.folder)[:-1] if count == 0 else []
-    if count:
-        shard = replace(shard, neighbours=_find_neighbours(work, shard, count=count, all_reduce=all_reduce))
+    spaces = fit_spaces(shard, all_reduce=all_reduce) if work.config.solver == "gaussian" else None
+    if count and spaces is not None:
+        shard = replace(shard, neighbours=_find_neighbours(work, shard, count=count, space=spaces.base))
     for state, labelled in self_train(
         shard,
         zero_shot=torch.tensor(work.head.weight),
@@ -164,6 +166,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         prior=work.prior,
         all_reduce=all_reduce,
         start=rounds[-1] if rounds else None,
+        spaces=spaces,
     ):
         last = labelled
         if rank == 0:
@@ -179,7 +182,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         )
 
 
-def _find_neighbours(work: Work, shard: Shard, *, count: int, all_reduce: AllReduce) -> Tensor:
+def _find_neighbours(work: Work, shard: Shard, *, count: int, space: Space) -> Tensor:
     everything = shard.features
     if len(everything) < shard.num_rows:
         everything = store.load(work.store_path, views=(), with_labels=False).base
@@ -187,7 +190,7 @@ def _find_neighbours(work: Work, shard: Shard, *, count: int, all_reduce: AllRed
         shard.features,
         among=everything,
         first_row=shard.first_row,
-        space=fit_space(shard, all_reduce=all_reduce),
+        space=space,
         count=count,
         dtype=resolve_precision("auto", device=torch.device("cpu")),
     )

@@ -153,7 +153,7 @@ def test_rounds_that_nothing_confirms_are_not_believed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("lpclip.selection.MIN_KAPPA", 1.1)
+    monkeypatch.setattr("lpclip.confirmation.MIN_KAPPA", 1.1)
     found = run(
         f"selftrain.py --data {lake}/labelled.parquet --classes {WORDS} --features {work}/features "
         f"--rounds 2 --prior weak --out {work}/doubted",

@@ -16,6 +16,7 @@ from lpclip.config import (
     digest,
     to_dict,
 )
+from lpclip.confirmation import Confirmation, Sample, choose_prior
 from lpclip.console import print_plan, print_prior, print_result, print_training, print_tried
 from lpclip.encoders import resolve_precision
 from lpclip.evaluation import evaluate, label_free_temperature, pictures, supervised_probe
@@ -25,7 +26,6 @@ from lpclip.probe import Probe, zero_shot_probe
 from lpclip.prompts import ClassList, templates
 from lpclip.pseudo_labels import Prior
 from lpclip.runtime import claim, output_folder, start_ray, versions
-from lpclip.selection import Confirmation, Sample, choose_prior
 from lpclip.self_training import PRIORS, State, check_config, config_identity, neighbour_count, read_prior
 from lpclip.store import Features
 from lpclip.trainer import fit, make_work, read_labels

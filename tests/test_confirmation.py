@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lpclip.config import SelfTrainingConfig
+from lpclip.confirmation import MIN_IMAGES_PER_CLASS, MIN_KAPPA, Confirmation, Sample, choose_prior
 from lpclip.pseudo_labels import Prior
-from lpclip.selection import MIN_IMAGES_PER_CLASS, MIN_KAPPA, Confirmation, Sample, choose_prior
 from lpclip.self_training import PRIORS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
