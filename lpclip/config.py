@@ -12,6 +12,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+# Label-free criteria that choose between trainings: lpclip/selection.py.
+Criterion = Literal["structure", "class_ami", "neighbours", "views", "folds", "consensus"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
@@ -111,6 +114,25 @@ def to_dict(config: Any) -> dict[str, Any]:
     return flat
 
 
+def flags(config: Any) -> list[str]:
+    """The command line of a job: whatever differs from the defaults of its dataclass, and all that has none."""
+    words = []
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            words += flags(value)
+        elif value != item.default:
+            name = f"--{item.name.replace('_', '-')}"
+            texts = [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
+            if value is True:
+                words.append(name)
+            elif len(texts) == 1 and texts[0].startswith("-"):  # or it would pass for a flag
+                words.append(f"{name}={texts[0]}")
+            else:
+                words += [name, *texts]
+    return words
+
+
 def digest(value: Any) -> str:
     """SHA-256 (hex) of a JSON-able value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -151,6 +173,45 @@ class SelftrainJob:
     """Use only this many of the images to evaluate on."""
     supervised: bool = False
     """Also fit a supervised probe on the true labels of --data: the ceiling, saved to OUT/supervised."""
+    source: SourceConfig = field(default_factory=SourceConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    names: ClassConfig = field(default_factory=ClassConfig)
+    training: SelfTrainingConfig = field(default_factory=SelfTrainingConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneJob:
+    """Search the training's parameters without labels, on features that are encoded once."""
+
+    space: str = "tune_spaces/default.py"
+    """Python file whose SPACE maps names of the training's flags to Ray Tune's search-space objects."""
+    data: str = "fashion-mnist"
+    """Unlabelled images: folder, Parquet, WebDataset tar, CSV/JSONL manifest, a feature store, or
+    fashion-mnist, cifar10, cifar100. Labels, where they exist, choose nothing."""
+    eval_data: str | None = None
+    """Labelled images to show the trials' accuracy on; a named data set's own test split by default."""
+    out: str = "runs/tune"
+    """Output folder."""
+    trials: int = 64
+    """Trials; fewer when the space has fewer."""
+    criterion: Criterion = "structure"
+    """What chooses the winner, without labels: docs/tuning.md tells them apart."""
+    search: Literal["random", "optuna"] = "random"
+    """random draws all trials beforehand; optuna's TPE learns from the criterion of finished trials."""
+    scheduler: Literal["none", "asha"] = "none"
+    """asha stops trials early whose criterion lags behind; what it stops cannot win."""
+    concurrent: int | None = None
+    """Trials at a time, a CPU each; by default as many as there are CPUs."""
+    resume: bool = False
+    """Go on with the sweep in OUT, which must be there (without it, one that is there goes on as well)."""
+    limit: int | None = None
+    """Use only this many of the unlabelled images, chosen by a hash of their ids."""
+    eval_limit: int | None = None
+    """Use only this many of the images to evaluate on."""
+    register: str | None = None
+    """Name of the winner in MLflow's model registry; lpclip-DATA by default."""
     source: SourceConfig = field(default_factory=SourceConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)

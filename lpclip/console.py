@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lpclip import report, tracking
-from lpclip.config import SelftrainJob
+from lpclip.config import SelftrainJob, TuneJob
 from lpclip.confirmation import MIN_IMAGES_PER_CLASS, MIN_KAPPA, Confirmation
 from lpclip.features import Data, Encoded
 from lpclip.probe import Probe
 from lpclip.prompts import ClassList
 from lpclip.report.evaluation import corruption_table, ood_table, overview_table
+from lpclip.report.sweep import status_line, trials_table
+from lpclip.spaces import Space
 from lpclip.views import base_views, parse_views
 from lpclip.zero_shot import EncoderInfo, Head
 
@@ -171,4 +173,45 @@ def print_evaluation(summary: dict[str, Any], *, out: str, run: tracking.Run) ->
     out = shown(out)
     print(
         f"\nreport   {out}/report.html\nsummary  {out}/summary.json\nMLflow   {shown(run.uri)}, run {run.run_id}"
+    )
+
+
+def print_sweep_plan(job: TuneJob, space: Space, *, classes: ClassList, count: int, concurrent: int) -> None:
+    """What is about to be searched."""
+    names = ", ".join(classes.names[:8]) + (", ..." if len(classes.names) > 8 else "")
+    print(f"classes   {len(classes.names)}: {names}")
+    fixed = "".join(f", {name}={value}" for name, value in space.fixed.items())
+    print(f"space     {job.space}: {', '.join(space.searched)}{fixed}")
+    scheduler = "no trial is stopped early" if job.scheduler == "none" else f"{job.scheduler} stops the worst"
+    print(
+        f"sweep     {count} trials, {concurrent} at a time, {job.search} search, {scheduler}; "
+        f"{job.criterion} chooses, labels do not",
+        flush=True,
+    )
+
+
+def print_sweep(summary: dict[str, Any], *, out: str, run: tracking.Run) -> None:
+    """A sweep's last words: the best trials, what the choice was worth, and how to repeat it."""
+    print(f"\n{report.table(trials_table(summary))}\n\n{status_line(summary)}")
+    where, evidence, chosen = summary["evaluated_on"], summary["evidence"], summary["chosen"]
+    if where["setting"] is None:
+        print("no labels: the criterion has chosen, and nothing can tell how well")
+    elif evidence is None:
+        print("too few trials to tell how well the criterion chose")
+    else:
+        print(
+            f"{where['data']}, {where['images']:,} labelled images, {where['setting']}: zero-shot "
+            f"{summary['zero_shot']['accuracy']:.1%}, chosen {chosen['accuracy']:.1%}, best trial "
+            f"{evidence['best_accuracy']:.1%}: regret {100 * evidence['regret']:.1f} points, rank {evidence['rank']} "
+            f"of {evidence['trials']}"
+        )
+        if evidence["spearman"] is not None:
+            print(f"Spearman correlation of {summary['criterion']} with accuracy: {evidence['spearman']:.2f}")
+    if not summary["trusted"]:
+        print("WARNING: the rounds are not to be trusted on these images (above): zero-shot is chosen")
+    out = shown(out)
+    print(f"\nagain    {chosen['command'] or 'zero-shot needs no training'}")
+    print(
+        f"probe    {out}/probe\nreport   {out}/report.html\nsummary  {out}/summary.json\n"
+        f"MLflow   {shown(run.uri)}, run {run.run_id}"
     )

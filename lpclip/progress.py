@@ -64,3 +64,17 @@ class Progress:
             file=self._stream,
             flush=True,
         )
+
+
+class TrialProgress:
+    """Counts trials against the clock, a line each: there are tens of them, and each is news."""
+
+    def __init__(self, *, total: int, done: int) -> None:
+        self._total, self._first, self._done, self._start = total, done, done, time.monotonic()
+
+    def advance(self, text: str) -> None:
+        """A trial has ended, of which `text` tells."""
+        self._done += 1
+        each = (time.monotonic() - self._start) / (self._done - self._first)
+        left = f"; {clock((self._total - self._done) * each)} left" if self._done < self._total else ""
+        print(f"trial {self._done} of {self._total}: {text}{left}", file=sys.stderr, flush=True)

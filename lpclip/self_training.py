@@ -176,6 +176,8 @@ def read_prior(spec: str, class_names: tuple[str, ...], *, text: str | None = No
 
 def check_config(config: SelfTrainingConfig) -> None:
     """ValueError for values out of range."""
+    if config.temperature is not None and not 0 < config.temperature < math.inf:
+        raise ValueError(f"--temperature must be above 0, not {config.temperature}")
     if config.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, not {config.rounds}")
     if not 0 <= config.threshold < 1:
@@ -231,8 +233,11 @@ def run_pass(
         if shared is not None:
             shared[shard.first_row + rows.start : shard.first_row + rows.stop] = targets
         targets = targets * keep[:, None]
-        views = shard.views(rows, features, strong=strong)
-        sums += (targets.T @ (sum(views) / len(views))).double()
+        seen = features
+        if strong:
+            views = shard.views(rows, features, strong=True)
+            seen = torch.stack(views).mean(dim=0)
+        sums += (targets.T @ seen).double()
         counts += targets.sum(dim=0, dtype=torch.float64)
         base = zero_shot.argmax(dim=1)
         flips = (

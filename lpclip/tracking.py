@@ -88,9 +88,33 @@ class Run:
         """Log parameters. MLflow keeps a parameter's first value for good, so those of a resumed run stay."""
         self._attempt("parameters", lambda: self._log_params(params))
 
+    def register(self, name: str, *, folder: str, alias: str) -> str | None:
+        """Enter an artifact folder of the run into the model registry; `alias` then stands for this version.
+
+        Returns the version. A registry that refuses is a warning, and None.
+        """
+        found: list[str] = []
+        self._attempt(f"artifact as model {name}", lambda: found.append(self._register(name, folder, alias)))
+        return found[0] if found else None
+
     def end(self, status: str) -> None:
         """Mark the run FINISHED, FAILED or KILLED."""
         self._attempt("status", lambda: self._client.set_terminated(self.run_id, status))
+
+    def _register(self, name: str, folder: str, alias: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        with contextlib.suppress(MlflowException):  # it is there already; if not, the next call tells why
+            self._client.create_registered_model(name)
+        source = f"{self._client.get_run(self.run_id).info.artifact_uri}/{folder}"
+        there = [v for v in self._client.search_model_versions(f"run_id='{self.run_id}'") if v.name == name]
+        version = (
+            there[0]
+            if there
+            else self._client.create_model_version(name, source, self.run_id, await_creation_for=0)
+        )
+        self._client.set_registered_model_alias(name, alias, version.version)
+        return str(version.version)
 
     def _log_new(self, numbers: dict[str, float], step: int) -> None:
         from mlflow.entities import Metric

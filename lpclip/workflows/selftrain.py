@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,25 +11,20 @@ import pyarrow as pa
 import torch
 
 from lpclip import files, report, tracking
-from lpclip.config import (
-    SelftrainJob,
-    digest,
-    to_dict,
-)
-from lpclip.confirmation import Confirmation, Sample, choose_prior
-from lpclip.console import print_plan, print_prior, print_result, print_training, print_tried
-from lpclip.encoders import resolve_precision
+from lpclip.config import SelftrainJob, to_dict
+from lpclip.console import print_plan, print_result, print_training
 from lpclip.evaluation import evaluate, label_free_temperature, pictures, supervised_probe
-from lpclip.features import Data, encode_data, encode_views, load_labelled, open_data
-from lpclip.labels import map_labels, resolve_classes
+from lpclip.labels import map_labels
 from lpclip.probe import Probe, zero_shot_probe
 from lpclip.prompts import ClassList, templates
 from lpclip.pseudo_labels import Prior
 from lpclip.runtime import claim, output_folder, start_ray, versions
-from lpclip.self_training import PRIORS, State, check_config, config_identity, neighbour_count, read_prior
+from lpclip.self_training import State, check_config, neighbour_count
 from lpclip.store import Features
 from lpclip.trainer import fit, make_work, read_labels
-from lpclip.views import base_views, parse_views
+from lpclip.views import parse_views
+from lpclip.workflows.inputs import Inputs, encode_inputs, evaluated_on, open_inputs
+from lpclip.workflows.priors import load_prior, settle_prior
 from lpclip.zero_shot import EncoderInfo, Head, describe_encoder, make_head
 
 
@@ -38,63 +33,46 @@ def selftrain_job(job: SelftrainJob) -> dict[str, Any]:
     check_config(job.training)
     parse_views(job.encode.views)
     with output_folder(job.out) as out:
-        data = open_data(job.data, config=job.source, split="train", limit=job.limit)
-        classes = resolve_classes(job.names, label_names=data.label_names)
-        prior = read_prior(job.training.prior, classes.names, text=_prior_text(job.training.prior))
-        test = _open_eval(job)
-        if job.supervised and not data.has_labels:
+        inputs = open_inputs(job)
+        classes = inputs.classes
+        prior = load_prior(job.training.prior, classes.names)
+        if job.supervised and not inputs.data.has_labels:
             raise ValueError("--supervised needs labels in --data, and there are none")
-        _check_label_names(data, test, classes)
         start_ray()
         info = describe_encoder(
             job.encoder, class_names=classes.names, templates=templates(job.names.templates)
         )
         head = make_head(info, classes.names, temperature=job.training.temperature)
-        print_plan(data, test, info=info, views=job.encode.views, out=out)
+        print_plan(inputs.data, inputs.test, info=info, views=job.encode.views, out=out)
         print_training(job, classes, head)
         with tracking.track(
             job.tracking, name=out.rsplit("/", 1)[-1], params=_parameters(job), resume_key=f"selftrain {out}"
         ) as run:
-            run.set_tags({"encoder": info.name, "data": data.name, "out": out})
-            return _selftrain(job, out, data, test, classes, prior, info, head, run)
+            run.set_tags({"encoder": info.name, "data": inputs.data.name, "out": out})
+            return _selftrain(job, out, inputs, prior, info, head, run)
 
 
 def _selftrain(
     job: SelftrainJob,
     out: str,
-    data: Data,
-    test: Data | None,
-    classes: ClassList,
+    inputs: Inputs,
     prior: Prior | None,
     info: EncoderInfo,
     head: Head,
     run: tracking.Run,
 ) -> dict[str, Any]:
-    seconds: dict[str, float] = {}
-    options: dict[str, Any] = {
-        "info": info,
-        "encoder": job.encoder,
-        "config": job.encode,
-        "seed": job.training.seed,
-        "folder": job.encode.features or files.join(out, "features"),
-    }
-    scores = files.join(out, f"zero_shot-{head.identity[:12]}")
-    encoded = encode_data(data, **options, head=head, scores_path=scores)
-    seconds["encode"] = encoded.seconds
-    features, raw = load_labelled(encoded)
-    tested = None
-    if test is None:
-        x, y = features.base, map_labels(raw, label_names=data.label_names, classes=classes, data=data.name)
-    else:
-        # Students alone need the other views.
-        base = base_views(job.encode.views)
-        found = encode_views(test, views=base, **options)
-        x, tested = found.mean(*base), found.latest
-        y = map_labels(found.labels, label_names=test.label_names, classes=classes, data=test.name)
-        seconds["encode_eval"] = tested.seconds
+    data, classes = inputs.data, inputs.classes
+    known = encode_inputs(job, inputs, info=info, head=head, out=out)
+    encoded, tested, features, x, y = known.encoded, known.tested, known.features, known.x, known.y
+    seconds = known.seconds
     begin = time.monotonic()
-    chosen = _choose_prior(
-        job, out, features.base, prior, head=head, fingerprint=encoded.manifest["fingerprint"]
+    chosen = settle_prior(
+        job.training,
+        out=out,
+        features=features.base,
+        prior=prior,
+        head=head,
+        fingerprint=encoded.manifest["fingerprint"],
     )
     seconds["prior"] = time.monotonic() - begin
     work = make_work(
@@ -115,15 +93,7 @@ def _selftrain(
     labels_table = read_labels(work.folder)
 
     begin = time.monotonic()
-    identity = {
-        "config": to_dict(job.encoder),
-        "identity": info.identity,
-        "views": job.encode.views,
-        "templates": list(templates(job.names.templates)),
-        "logit_scale": info.logit_scale,
-        "features": encoded.manifest["fingerprint"],
-    }
-    about: dict[str, Any] = {"class_names": classes.names, "encoder": identity}
+    about: dict[str, Any] = {"class_names": classes.names, "encoder": known.probe_encoder}
     zero_shot = zero_shot_probe(torch.tensor(head.weight), temperature=head.temperature, **about)
     logits_head = torch.tensor(head.weight) / head.temperature
     probes = []
@@ -133,7 +103,9 @@ def _selftrain(
     fell_back = not chosen.trusted
     temperature = 1.0
     if not fell_back:
-        temperature = label_free_temperature(probes[-1], zero_shot=zero_shot, features=features.base)
+        # At the encoder's own temperature, whatever the teacher's: that is the one it was calibrated with.
+        calibrated = zero_shot_probe(torch.tensor(head.weight), temperature=1 / info.logit_scale)
+        temperature = label_free_temperature(probes[-1], zero_shot=calibrated, features=features.base)
     best = replace(
         zero_shot if fell_back else probes[-1],
         temperature=temperature,
@@ -151,7 +123,9 @@ def _selftrain(
     best.save(files.join(out, "probe"))
     supervised = None
     if job.supervised:
-        train_labels = map_labels(raw, label_names=data.label_names, classes=classes, data=data.name)
+        train_labels = map_labels(
+            known.raw_labels, label_names=data.label_names, classes=classes, data=data.name
+        )
         supervised = supervised_probe(features.base, train_labels, like=best)
         supervised.save(files.join(out, "supervised"))
     seconds["probes"] = time.monotonic() - begin
@@ -165,7 +139,7 @@ def _selftrain(
     rates = {"encode": encoded.rate, "encode_eval": tested.rate if tested else None}
     summary = {
         **results,
-        "evaluated_on": _evaluated_on(data, test, y),
+        "evaluated_on": evaluated_on(inputs, y),
         "rounds": history,
         "images": {
             "encoded": encoded.manifest["num_rows"],
@@ -185,89 +159,8 @@ def _selftrain(
     }
     files.write_json(files.join(out, "summary.json"), summary)
     _track(run, summary, {name: shown[name] for name in ("zero_shot", "probe")}, x, y, out, classes)
-    print_result(summary, data, encoded, test, tested, out, run)
+    print_result(summary, data, encoded, inputs.test, tested, out, run)
     return summary
-
-
-def _open_eval(job: SelftrainJob) -> Data | None:
-    name = job.eval_data
-    if name is None and not files.exists(job.data) and ":" not in job.data:
-        name = job.data
-    if name is None:
-        return None
-    test = open_data(name, config=job.source, split="test", limit=job.eval_limit)
-    if not test.has_labels and test.source is None:
-        raise ValueError(f"--eval-data {name} has no labels: there is nothing to evaluate on")
-    return test
-
-
-def _check_label_names(data: Data, test: Data | None, classes: ClassList) -> None:
-    """Refuse foreign labels before the work begins, where all names that the data tells do occur: in folders."""
-    for item in (data, test):
-        if item is not None and item.source is not None and item.source.kind == "folder" and item.label_names:
-            places = np.arange(len(item.label_names), dtype=np.int32)
-            map_labels(places, label_names=item.label_names, classes=classes, data=item.name)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Chosen:
-    """The prior of a training, and what the views of a sample make of the rounds with it."""
-
-    name: str
-    prior: Prior
-    tried: dict[str, Confirmation]
-    """By candidate; empty for the gradient solver, whose rounds are too slow to try."""
-
-    @property
-    def trusted(self) -> bool:
-        """Whether the rounds are to be used at all."""
-        return self.name not in self.tried or self.tried[self.name].trusted
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "trusted": self.trusted,
-            "tried": {name: asdict(found) for name, found in self.tried.items()},
-        }
-
-
-def _choose_prior(
-    job: SelftrainJob, out: str, features: np.ndarray, prior: Prior | None, *, head: Head, fingerprint: str
-) -> _Chosen:
-    """Try the rounds on a sample: with the prior that was asked for, or with those that `auto` has to choose from.
-
-    OUT/prior.json keeps the outcome, so that a job which goes on goes on with the same prior.
-    """
-    spec = job.training.prior
-    name = "weak" if spec == "auto" else spec
-    tried: dict[str, Confirmation] = {}
-    if job.training.solver == "gaussian":
-        path = files.join(out, "prior.json")
-        shares = None if prior is None or prior.shares is None else prior.shares.tolist()
-        identity = digest([fingerprint, head.identity, config_identity(job.training), shares])
-        kept = files.read_json(path) if files.exists(path) else {}
-        if kept.get("identity") != identity:
-            print(
-                "prior: trying the rounds on a sample, and on halves of its features (a minute)", flush=True
-            )
-            sample = Sample(
-                features,
-                zero_shot=torch.tensor(head.weight),
-                temperature=head.temperature,
-                config=job.training,
-                dtype=resolve_precision("auto", device=torch.device("cpu")),
-            )
-            if prior is None:
-                name, tried = choose_prior(sample, show=print_tried)
-            else:
-                tried = {name: sample.confirm(prior)}
-                print_tried(name, tried[name])
-            kept = {"identity": identity, "name": name, "tried": {k: asdict(v) for k, v in tried.items()}}
-            files.write_json(path, kept)
-        name, tried = kept["name"], {k: Confirmation(**v) for k, v in kept["tried"].items()}
-    chosen = _Chosen(name=name, prior=PRIORS[name] if prior is None else prior, tried=tried)
-    print_prior(name, tried, trusted=chosen.trusted)
-    return chosen
 
 
 def _zero_shot_labels(probe: Probe, features: Features) -> pa.Table:
@@ -282,31 +175,6 @@ def _zero_shot_labels(probe: Probe, features: Features) -> pa.Table:
             "round": np.zeros(count, np.int32),
         }
     )
-
-
-def _prior_text(spec: str) -> str | None:
-    if spec == "auto" or spec in PRIORS:
-        return None
-    try:
-        return files.read_bytes(spec).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"--prior {spec} is none of auto, uniform, weak, none, nor a text file: {error}"
-        ) from error
-
-
-def _evaluated_on(data: Data, test: Data | None, labels: np.ndarray) -> dict[str, Any]:
-    known = int((labels >= 0).sum())
-    same = test is None or (
-        test.source is not None
-        and data.source is not None
-        and (test.source.root, test.source.identity) == (data.source.root, data.source.identity)
-    )
-    return {
-        "data": (test or data).name,
-        "images": known,
-        "setting": None if not known else "transductive" if same else "inductive",
-    }
 
 
 def _history(rounds: list[State], probes: list[Probe], x: np.ndarray, y: np.ndarray) -> list[dict[str, Any]]:

@@ -1,0 +1,447 @@
+"""Choosing without labels: planted classes, and candidates whose quality is known, are put in the right order."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import adjusted_mutual_info_score, cohen_kappa_score
+
+from lpclip.config import Criterion
+from lpclip.selection import (
+    ALONE,
+    CLUSTERS_PER_CLASS,
+    COMPONENTS,
+    CRITERIA,
+    NEIGHBOURS,
+    SAMPLE_ROWS,
+    STARTS,
+    Candidate,
+    Yardstick,
+    class_ami,
+    consensus,
+    folds,
+    kappa,
+    make_yardstick,
+    measure,
+    measure_all,
+    predict,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NUM_CLASSES, DIM = 6, 64
+SCALES = (1.0, 1.5, 2.0, 3.0)
+Field = tuple[Yardstick, dict[str, Candidate], dict[str, float]]
+
+
+def planted(
+    counts: list[int], *, seed: int = 0, noise: float = 0.09, dim: int = DIM
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, torch.Tensor]:
+    """Classes of so many rows each in all directions alike, a strong view, the labels and the classes' means."""
+    rng = np.random.default_rng(seed)
+    means = rng.normal(size=(len(counts), dim)) / np.sqrt(dim)
+    labels = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+    views = [means[labels] + size * rng.normal(size=(len(labels), dim)) for size in (noise, 1.5 * noise)]
+    rows, strong = ((v / np.linalg.norm(v, axis=1, keepdims=True)).astype(np.float16) for v in views)
+    return rows, strong, labels, torch.tensor(means).float()
+
+
+def candidates(means: torch.Tensor, *, seed: int = 0) -> dict[str, Candidate]:
+    """The true classifier, worse ones by degree, and those that fail in a way of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(means.shape, generator=generator) / means.shape[1] ** 0.5
+    bias = -(means**2).sum(dim=1) / 2
+    weight, merged = means.clone(), bias.clone()
+    weight[0] = means[:2].mean(dim=0)
+    merged[:2] = torch.tensor([0.2 - float(weight[0] @ weight[0]) / 2, -1e3])
+    return {
+        "true": (means, bias),
+        **{f"noise {scale}": (means + scale * noise, bias) for scale in SCALES},
+        "merged": (weight, merged),
+        "constant": (torch.zeros_like(means), torch.eye(len(means))[0]),
+        "random": (noise, torch.zeros(len(means))),
+    }
+
+
+def accuracy(features: np.ndarray, labels: np.ndarray, candidate: Candidate) -> float:
+    return float((predict(features, candidate) == labels).mean())
+
+
+@pytest.fixture(scope="module")
+def field() -> Field:
+    """A yardstick of six planted classes, the candidates, and their accuracies."""
+    features, strong, labels, means = planted([150] * NUM_CLASSES, seed=1)
+    found = candidates(means, seed=1)
+    known = {name: accuracy(features, labels, candidate) for name, candidate in found.items()}
+    return (
+        make_yardstick(features, strong=strong, num_classes=NUM_CLASSES, seed=0),
+        found,
+        known,
+    )
+
+
+def worth(yardstick: Yardstick, found: dict[str, Candidate], criterion: Criterion) -> dict[str, float]:
+    """What each candidate is worth; every one has an answer."""
+    values = measure_all(yardstick, list(found.values()), criterion=criterion)
+    assert all(value is not None and np.isfinite(value) for value in values)
+    return {name: value for name, value in zip(found, values, strict=True) if value is not None}
+
+
+def test_the_planted_candidates_are_as_good_as_their_names(field: Field) -> None:
+    _, _, known = field
+    assert known["true"] > 0.99
+    assert [name for name in sorted(known, key=known.__getitem__, reverse=True) if "noise" in name] == [
+        f"noise {scale}" for scale in SCALES
+    ]
+    assert known["merged"] == pytest.approx(5 / 6, abs=0.02)
+    assert known["constant"] == pytest.approx(1 / 6)
+    assert known["random"] < 0.3
+
+
+@pytest.mark.parametrize("criterion", ALONE)
+def test_the_true_classifier_is_worth_most_and_noise_costs(criterion: Criterion, field: Field) -> None:
+    yardstick, found, _ = field
+    values = worth(yardstick, found, criterion)
+    assert max(values.values()) == values["true"]
+    noisy = [values[f"noise {scale}"] for scale in SCALES]
+    assert values["true"] >= noisy[0] > noisy[1] > noisy[2] > noisy[3]
+    assert noisy[3] > max(values["random"], values["constant"])
+
+
+def test_the_clusters_tell_classes_that_are_taken_together(field: Field) -> None:
+    yardstick, found, _ = field
+    values = worth(yardstick, found, "class_ami")
+    assert values["true"] > values["merged"] + 0.03
+    assert values["merged"] > values["random"]
+
+
+def test_most_candidates_outvote_those_that_fail(field: Field) -> None:
+    yardstick, found, known = field
+    values = worth(yardstick, found, "consensus")
+    good = [value for name, value in values.items() if known[name] > 0.95]
+    assert min(good) > max(values["merged"], values["noise 3.0"])
+    assert min(values["merged"], values["noise 3.0"]) > max(values["random"], values["constant"])
+
+
+@pytest.mark.parametrize("criterion", ALONE)
+def test_one_class_for_everything_is_worth_nothing(criterion: Criterion, field: Field) -> None:
+    yardstick, found, _ = field
+    assert measure(yardstick, found["constant"], criterion=criterion) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("counts", [[60, 50, 40, 30, 20, 10], [300, 4, 3, 2, 1, 0]], ids=["tail", "one"])
+def test_one_class_for_everything_never_wins_however_large_it_is(
+    counts: list[int], criterion: Criterion
+) -> None:
+    features, strong, _, means = planted(counts)
+    yardstick = make_yardstick(features, strong=strong, num_classes=NUM_CLASSES, seed=0)
+    found = {name: value for name, value in candidates(means).items() if name != "random"}
+    values = worth(yardstick, found, criterion)
+    assert values["constant"] < values["true"]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("factor", [0.1, 100.0])
+def test_how_sure_candidates_are_does_not_matter(criterion: Criterion, factor: float, field: Field) -> None:
+    yardstick, found, _ = field
+    values = list(worth(yardstick, found, criterion).values())
+    every = [(factor * weight, factor * bias + 3) for weight, bias in found.values()]
+    assert measure_all(yardstick, every, criterion=criterion) == pytest.approx(values, abs=0.003)
+    # One candidate alone, too: it must not get a larger vote.
+    one = [(factor * w, factor * b - 2) if i == 3 else (w, b) for i, (w, b) in enumerate(found.values())]
+    assert measure_all(yardstick, one, criterion=criterion) == pytest.approx(values, abs=0.003)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_the_order_of_classes_and_candidates_does_not_matter(criterion: Criterion, field: Field) -> None:
+    yardstick, found, _ = field
+    values = worth(yardstick, found, criterion)
+    order = torch.tensor([3, 5, 0, 1, 4, 2])
+    turned = {name: (weight[order], bias[order]) for name, (weight, bias) in reversed(found.items())}
+    again = worth(yardstick, turned, criterion)
+    assert again == pytest.approx(values, abs=0.003)
+
+
+def test_a_vote_counts_every_candidate_alike() -> None:
+    features, _, labels, means = planted([100] * NUM_CLASSES)
+    yardstick = make_yardstick(features, strong=None, num_classes=NUM_CLASSES, seed=0)
+    true = candidates(means)["true"]
+    turned = (true[0].roll(1, dims=0), true[1].roll(1))
+    sure = (1000 * true[0], 1000 * true[1])
+    # Two agree against one that is a thousand times as sure.
+    assert consensus(yardstick, [turned, sure, turned]) == [1.0, 0.0, 1.0]
+    assert accuracy(features, labels, true) == 1.0
+
+
+def test_a_candidate_among_itself_is_in_agreement(field: Field) -> None:
+    yardstick, found, _ = field
+    for candidate in found.values():
+        assert measure_all(yardstick, [candidate], criterion="consensus") == [1.0]
+        assert consensus(yardstick, [candidate, candidate]) == [1.0, 1.0]
+
+
+def test_only_what_compares_all_candidates_changes_with_the_others(field: Field) -> None:
+    yardstick, found, _ = field
+    few = {name: found[name] for name in ("noise 3.0", "random")}
+    for criterion in CRITERIA:
+        all_values, values = worth(yardstick, found, criterion), worth(yardstick, few, criterion)
+        same = [values[name] == all_values[name] for name in few]
+        assert all(same) == (criterion in ALONE), criterion
+
+
+def test_without_a_strong_view_there_is_no_answer_from_views() -> None:
+    features, _, _, means = planted([150] * NUM_CLASSES)
+    found = candidates(means)
+    without = make_yardstick(features, strong=None, num_classes=NUM_CLASSES, seed=0)
+    assert without.strong is None
+    assert measure(without, found["true"], criterion="views") is None
+    assert measure_all(without, list(found.values()), criterion="views") == [None] * len(found)
+    for criterion in (name for name in CRITERIA if name != "views"):
+        worth(without, found, criterion)
+
+
+def test_views_that_agree_are_worth_one_and_foreign_ones_nothing() -> None:
+    features, _, _, means = planted([150] * NUM_CLASSES)
+    shuffled = np.random.default_rng(0).permutation(features)
+    same, foreign = (
+        make_yardstick(features, strong=strong, num_classes=NUM_CLASSES, seed=0)
+        for strong in (features, shuffled)
+    )
+    assert measure(same, candidates(means)["noise 2.0"], criterion="views") == 1.0
+    assert measure(foreign, candidates(means)["true"], criterion="views") == pytest.approx(0, abs=0.1)
+
+
+@pytest.mark.parametrize("shares", [[0.5, 0.3, 0.2], [0.98, 0.01, 0.01], [0.6, 0.4, 0.0]])
+def test_kappa_is_cohens(shares: list[float]) -> None:
+    rng = np.random.default_rng(0)
+    first = rng.choice(3, size=500, p=shares)
+    for agreement in (0.0, 0.5, 0.9):
+        second = np.where(rng.random(500) < agreement, first, rng.choice(3, size=500, p=shares))
+        expected = cohen_kappa_score(first, second)
+        assert kappa(first, second, num_classes=3) == pytest.approx(expected)
+        assert kappa(second, first, num_classes=5) == pytest.approx(expected)
+    assert kappa(first, first, num_classes=3) == pytest.approx(1)
+    assert kappa(np.array([0, 1]), np.array([1, 0]), num_classes=2) == pytest.approx(-1)
+
+
+def test_kappa_of_one_class_against_itself_is_nothing() -> None:
+    ones = np.ones(50, np.int64)
+    assert kappa(ones, ones, num_classes=3) == 0
+    assert kappa(ones, 0 * ones, num_classes=3) == 0
+
+
+def test_the_amount_of_clusters_information_is_scikit_learns_mean(field: Field) -> None:
+    yardstick, found, _ = field
+    predicted = predict(yardstick.features, found["noise 3.0"])
+    each = [adjusted_mutual_info_score(labels, predicted) for labels in yardstick.clusters]
+    assert len(each) == len(CLUSTERS_PER_CLASS) * STARTS
+    assert max(each) - min(each) > 0.01
+    assert class_ami(predicted, clusters=yardstick.clusters) == pytest.approx(np.mean(each))
+    assert measure(yardstick, found["noise 3.0"], criterion="class_ami") == pytest.approx(np.mean(each))
+
+
+def test_neighbours_are_the_nearest_others_and_count_one_by_one(field: Field) -> None:
+    yardstick, found, _ = field
+    rows = yardstick.features.astype(np.float64)
+    rows -= rows.mean(axis=0)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    similarity = rows @ rows.T
+    np.fill_diagonal(similarity, -np.inf)
+    nearest = np.argsort(-similarity, axis=1)[:, :NEIGHBOURS]
+    same = [len(set(a) & set(b)) for a, b in zip(nearest, yardstick.neighbours, strict=True)]
+    assert yardstick.neighbours.shape == (len(rows), NEIGHBOURS)
+    assert np.mean(same) > NEIGHBOURS - 0.05
+    predicted = predict(yardstick.features, found["noise 3.0"])
+    pairs = [(predicted[i], predicted[j]) for i, near in enumerate(yardstick.neighbours) for j in near]
+    expected = cohen_kappa_score(*zip(*pairs, strict=True))
+    assert measure(yardstick, found["noise 3.0"], criterion="neighbours") == pytest.approx(expected)
+
+
+def test_folds_ask_for_structure_and_not_for_the_right_names(field: Field) -> None:
+    yardstick, found, _ = field
+    predicted = predict(yardstick.features, found["true"])
+    shuffled = np.random.default_rng(0).permutation(predicted)
+    right, wrong = (
+        folds(labels, components=yardstick.components, num_classes=NUM_CLASSES)
+        for labels in (predicted, shuffled)
+    )
+    assert right > 0.95
+    assert wrong == pytest.approx(0, abs=0.1)
+
+
+def test_folds_do_not_need_every_class_to_be_predicted(field: Field) -> None:
+    yardstick, found, _ = field
+    predicted = predict(yardstick.features, found["merged"])
+    assert 1 not in predicted
+    known = folds(predicted, components=yardstick.components, num_classes=NUM_CLASSES)
+    assert known > 0.9
+    # One class against the rest, whose mean is next to that of a class without rows.
+    first = (predicted == 2).astype(np.int64)
+    two, more = (folds(first, components=yardstick.components, num_classes=count) for count in (2, 50))
+    assert two > 0.9
+    assert more == pytest.approx(two, abs=0.01)
+
+
+def test_a_class_that_a_fold_has_to_itself_is_not_guessed() -> None:
+    features, _, labels, _ = planted([100] * 3)
+    yardstick = make_yardstick(features, strong=None, num_classes=3, seed=0)
+    rare = labels.copy()
+    rare[0] = 3
+    found = folds(rare, components=yardstick.components, num_classes=4)
+    assert np.isfinite(found)
+    assert found == pytest.approx(folds(labels, components=yardstick.components, num_classes=3), abs=0.02)
+
+
+def same(first: Yardstick, second: Yardstick) -> bool:
+    return all(
+        np.array_equal(getattr(first, item.name), getattr(second, item.name)) for item in fields(Yardstick)
+    )
+
+
+def test_the_same_seed_gives_the_same_yardstick_whatever_was_drawn_before() -> None:
+    features, strong, _, _ = planted([100] * NUM_CLASSES)
+    found = []
+    for number in (0, 1):
+        torch.manual_seed(number)
+        np.random.seed(number)  # noqa: NPY002 - the global state is the subject
+        found.append(make_yardstick(features, strong=strong, num_classes=NUM_CLASSES, seed=3))
+    assert same(*found)
+    other = make_yardstick(features, strong=strong, num_classes=NUM_CLASSES, seed=4)
+    assert not np.array_equal(found[0].clusters, other.clusters)
+    assert np.array_equal(found[0].neighbours, other.neighbours)
+
+
+def test_starts_of_two_seeds_are_not_shared() -> None:
+    features, _, _, _ = planted([100] * NUM_CLASSES, noise=0.3)
+    first, second = (
+        make_yardstick(features, strong=None, num_classes=NUM_CLASSES, seed=seed).clusters for seed in (0, 1)
+    )
+    # The last are of the largest number of clusters, which ends differently from every start.
+    assert not any(np.array_equal(a, b) for a in first[-STARTS:] for b in second[-STARTS:])
+    assert not np.array_equal(first[-2], first[-1])
+
+
+def global_numbers() -> list[int]:
+    """NumPy's global random state."""
+    state = np.random.get_state(legacy=False)  # noqa: NPY002 - the global state is the subject
+    assert isinstance(state, dict)
+    return [*state["state"]["key"].tolist(), state["state"]["pos"]]
+
+
+def test_random_states_of_the_process_are_left_as_they_were(field: Field) -> None:
+    _, found, _ = field
+    features, strong, _, _ = planted([100] * NUM_CLASSES)
+    torch.manual_seed(5)
+    np.random.seed(5)  # noqa: NPY002 - the global state is the subject
+    before, numbers = torch.get_rng_state(), global_numbers()
+    yardstick = make_yardstick(features, strong=strong, num_classes=NUM_CLASSES, seed=0)
+    for criterion in CRITERIA:
+        measure_all(yardstick, list(found.values()), criterion=criterion)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert global_numbers() == numbers
+
+
+def test_a_yardstick_has_the_shapes_and_types_it_says(field: Field) -> None:
+    yardstick, _, _ = field
+    n = 150 * NUM_CLASSES
+    assert yardstick.features.shape == (n, DIM)
+    assert yardstick.features.dtype == np.float16
+    assert yardstick.components.shape == (n, min(DIM, COMPONENTS))
+    assert yardstick.components.dtype == np.float32
+    assert yardstick.clusters.shape == (6, n)
+    assert yardstick.clusters.dtype == yardstick.neighbours.dtype == np.int32
+    assert [int(labels.max()) + 1 for labels in yardstick.clusters[::STARTS]] == [6, 12, 30]
+    spread = yardstick.components.std(axis=0)
+    assert spread[: NUM_CLASSES - 1].min() > 2 * spread[NUM_CLASSES]
+    assert not (yardstick.neighbours == np.arange(n)[:, None]).any()
+
+
+def test_only_the_first_rows_are_looked_at() -> None:
+    features, strong, _, _ = planted([SAMPLE_ROWS // 2 + 50] * 2, dim=8)
+    yardstick = make_yardstick(features, strong=strong, num_classes=2, seed=0)
+    assert len(yardstick.features) == len(yardstick.components) == len(yardstick.neighbours) == SAMPLE_ROWS
+    assert yardstick.strong is not None
+    assert np.array_equal(yardstick.strong, strong[:SAMPLE_ROWS])
+    assert yardstick.clusters.shape[1] == SAMPLE_ROWS
+    alone = make_yardstick(features[:SAMPLE_ROWS], strong=strong[:SAMPLE_ROWS], num_classes=2, seed=0)
+    assert same(yardstick, alone)
+
+
+def test_the_images_given_are_not_changed() -> None:
+    features, strong, _, means = planted([50] * 3)
+    copies = features.copy(), strong.copy()
+    yardstick = make_yardstick(features, strong=strong, num_classes=3, seed=0)
+    for criterion in CRITERIA:
+        measure_all(yardstick, list(candidates(means).values()), criterion=criterion)
+    assert np.array_equal(features, copies[0])
+    assert np.array_equal(strong, copies[1])
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [[4] * 3, [1] * 3, [1, 1], [2, 0], [10, 10], [6, 0, 0], [1] * 12, [2] * 30, [100, 1]],
+    ids=lambda counts: f"{sum(counts)} of {len(counts)}",
+)
+def test_hardly_any_rows_or_many_classes_give_numbers(counts: list[int]) -> None:
+    features, strong, _, means = planted(counts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yardstick = make_yardstick(features, strong=strong, num_classes=len(counts), seed=0)
+        for criterion in CRITERIA:
+            values = worth(yardstick, candidates(means), criterion)
+            assert all(-1.001 <= value <= 1.001 for value in values.values()), criterion
+    assert (yardstick.clusters.max(axis=1) > 0).all()
+    assert 1 <= yardstick.neighbours.shape[1] <= min(NEIGHBOURS, len(features) - 1)
+    assert not (yardstick.neighbours == np.arange(len(features))[:, None]).any()
+
+
+def test_few_rows_for_many_classes_still_tell_good_from_bad() -> None:
+    features, strong, _, means = planted([6] * 100)
+    yardstick = make_yardstick(features, strong=strong, num_classes=100, seed=0)
+    for criterion in ALONE:
+        values = worth(yardstick, candidates(means), criterion)
+        order = ["true", "noise 1.5", "noise 3.0", "random", "constant"]
+        assert sorted(order, key=values.__getitem__, reverse=True) == order, criterion
+
+
+@pytest.mark.parametrize("counts", [[4] * 3, [6] * 2], ids=["12 of 3", "12 of 2"])
+def test_classes_smaller_than_a_neighbourhood_are_still_worth_more_than_one_class(counts: list[int]) -> None:
+    features, strong, labels, means = planted(counts)
+    yardstick = make_yardstick(features, strong=strong, num_classes=len(counts), seed=0)
+    found = candidates(means)
+    assert accuracy(features, labels, found["true"]) == 1.0
+    values = worth(yardstick, found, "neighbours")
+    assert values["true"] > values["constant"] + 0.1
+
+
+def test_a_single_image_is_refused() -> None:
+    features, strong, _, _ = planted([1, 0, 0])
+    with pytest.raises(ValueError, match="1 images are too few"):
+        make_yardstick(features, strong=strong, num_classes=3, seed=0)
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_images_that_are_all_alike_make_no_candidate_perfect() -> None:
+    features, _, _, means = planted([1, 0, 0])
+    yardstick = make_yardstick(features.repeat(60, axis=0), strong=None, num_classes=3, seed=0)
+    assert worth(yardstick, candidates(means), "class_ami")["constant"] < 0.5
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31])
+def test_every_seed_that_the_training_takes_gives_a_yardstick(seed: int) -> None:
+    features, _, _, _ = planted([20] * 3)
+    make_yardstick(features, strong=None, num_classes=3, seed=seed)
+
+
+def test_labels_have_no_way_in() -> None:
+    for function in (make_yardstick, measure, measure_all, consensus):
+        assert not [name for name in inspect.signature(function).parameters if "label" in name]
+    assert not [item.name for item in fields(Yardstick) if "label" in item.name]
+    assert set(ALONE) < set(CRITERIA)
+    assert set(CRITERIA) - set(ALONE) == {"consensus"}

@@ -1,0 +1,17 @@
+"""A first sweep, in under two minutes on a laptop once features are there.
+
+    make demo
+    python jobs/tune.py --space tune_spaces/quick.py --trials 12 --limit 6000 --eval-limit 2000 \
+        --features runs/demo/features --out runs/quick
+
+RESULT
+"""
+
+from ray import tune
+
+SPACE = {
+    "temperature_factor": tune.loguniform(0.7, 1.8),
+    "threshold": tune.quniform(0.0, 0.5, 0.1),
+    "rounds": tune.randint(5, 21),
+    "neighbours": tune.choice([10, 20, 30]),
+}

@@ -1,0 +1,17 @@
+"""Everything that the recipe exposes, far beyond what works: 128 trials or more.
+
+    python jobs/tune.py --space tune_spaces/wide.py --data photos/ --classes cat,dog --trials 128 --scheduler asha
+
+RESULT
+"""
+
+from ray import tune
+
+SPACE = {
+    "temperature_factor": tune.loguniform(0.2, 5.0),
+    "threshold": tune.quniform(0.0, 0.9, 0.01),
+    "rounds": tune.randint(1, 41),
+    # Not left to the recipe's own choice: this is where most is lost and won.
+    "prior": tune.choice(["uniform", "weak", "none"]),
+    "neighbours": tune.choice([0, 3, 5, 10, 20, 30, 60]),
+}
