@@ -258,6 +258,10 @@ class _Sweep:
             resume_key=f"tune {self._out} {outcome.name}",
             parent=self._run,
         ) as run:
+            if outcome.status == "finished":
+                # Under selftrain's two names, and first: MLflow's comparison draws the first metric of a run.
+                accuracy = _accuracy(read_candidate(self._folder, outcome.name), self._x, self._y)
+                run.log(dict.fromkeys(("accuracy", "probe_accuracy"), accuracy), step=len(outcome.rounds))
             for metrics in outcome.rounds:
                 named = {k: v for k, v in metrics.items() if k not in ("round", "criterion")}
                 reported = {f"round_{_reported(self._job.criterion)}": metrics["criterion"]}
@@ -418,8 +422,6 @@ class _Sweep:
         report.save(parallel_coordinates_figure(summary), files.join(figures, "parameters.png"))
         for trial in summary["trials"]:
             values = {f"criterion_{name}": value for name, value in trial["criteria"].items()}
-            # Under selftrain's two names: MLflow's comparison draws the first in the alphabet.
-            values |= dict.fromkeys(("accuracy", "probe_accuracy"), trial["accuracy"])
             values |= {"criterion": trial["criterion"]}
             self._children[trial["name"]].log(values, step=trial["rounds"])
             self._children[trial["name"]].set_tags({"chosen": trial["name"] == summary["chosen"]["name"]})
