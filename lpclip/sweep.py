@@ -180,7 +180,7 @@ def run_trials(
         parameter_space = {}  # the algorithm has it
     if num_samples < 1 or (search == "random" and not trials):
         return []
-    # In a list, so that Tune does not fetch it: it would keep a copy for every trial that a process runs.
+    # In a list, so that Tune does not fetch it anew for every trial: a process does so once.
     trainable = tune.with_parameters(_run_trial, shared=[ray.put(material)])
     tune.Tuner(
         tune.with_resources(trainable, {"cpu": 1}),
@@ -232,7 +232,7 @@ def _run_trial(config: dict[str, Any], *, shared: list[ray.ObjectRef]) -> None:
     name = trial_name(parameters)
     path = files.join(material.folder, name)
     if files.exists(f"{path}.json"):  # a search algorithm may ask twice for the same
-        _report(Outcome(**files.read_json(f"{path}.json")).rounds[-1:])
+        tune.report(_last_word(Outcome(**files.read_json(f"{path}.json"))))
         return
     begin, rounds, error = time.monotonic(), list[dict[str, float]](), None
     try:
@@ -240,12 +240,10 @@ def _run_trial(config: dict[str, Any], *, shared: list[ray.ObjectRef]) -> None:
         for last, metrics in _train(training, material=material):
             candidate = last
             rounds.append(metrics)
-            _report([metrics])
+            tune.report(metrics)
     except ValueError as found:
         error = str(found)
-    if error is not None:
-        _report([{**(rounds[-1] if rounds else {"round": 0}), "criterion": FAILED}])
-    else:
+    if error is None:
         tensors = {
             name: tensor.contiguous() for name, tensor in zip(("weight", "bias"), candidate, strict=True)
         }
@@ -259,6 +257,8 @@ def _run_trial(config: dict[str, Any], *, shared: list[ray.ObjectRef]) -> None:
         error=error,
     )
     files.write_json(f"{path}.json", vars(outcome))
+    if error is not None:
+        tune.report(_last_word(outcome))
 
 
 def _train(
@@ -294,9 +294,10 @@ def _train(
         yield (weight, bias), {"round": state.round, **state.metrics, "criterion": criterion}
 
 
-def _report(rounds: list[dict[str, float]]) -> None:
-    for metrics in rounds:
-        tune.report(metrics)
+def _last_word(outcome: Outcome) -> dict[str, float]:
+    """What schedulers and search algorithms are told of a trial that is over."""
+    last = outcome.rounds[-1] if outcome.rounds else {"round": 0.0}
+    return last if outcome.status == "finished" else {**last, "criterion": FAILED}
 
 
 def _parameters(config: dict[str, Any], *, fixed: Parameters) -> Parameters:
