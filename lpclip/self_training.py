@@ -224,7 +224,7 @@ def run_pass(
         zero_shot = shard.zero_shot_logits(rows, features, head=head)
         logits = features @ teacher.weight.T + teacher.bias + teacher.zero_shot_share * zero_shot
         if before is not None and before.targets is not None and shard.neighbours is not None:
-            around = before.targets[shard.neighbours[rows]].mean(dim=1)
+            around = torch.nn.functional.embedding_bag(shard.neighbours[rows], before.targets, mode="mean")
             logits = logits + NEIGHBOUR_WEIGHT * torch.log(around + NEIGHBOUR_FLOOR)
         posterior, targets = soft_targets(logits, teacher.factors)
         top, label = targets.max(dim=1)
