@@ -112,6 +112,10 @@ def offsets(figure: Figure) -> dict[str, list[list[float]]]:
     }
 
 
+def legend(figure: Figure) -> list[str]:
+    return [text.get_text() for found in figure.legends for text in found.get_texts()]
+
+
 def notes(axes: Axes) -> list[str]:
     return [text.get_text() for text in axes.texts]
 
@@ -138,7 +142,7 @@ def assert_readable(figure: Figure) -> None:
     """No text is cut off, and none covers another."""
     figure.draw_without_rendering()
     width, height = figure.get_size_inches() * figure.dpi
-    texts = []
+    texts = [text for found in figure.legends for text in found.get_texts()]
     for axes in figure.axes:
         texts += [*axes.texts, axes._left_title, axes.xaxis.label, axes.yaxis.label]
         for axis in (axes.xaxis, axes.yaxis):
@@ -232,16 +236,16 @@ def test_points_are_criterion_and_accuracy_of_finished_trials() -> None:
     figure = criterion_figure(labelled())
     assert offsets(figure) == {
         "trials": [[0.6, 0.6]],
-        "zero-shot": [[0.5, 0.57]],
-        "chosen": [[0.8, 0.72]],
-        "best": [[0.7, 0.73]],
+        "zero-shot: 57.0%": [[0.5, 0.57]],
+        "chosen, a: 72.0%": [[0.8, 0.72]],
+        "best by accuracy, b: 73.0%": [[0.7, 0.73]],
     }
-    subtitle, *labels = notes(figure.axes[0])
+    assert sorted(legend(figure)) == sorted(offsets(figure))
+    (subtitle,) = notes(figure.axes[0])
     assert subtitle.endswith("Spearman correlation 0.83, regret 1.2 points, the chosen one ranks 2 of 3")
-    assert labels == ["best by accuracy: 73.0%\nb", "chosen: 72.0%\na", "zero-shot: 57.0%"]
     colour = {str(c.get_label()): c.get_facecolor() for c in figure.axes[0].collections}
-    assert same_color(colour["zero-shot"][0], COLOURS["zero-shot"])
-    assert same_color(colour["chosen"][0], COLOURS["probe"])
+    assert same_color(colour["zero-shot: 57.0%"][0], COLOURS["zero-shot"])
+    assert same_color(colour["chosen, a: 72.0%"][0], COLOURS["probe"])
     assert [text.get_text()[-1] for text in figure.axes[0].get_yticklabels()] == ["%"] * len(
         figure.axes[0].get_yticks()
     )
@@ -251,9 +255,11 @@ def test_points_are_criterion_and_accuracy_of_finished_trials() -> None:
 def test_a_chosen_trial_as_good_as_the_best_is_the_best() -> None:
     summary = labelled()
     summary["trials"][0]["accuracy"] = 0.72
-    figure = criterion_figure(summary)
-    assert offsets(figure)["best"] == offsets(figure)["chosen"] == [[0.8, 0.72]]
-    assert notes(figure.axes[0])[1:] == ["chosen, best by accuracy: 72.0%\na", "zero-shot: 57.0%"]
+    assert offsets(criterion_figure(summary)) == {
+        "trials": [[0.7, 0.72], [0.6, 0.6]],
+        "zero-shot: 57.0%": [[0.5, 0.57]],
+        "chosen, best by accuracy, a: 72.0%": [[0.8, 0.72]],
+    }
 
 
 def test_zero_shot_can_be_chosen_and_best() -> None:
@@ -261,8 +267,7 @@ def test_zero_shot_can_be_chosen_and_best() -> None:
     summary["zero_shot"] |= {"accuracy": 0.9, "criterion": 0.95}
     summary["chosen"] = {**summary["chosen"], "name": "zero_shot", "accuracy": 0.9, "criterion": 0.95}
     figure = criterion_figure(summary)
-    assert notes(figure.axes[0])[1:] == ["zero-shot, chosen, best by accuracy: 90.0%"]
-    assert offsets(figure)["zero-shot, chosen"] == [[0.95, 0.9]]
+    assert offsets(figure)["zero-shot, chosen, best by accuracy: 90.0%"] == [[0.95, 0.9]]
     figure = parallel_coordinates_figure(summary)
     assert "chosen" not in [line.get_label() for line in figure.axes[0].lines]
     assert len(lines(figure).get_segments()) == 3
@@ -270,32 +275,13 @@ def test_zero_shot_can_be_chosen_and_best() -> None:
     assert "Zero-shot itself was chosen" in sweep_page(summary, facts={})
 
 
-def test_lines_to_labels_pass_no_other_label() -> None:
-    for seed in range(12):
-        summary = many(64, seed=seed)
-        near = {"criterion": -0.004, "accuracy": -0.004}
-        summary["zero_shot"] |= {key: summary["chosen"][key] + step for key, step in near.items()}
-        figure = criterion_figure(summary)
-        assert_readable(figure)
-        labels = figure.axes[0].texts[1:]
-        for label in labels:
-            start = figure.axes[0].transData.transform(label.xy)
-            end = start + np.array(label.get_position()) * figure.dpi / 72
-            on_line = start + np.linspace(0, 1, 30)[:, None] * (end - start)
-            for other in labels:
-                box = Text.get_window_extent(other)
-                hit = ((on_line > box.min) & (on_line < box.max)).all(axis=1).any()
-                assert other is label or not hit, (seed, label, other)
-
-
 def test_without_labels_the_criterion_is_drawn_by_rank() -> None:
     figure = criterion_figure(unlabelled())
     assert offsets(figure) == {
         "trials": [[2, 0.7], [3, 0.6]],
-        "zero-shot": [[4, 0.5]],
-        "chosen": [[1, 0.8]],
+        "zero-shot: 0.500": [[4, 0.5]],
+        "chosen, a: 0.800": [[1, 0.8]],
     }
-    assert notes(figure.axes[0])[1:] == ["chosen: 0.800\na", "zero-shot: 0.500"]
     assert_readable(figure)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterable
 
 from matplotlib.axes import Axes
@@ -19,6 +20,7 @@ INK = "#2b2f36"
 FAINT = "#d9dce1"
 
 MAX_NAME = 24
+SUBTITLE_CHARACTERS = 15.5  # in an inch
 MAX_PICTURE_BYTES = 300_000
 PAGE_DPI = 192  # two dots for each CSS pixel, as telephones and most laptops have
 
@@ -56,6 +58,20 @@ def grid(axes: Axes, which: str = "y") -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#aab0b8")
+
+
+def headline(axes: Axes, title: str, subtitle: str, *, pad: float = 0) -> None:
+    """A title with a smaller text below it; `pad` points make room for what else stands above the axes."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    length = int(SUBTITLE_CHARACTERS * (figure.get_size_inches()[0] - 1.2))
+    lines = [line for part in subtitle.splitlines() for line in textwrap.wrap(part, length)]
+    axes.set_title(title, loc="left", pad=pad + 10 + 13 * len(lines))
+    note = axes.annotate(
+        "\n".join(lines), (0, 1), (0, pad + 8), xycoords="axes fraction", textcoords="offset points",
+        fontsize=9, color="#5c636d", linespacing=1.25,
+    )  # fmt: skip
+    note.set_in_layout(False)  # the title's distance has its place already
 
 
 def png(figure: Figure, *, dpi: int = PAGE_DPI) -> bytes:
