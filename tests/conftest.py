@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import shlex
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +18,14 @@ import ray
 import torch
 from PIL import Image, ImageDraw
 
-from lpclip.config import EncoderConfig
+from lpclip.cli import main
+from lpclip.config import EncodeJob, EncoderConfig, PredictJob, SelftrainJob, TuneJob
 from lpclip.encoders import load_encoder
 from lpclip.runtime import start_ray
+from lpclip.workflows.encode import encode_job
+from lpclip.workflows.predict import predict_job
+from lpclip.workflows.selftrain import selftrain_job
+from lpclip.workflows.tune import tune_job
 
 CLASSES = ("tennis ball", "stop sign", "traffic cone")
 
@@ -56,6 +64,35 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def run(command: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """`selftrain.py --data ...` as from a shell, in this process; the job's summary. A %20 is a space in a flag."""
+    job, *flags = shlex.split(command)
+    jobs: dict[str, Any] = {
+        "encode.py": (encode_job, EncodeJob),
+        "predict.py": (predict_job, PredictJob),
+        "selftrain.py": (selftrain_job, SelftrainJob),
+        "tune.py": (tune_job, TuneJob),
+    }
+    results: list[dict[str, Any]] = []
+    function, config_type = jobs[job]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [job, *(flag.replace("%20", " ") for flag in flags)])
+        main(lambda config: results.append(function(config)), config_type)
+    return results[0]
+
+
+def refusal(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which a command is refused."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(command, monkeypatch)
+    assert stop.value.code == 1
+    stderr = capsys.readouterr().err
+    assert "Traceback" not in stderr
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    return line.removeprefix("error: ")
 
 
 def draw(place: int, seed: int) -> bytes:

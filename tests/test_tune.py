@@ -24,15 +24,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import CLASSES
+from conftest import CLASSES, refusal, run
 from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 from test_page import Page
 from test_tracking import server
 
 from lpclip import store
-from lpclip.cli import main
-from lpclip.config import EncoderConfig, SelftrainJob, TrackingConfig, TuneJob
+from lpclip.config import EncoderConfig, TrackingConfig
 from lpclip.encode import store_identity
 from lpclip.probe import load_probe
 from lpclip.prompts import templates
@@ -40,8 +39,7 @@ from lpclip.selection import CRITERIA, predict
 from lpclip.spaces import draw, read_space
 from lpclip.sweep import GRACE_ROUNDS, METRICS, read_candidate, read_outcomes, trial_name
 from lpclip.tracking import track
-from lpclip.workflows.selftrain import selftrain_job
-from lpclip.workflows.tune import ALIAS, tune_job
+from lpclip.workflows.tune import ALIAS
 from lpclip.zero_shot import EncoderInfo, describe_encoder
 
 pytestmark = pytest.mark.usefixtures("cluster", "lite_map", "one_thread")
@@ -61,30 +59,6 @@ SPACE = {
     "neighbours": tune.choice([0, 10]),
 }
 """
-
-
-def run(command: str, monkeypatch: pytest.MonkeyPatch) -> Summary:
-    """`tune.py --space ...` as from a shell, in this process; the job's summary. A %20 is a space within a flag."""
-    job, *words = shlex.split(command)
-    results: list[Summary] = []
-    jobs: dict[str, Any] = {"tune.py": (tune_job, TuneJob), "selftrain.py": (selftrain_job, SelftrainJob)}
-    function, config_type = jobs[job]
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", [job, *(word.replace("%20", " ") for word in words)])
-        main(lambda config: results.append(function(config)), config_type)
-    return results[0]
-
-
-def refusal(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line with which a command is refused."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run(command, monkeypatch)
-    assert stop.value.code == 1
-    stderr = capsys.readouterr().err
-    assert "Traceback" not in stderr
-    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    return line.removeprefix("error: ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -891,8 +865,8 @@ def test_four_sweeps_at_once_share_one_database(tmp_path: Path) -> None:
         f"{d}{n}" for d in range(4) for n in range(8)
     ]
     names = {parent.info.run_id: parent.info.run_name for parent in parents}
-    for run in (*parents, *children):
-        assert run.info.status == "FINISHED"
+    for one in (*parents, *children):
+        assert one.info.status == "FINISHED"
     for child in children:
         driver, number = map(int, child.info.run_name)
         assert names[child.data.tags["mlflow.parentRunId"]] == str(driver)

@@ -18,53 +18,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CLASSES, draw, write_tar
+from conftest import CLASSES, draw, refusal, run, write_tar
 from mlflow import MlflowClient
 from safetensors.torch import save_file
 
 from lpclip import store
-from lpclip.cli import main
-from lpclip.config import EncodeJob, PredictJob, SelftrainJob
+from lpclip.config import SelftrainJob
 from lpclip.metrics import METRICS
 from lpclip.probe import load_probe
 from lpclip.runtime import output_folder
-from lpclip.workflows.encode import encode_job
-from lpclip.workflows.predict import predict_job
-from lpclip.workflows.selftrain import selftrain_job
 
 pytestmark = pytest.mark.usefixtures("cluster", "lite_map")
 ROOT = Path(__file__).parents[1]
 NAMES = ",".join(CLASSES)
 ARCHITECTURE = "ViT-S-32-alt"
-
-
-def run(command: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """`selftrain.py --data ...` as from a shell, in this process; the job's summary."""
-    job, *flags = command.split()
-    results: list[dict[str, Any]] = []
-    jobs = {
-        "encode.py": (encode_job, EncodeJob),
-        "selftrain.py": (selftrain_job, SelftrainJob),
-        "predict.py": (predict_job, PredictJob),
-    }
-    function, config_type = jobs[job]
-    with monkeypatch.context() as patch:
-        # A class list may hold spaces: %20 stands for them.
-        patch.setattr(sys, "argv", [job, *(flag.replace("%20", " ") for flag in flags)])
-        main(lambda config: results.append(function(config)), config_type)  # type: ignore[arg-type]
-    return results[0]
-
-
-def refusal(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line with which a command is refused."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run(command, monkeypatch)
-    assert stop.value.code == 1
-    stderr = capsys.readouterr().err
-    assert "Traceback" not in stderr
-    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    return line.removeprefix("error: ")
 
 
 WORDS = NAMES.replace(" ", "%20")
