@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import tarfile
 import urllib.request
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from PIL import Image
 
 from lpclip.config import SourceConfig
 from lpclip.images import ROWS, UNIT_ROWS, Source, open_source
+from lpclip.sources.webdataset import MAX_HEADER_BYTES, MAX_MEMBERS
 
 CONFIG = SourceConfig()
 
@@ -389,6 +391,27 @@ class TestWebDataset:
         path = write_tar(tmp_path / "x.tar", [("1.input.jpg", png(1)), ("1.target.jpg", png(2))])
         config = SourceConfig(image_column="target.jpg")
         assert [row["image"] for row in rows(open_source(str(path), config=config))] == [png(2)]
+
+    def test_a_sample_of_very_many_files_is_not_gathered(self, tmp_path: Path) -> None:
+        many = [(f"1.{n}.jpg", png(1)) for n in range(MAX_MEMBERS + 50)]
+        path = write_tar(tmp_path / "x.tar", [("0.jpg", png(0)), *many, ("2.jpg", png(2))])
+        assert [(row["id"], row["error"]) for row in rows(open_source(str(path), config=SourceConfig()))] == [
+            ("x.tar/0", None),
+            ("x.tar/1", "more than 32 files of one sample"),
+            ("x.tar/2", None),
+        ]
+
+    def test_a_header_that_would_fill_the_memory_is_not_read(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.tar.gz"
+        with tarfile.open(path, "w:gz") as tar:
+            for name, note in (("1.jpg", ""), ("2.jpg", "x" * (MAX_HEADER_BYTES + 1)), ("3.jpg", "")):
+                info = tarfile.TarInfo(name)
+                info.size = len(png(1))
+                info.pax_headers = {"comment": note}
+                tar.addfile(info, io.BytesIO(png(1)))
+        first, rest = rows(open_source(str(path), config=SourceConfig()))
+        assert (first["id"], first["error"]) == ("x.tar.gz/1", None)
+        assert re.fullmatch(r"tar: a header of \d+ bytes, more than 1048576", rest["error"])
 
     def test_large_tars_are_read_in_tables_of_bounded_size(self, tmp_path: Path) -> None:
         path = write_tar(tmp_path / "x.tar", [(f"{n:04d}.png", b"x") for n in range(UNIT_ROWS + 10)])

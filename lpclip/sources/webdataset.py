@@ -17,6 +17,10 @@ from lpclip.sources.base import IMAGE_SUFFIXES, Listing, Reader, Row, Source, ma
 from lpclip.sources.fetch import join, locate, reason
 
 TAR_ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error)
+# Of one sample: what a single one holds is in memory at once.
+MAX_MEMBERS = 32
+# Of a member's name and other properties, which tarfile reads whole: from a compressed tar they could fill the memory.
+MAX_HEADER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +40,7 @@ class TarReader(Reader):
         empty = True
         try:
             with open_tar(self.root, file) as tar:
-                for key, members in samples(tar, read=partial(read_member, tar, max_bytes=self.max_bytes)):
+                for key, members in samples(tar, read=partial(self._read, tar)):
                     if len(seen) == limit:
                         return
                     empty = False
@@ -47,7 +51,15 @@ class TarReader(Reader):
         except TAR_ERRORS as error:
             yield Row(f"{file}/(rest)", None, error=f"tar: {reason(error)}")
 
+    def _read(self, tar: tarfile.TarFile, info: tarfile.TarInfo, extension: str) -> bytes | Exception:
+        if is_image(extension, self.image_extension) or extension == "cls":
+            return read_member(tar, info, max_bytes=self.max_bytes)
+        return b""
+
     def _sample(self, name: str, members: list[Member], seen: set[str]) -> Iterator[Row]:
+        if len(members) > MAX_MEMBERS:
+            yield Row(name, None, error=f"more than {MAX_MEMBERS} files of one sample")
+            return
         images = [member for member in members if is_image(member.extension, self.image_extension)]
         if not images:
             if name not in seen:
@@ -73,9 +85,12 @@ class Member(NamedTuple):
 
 
 def samples(
-    tar: tarfile.TarFile, *, read: Callable[[tarfile.TarInfo], bytes | Exception]
+    tar: tarfile.TarFile, *, read: Callable[[tarfile.TarInfo, str], bytes | Exception]
 ) -> Iterator[tuple[str, list[Member]]]:
-    """WebDataset's samples: neighbouring members whose paths are equal up to their names' first dot."""
+    """WebDataset's samples: neighbouring members whose paths are equal up to their names' first dot.
+
+    `read` takes a member and its extension. A sample has at most MAX_MEMBERS + 1 of its members, the last one unread.
+    """
     key = ""
     members: list[Member] = []
     try:
@@ -89,7 +104,11 @@ def samples(
                 yield key, members
                 members = []
             key = name
-            members.append(Member(extension.lower(), read(info)))
+            extension = extension.lower()
+            if len(members) < MAX_MEMBERS:
+                members.append(Member(extension, read(info, extension)))
+            elif len(members) == MAX_MEMBERS:
+                members.append(Member(extension, b""))
     except TAR_ERRORS:
         if members:
             yield key, members
@@ -125,8 +144,14 @@ def open_tar(root: str, file: str) -> tarfile.TarFile:
     return tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo)
 
 
+HEADER_TYPES = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
+
+
 class _StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes a cut or damaged archive for one that has ended: only the end marker is an end."""
+    """tarfile takes a cut or damaged archive for one that has ended, and headers of any size: not here."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> _StrictTarInfo:
@@ -136,6 +161,11 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"the archive is cut or damaged ({error})") from error
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in HEADER_TYPES and self.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {self.size} bytes, more than {MAX_HEADER_BYTES}")
+        return super()._proc_member(tar)  # type: ignore[misc]
 
 
 def open_webdataset(listing: Listing, *, config: SourceConfig, limit: int | None) -> Source:
@@ -180,7 +210,7 @@ def _peek(root: str, file: str) -> Iterator[list[Member]]:
     """The samples without their bytes, up to where the tar is damaged: the reader is the one to tell."""
     try:
         with open_tar(root, file) as tar:
-            for _, members in samples(tar, read=lambda info: b""):
+            for _, members in samples(tar, read=lambda *_: b""):
                 yield members
     except TAR_ERRORS:
         return
