@@ -12,6 +12,9 @@ from typing import TypeVar
 import tyro
 from tyro import conf
 
+from lpclip import files
+from lpclip.config import to_dict
+
 Config = TypeVar("Config")
 
 OPTIONS = (conf.OmitArgPrefixes, conf.OmitSubcommandPrefixes, conf.FlagCreatePairsOff, conf.DisallowNone)
@@ -26,6 +29,7 @@ def main(run: Callable[[Config], object], config_type: type[Config]) -> None:
     """
     config = tyro.cli(config_type, config=OPTIONS)
     try:
+        _refuse_secrets(config)
         run(config)
     except KeyboardInterrupt:
         print("\ninterrupted: finished work is kept, the same command goes on from there", file=sys.stderr)
@@ -36,6 +40,13 @@ def main(run: Callable[[Config], object], config_type: type[Config]) -> None:
             raise
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(1)
+
+
+def _refuse_secrets(config: object) -> None:
+    for name, value in to_dict(config).items():
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str):
+                files.refuse_secrets(text, what=f"--{name.replace('_', '-')}")
 
 
 def users_mistake(error: BaseException) -> str | None:

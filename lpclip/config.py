@@ -32,6 +32,9 @@ class SourceConfig:
     """Images with more pixels than this are quarantined before they are decoded."""
     max_bytes: int = 100_000_000
     """Encoded images larger than this are quarantined before they are decoded."""
+    schemes: str = "https"
+    """Schemes by comma of the URIs in manifests and Parquet that are followed, such as https,http,s3. Always followed:
+    what lies where the manifest does, and any local path named by a local one."""
 
 
 @dataclass(frozen=True, kw_only=True)

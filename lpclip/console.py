@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lpclip import report, tracking
+from lpclip import files, report, tracking
 from lpclip.config import SelftrainJob, TuneJob
 from lpclip.confirmation import MIN_IMAGES_PER_CLASS, MIN_KAPPA, Confirmation
 from lpclip.features import Data, Encoded
@@ -42,6 +42,12 @@ def print_plan(data: Data, test: Data | None, *, info: EncoderInfo, views: str, 
 def shown(path: str) -> str:
     """A path as the user would type it: relative where it lies below the working directory."""
     return path.replace(f"{os.getcwd()}/", "")
+
+
+def _print_places(out: str, run: tracking.Run, **names: str) -> None:
+    for label, name in names.items():
+        print(f"{label:<8} {shown(files.join(out, name))}")
+    print(f"MLflow   {shown(run.uri)}, run {run.run_id}")
 
 
 def print_training(job: SelftrainJob, classes: ClassList, head: Head) -> None:
@@ -129,8 +135,8 @@ def print_result(
                 f"\nThe probe is {100 * (before - after):.1f} points below zero-shot here: use OUT/zero_shot instead, "
                 "or more images, or tell the classes' shares (--prior)."
             )
-    out = shown(out)
-    print(f"\nprobe    {out}/probe\nsummary  {out}/summary.json\nMLflow   {shown(run.uri)}, run {run.run_id}")
+    print()
+    _print_places(out, run, probe="probe", summary="summary.json")
 
 
 def print_evaluation_plan(
@@ -170,10 +176,8 @@ def print_evaluation(summary: dict[str, Any], *, out: str, run: tracking.Run) ->
             f"WORSE than zero-shot: {cell['probe']} on {where} by {-100 * cell['value']:.1f} points "
             f"({low:+.1f} to {high:+.1f})"
         )
-    out = shown(out)
-    print(
-        f"\nreport   {out}/report.html\nsummary  {out}/summary.json\nMLflow   {shown(run.uri)}, run {run.run_id}"
-    )
+    print()
+    _print_places(out, run, report="report.html", summary="summary.json")
 
 
 def print_sweep_plan(job: TuneJob, space: Space, *, classes: ClassList, count: int, concurrent: int) -> None:
@@ -209,9 +213,5 @@ def print_sweep(summary: dict[str, Any], *, out: str, run: tracking.Run) -> None
             print(f"Spearman correlation of {summary['criterion']} with accuracy: {evidence['spearman']:.2f}")
     if not summary["trusted"]:
         print("WARNING: the rounds are not to be trusted on these images (above): zero-shot is chosen")
-    out = shown(out)
     print(f"\nagain    {chosen['command'] or 'zero-shot needs no training'}")
-    print(
-        f"probe    {out}/probe\nreport   {out}/report.html\nsummary  {out}/summary.json\n"
-        f"MLflow   {shown(run.uri)}, run {run.run_id}"
-    )
+    _print_places(out, run, probe="probe", report="report.html", summary="summary.json")

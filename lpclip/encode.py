@@ -77,7 +77,7 @@ def _decode_unit(
     (position,) = index["id"]
     row = ray.get(units).slice(int(position), 1)
     unit, start = row["unit"][0].as_py(), 0
-    step = max(1, PIXEL_BYTES // (len(views) * preprocess.size**2 * 3))
+    step = _rows_at_once(views, preprocess)
     held: pa.Table | None = None
     for rows in _pieces(reader.tables(row["spec"][0].as_py()), step):
         if held is not None:
@@ -88,6 +88,10 @@ def _decode_unit(
         return
     last = pa.array([False] * (len(held) - 1) + [True])
     yield held.set_column(held.schema.get_field_index("last"), "last", last)
+
+
+def _rows_at_once(views: tuple[str, ...], preprocess: Preprocess) -> int:
+    return max(1, PIXEL_BYTES // (len(views) * preprocess.size**2 * 3))
 
 
 def _pieces(tables: Iterator[pa.Table], step: int) -> Iterator[pa.Table]:
@@ -349,7 +353,8 @@ def _check_bad(source: Source, path: str, *, bad: int, seen: int | None) -> None
         first = store.write_quarantine(path)[0]
         raise ValueError(
             f"{bad:,} of {seen:,} images of {source.name} cannot be read, more than --max-bad-fraction {limit:g} "
-            f"allows; the first is {first['id']} ({first['error']}), all are in {path}/quarantine.parquet"
+            f"allows; the first is {first['id']} ({first['error']}), all are in "
+            f"{files.join(path, 'quarantine.parquet')}"
         )
 
 
@@ -377,13 +382,15 @@ def _pipeline(
         preprocess=info.preprocess,
         seed=seed,
     )
+    # Ray Data insists on a number of rows where GPUs are asked for; tables of small units are put together to it.
+    rows = min(config.batch_size, _rows_at_once(pixel_views(views), info.preprocess))
     blocks = ray.data.range(len(todo), override_num_blocks=len(todo))
     decoded = blocks.map_batches(decode_unit, batch_size=1, num_cpus=1)
     # Restarts have no parameter of their own: they go the way that Ray means to close.
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
     encoded = decoded.map_batches(
         _Encode,
-        batch_size=None,
+        batch_size=rows if plan.gpus_per_actor else None,
         batch_format="pyarrow",
         fn_constructor_args=(encoder, views, config.batch_size, plan.num_threads),
         compute=ray.data.ActorPoolStrategy(size=min(plan.num_actors, len(todo))),

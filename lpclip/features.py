@@ -57,7 +57,7 @@ def open_data(data: str, *, config: SourceConfig, split: str, limit: int | None 
         names = manifest["identity"]["source"]["label_names"]
         labels = store.read_ids(data)[1]
         return Data(
-            name=data.rstrip("/").rsplit("/", 1)[-1],
+            name=files.split(data)[1],
             label_names=tuple(names) if names else None,
             has_labels=bool((labels >= 0).any()),
             path=data,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import urllib.parse
 import uuid
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +16,78 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+# Whoever may read logs, summaries and MLflow's pages must not find keys there.
+_SECRETS = re.compile(
+    r"(?:^|=)\w+://([^/?#]*:(?!\d+/)[^?#]*@|.*[?&]\w*(secret|password|token|key)\w*=)", re.IGNORECASE
+)
+
+
+def refuse_secrets(path: str, *, what: str = "a URI") -> None:
+    """ValueError, which does not repeat it, when a URI holds a password or a secret key."""
+    if _SECRETS.search(path):
+        raise ValueError(
+            f"{what} holds a password or a secret key, which logs and summaries would keep: leave it out of the URI "
+            "and give it in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://)"
+        )
+
 
 def resolve(path: str) -> tuple[fs.FileSystem, str]:
     """The file system of a path or URI, and the path on it.
 
-    Raises ValueError when the URI's scheme is none that pyarrow knows.
+    Raises ValueError when the URI's scheme is none that pyarrow knows, or the URI holds a secret.
     """
     if "://" not in path:
         return fs.LocalFileSystem(), str(Path(path).expanduser().absolute())
+    refuse_secrets(path)
     try:
-        return fs.FileSystem.from_uri(path)
+        return locate(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot open {path!r}: {error}") from error
 
 
+def locate(uri: str) -> tuple[fs.FileSystem, str]:
+    """The file system and path of a local path or a URI that pyarrow knows (s3://bucket/key?region=...)."""
+    base, options = split_options(uri)
+    scheme, separator, rest = base.partition("://")
+    if not separator:
+        return fs.LocalFileSystem(), uri
+    refuse_secrets(uri)
+    if scheme == "file":
+        return fs.LocalFileSystem(), urllib.parse.unquote(rest)
+    # Object names may hold what a URI may not: only the authority and the options are parsed as one.
+    authority, _, path = rest.partition("/")
+    filesystem, start = _filesystem(f"{scheme}://{authority}{options}")
+    return filesystem, f"{start.rstrip('/')}/{path}".rstrip("/")
+
+
+@lru_cache(maxsize=64)
+def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    return fs.FileSystem.from_uri(uri)
+
+
+def split_options(uri: str) -> tuple[str, str]:
+    """A URI without its options, and these with their question mark; no options for a path."""
+    match = re.search(r"\?\w+=[^/?]*$", uri) if "://" in uri else None
+    return (uri[: match.start()], match.group()) if match else (uri, "")
+
+
 def join(path: str, *names: str) -> str:
-    """A path below another, for local paths and URIs alike."""
-    return "/".join([path.rstrip("/"), *names])
+    """A path below another, for local paths and URIs alike: a URI's options stay at its end."""
+    base, options = split_options(path)
+    return "/".join([base.rstrip("/"), *names]) + options
+
+
+def split(path: str) -> tuple[str, str]:
+    """A path's or URI's folder, and the name in it, without options."""
+    base, options = split_options(path)
+    folder, _, name = base.rstrip("/").rpartition("/")
+    return f"{folder}{options}", name
+
+
+def add_suffix(path: str, suffix: str) -> str:
+    """A path or URI with something behind its name."""
+    base, options = split_options(path)
+    return f"{base.rstrip('/')}{suffix}{options}"
 
 
 def exists(path: str) -> bool:

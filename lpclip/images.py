@@ -11,9 +11,10 @@ import pyarrow as pa
 from pyarrow import fs
 
 from lpclip.config import SourceConfig
+from lpclip.files import locate
+from lpclip.files import split as split_uri
 from lpclip.sources.base import IMAGE_SUFFIXES, ROWS, UNIT_ROWS, File, Listing, Reader, Source
-from lpclip.sources.fetch import locate, reason
-from lpclip.sources.fetch import split as split_uri
+from lpclip.sources.fetch import reason
 from lpclip.sources.files import open_folder, open_manifest
 from lpclip.sources.named import CLASSES, named_parquet
 from lpclip.sources.parquet import open_parquet

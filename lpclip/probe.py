@@ -66,9 +66,11 @@ def load_probe(folder: str) -> Probe:
     except FileNotFoundError as error:
         raise ValueError(f"{folder} holds no probe: probe.json and probe.safetensors belong there") from error
     except SafetensorError as error:
-        raise ValueError(f"{folder}/probe.safetensors is damaged: {error}") from error
+        raise ValueError(f"{files.join(folder, 'probe.safetensors')} is damaged: {error}") from error
     if not isinstance(text, dict) or text.get("format") != FORMAT:
-        raise ValueError(f"{folder}/probe.json is not of format {FORMAT}: another version of lpclip made it")
+        raise ValueError(
+            f"{files.join(folder, 'probe.json')} is not of format {FORMAT}: another version of lpclip made it"
+        )
     missing = {"class_names", "temperature", "encoder", "summary"} - text.keys()
     missing |= {"weight", "bias"} - tensors.keys()
     if missing:

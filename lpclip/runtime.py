@@ -53,7 +53,7 @@ def output_folder(out: str) -> Iterator[str]:
     """
     if "://" in out:
         files.make_folder(out)
-        yield out.rstrip("/")
+        yield files.add_suffix(out, "")
         return
     if in_submitted_job() and not Path(out).expanduser().is_absolute():
         raise ValueError(
@@ -85,7 +85,7 @@ def claim(out: str, identity: dict[str, Any], *, mark: bool = True) -> None:
     if changed:
         raise ValueError(
             f"{out} holds the results of other work (it differs in {', '.join(changed)}); choose another --out. "
-            f"--features {out}/features shares the features"
+            f"--features {files.join(out, 'features')} shares the features"
         )
 
 

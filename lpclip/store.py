@@ -195,9 +195,13 @@ def read_manifest(path: str) -> dict[str, Any] | None:
     except ValueError as error:
         raise ValueError(f"{error}; remove the store {path}, it is encoded again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{path}/manifest.json is not of format {FORMAT}: another version of lpclip made it")
+        raise ValueError(
+            f"{files.join(path, 'manifest.json')} is not of format {FORMAT}: another version of lpclip made it"
+        )
     if manifest["fingerprint"] != fingerprint(manifest["identity"]):
-        raise ValueError(f"{path}/manifest.json does not fit its own fingerprint: it was changed or damaged")
+        raise ValueError(
+            f"{files.join(path, 'manifest.json')} does not fit its own fingerprint: it was changed or damaged"
+        )
     return manifest
 
 
@@ -220,7 +224,7 @@ def _open_part(path: str, name: str) -> pq.ParquetFile:
         ) from error
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(
-            f"{path}/{name} is damaged ({error}); remove the store, it is encoded again"
+            f"{files.join(path, name)} is damaged ({error}); remove the store, it is encoded again"
         ) from error
 
 

@@ -233,9 +233,9 @@ def _run_trial(config: dict[str, Any], *, shared: list[ray.ObjectRef]) -> None:
     material = _fetch(shared[0])
     parameters = _parameters(config, fixed=material.fixed)
     name = trial_name(parameters)
-    path = files.join(material.folder, name)
-    if files.exists(f"{path}.json"):  # a search algorithm may ask twice for the same
-        tune.report(_last_word(Outcome(**files.read_json(f"{path}.json"))))
+    record = files.join(material.folder, f"{name}.json")
+    if files.exists(record):  # a search algorithm may ask twice for the same
+        tune.report(_last_word(Outcome(**files.read_json(record))))
         return
     begin, rounds, error = time.monotonic(), list[dict[str, float]](), None
     try:
@@ -250,7 +250,7 @@ def _run_trial(config: dict[str, Any], *, shared: list[ray.ObjectRef]) -> None:
         tensors = {
             name: tensor.contiguous() for name, tensor in zip(("weight", "bias"), candidate, strict=True)
         }
-        files.write_bytes(f"{path}.safetensors", save_tensors(tensors))
+        files.write_bytes(files.join(material.folder, f"{name}.safetensors"), save_tensors(tensors))
     outcome = Outcome(
         name=name,
         parameters=parameters,
@@ -259,7 +259,7 @@ def _run_trial(config: dict[str, Any], *, shared: list[ray.ObjectRef]) -> None:
         seconds=time.monotonic() - begin,
         error=error,
     )
-    files.write_json(f"{path}.json", vars(outcome))
+    files.write_json(record, vars(outcome))
     if error is not None:
         tune.report(_last_word(outcome))
 

@@ -81,6 +81,8 @@ class Run:
             return
         with tempfile.TemporaryDirectory() as folder_here:
             copy = Path(folder_here, Path(inner).name)
+            if not filesystem.get_file_info(inner).is_file:
+                copy.mkdir()  # an object store has no folders that pyarrow would make here
             fs.copy_files(inner, str(copy), source_filesystem=filesystem)
             self.artifact(copy, folder)
 

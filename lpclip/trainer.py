@@ -209,11 +209,11 @@ def load_shard(work: Work, *, part: int, num_parts: int) -> tuple[Shard, np.ndar
 
 
 def _write_round(folder: str, state: State) -> None:
-    name = files.join(folder, f"round-{state.round:03d}")
+    name = f"round-{state.round:03d}"
     tensors = {key: value.contiguous() for key, value in state.to_tensors().items()}
-    files.write_bytes(f"{name}.safetensors", save_tensors(tensors))
+    files.write_bytes(files.join(folder, f"{name}.safetensors"), save_tensors(tensors))
     text = {"round": state.round, "zero_shot_share": state.zero_shot_share, "metrics": state.metrics}
-    files.write_json(f"{name}.json", text)
+    files.write_json(files.join(folder, f"{name}.json"), text)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,10 @@ import pickle
 import re
 import tarfile
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from PIL import Image
 
 from lpclip.config import SourceConfig
 from lpclip.images import ROWS, UNIT_ROWS, Source, open_source
+from lpclip.sources.fetch import fetch_all, followed
 from lpclip.sources.webdataset import MAX_HEADER_BYTES, MAX_MEMBERS
 
 CONFIG = SourceConfig()
@@ -518,6 +521,84 @@ class TestBadInput:
             write(tmp_path / "x.csv", "a,b\n1,2\n")
         )
         assert "cannot be read" in self.message(write(tmp_path / "x.jsonl", '{"uri": '))
+
+
+class Answers(BaseHTTPRequestHandler):
+    """/NUMBER.png is an image, and /to/URI sends on to the URI."""
+
+    def do_GET(self) -> None:
+        _, _, target = self.path.partition("/to/")
+        self.send_response(302 if target else 200)
+        data = b"" if target else png(int(Path(self.path).stem))
+        self.send_header("Location", target)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as served:
+        Thread(target=served.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{served.server_address[1]}"
+        served.shutdown()
+
+
+class TestSchemes:
+    """URIs in manifests and Parquet are followed only by the schemes that the user names."""
+
+    def test_others_are_quarantined_and_the_plan_says_so(self, server: str, tmp_path: Path) -> None:
+        write(tmp_path / "1.png", png(1))
+        uris = ["1.png", (tmp_path / "1.png").as_uri(), f"{server}/2.png", "s3://bucket/3.png"]
+        path = write(tmp_path / "list.csv", "\n".join(["uri", *uris]))
+        source = open_source(str(path), config=CONFIG)
+        (note,) = source.notes
+        assert note == (
+            "list.csv: 1 at http://, 1 at s3:// will be quarantined, as their scheme is not followed "
+            "(--schemes http,https,s3 follows it)"
+        )
+        read = rows(source)
+        assert [row["image"] for row in read] == [png(1), png(1), None, None]
+        assert [row["error"] for row in read[2:]] == [
+            f"{s}:// is not followed (--schemes)" for s in ("http", "s3")
+        ]
+        asked = open_source(str(path), config=SourceConfig(schemes="http"))
+        assert [row["image"] for row in rows(asked)] == [png(1), png(1), png(2), None]
+        assert asked.identity != source.identity
+
+        table = write_parquet(tmp_path / "list.parquet", {"uri": uris})
+        assert [row["error"] for row in rows(open_source(str(table), config=CONFIG))] == [
+            r["error"] for r in read
+        ]
+        assert rows(open_source(str(table), config=SourceConfig(schemes="HTTP, https")))[2]["image"] == png(2)
+
+    def test_a_manifest_of_nothing_else_is_refused(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "list.csv", "uri\nhttp://x/1.png\nhttp://x/2.png\n")
+        with pytest.raises(ValueError, match=r"unless you say so: 2 at http:// \(--schemes http,https\)"):
+            open_source(str(path), config=CONFIG)
+        with pytest.raises(ValueError, match="'s3://' is no scheme"):
+            open_source(str(path), config=SourceConfig(schemes="http,s3://"))
+
+    def test_a_server_cannot_lead_elsewhere(self, server: str, tmp_path: Path) -> None:
+        targets = [f"{server}/1.png", "https://127.0.0.1:9/1.png", "ftp://127.0.0.1:9/1.png"]
+        path = write(tmp_path / "list.csv", "\n".join(["uri", *(f"{server}/to/{t}" for t in targets)]))
+        read = rows(open_source(str(path), config=SourceConfig(schemes="http")))
+        assert read[0]["image"] == png(1)
+        assert [row["error"] for row in read[1:]] == [
+            f"{s}:// is not followed (--schemes)" for s in ("https", "ftp")
+        ]
+
+    def test_a_remote_list_names_no_local_file(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "1.png", png(1))
+        root = "s3://bucket/lists"
+        schemes = followed("https", root=root)
+        assert schemes == ("https", "s3")
+        for found in fetch_all([str(path), path.as_uri()], root=root, max_bytes=1000, schemes=schemes):
+            assert str(found) == "file:// is not followed (--schemes)"
 
 
 class TestNamed:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lpclip.config import SourceConfig
-from lpclip.sources.fetch import reason
+from lpclip.sources.fetch import reason, scheme_names
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "bytes", "uri", "url", "path")
 ID_COLUMNS = ("id",)
@@ -118,7 +118,10 @@ def make_identity(
     digest = blake2b()
     for file in files:
         digest.update(f"{file.path}\0{file.size}\0{file.mtime_ns}\n".encode())
+    names = scheme_names(config.schemes)
+    follows = {"schemes": names} if names != scheme_names(SourceConfig.schemes) else {}
     return {
+        **(follows if kind in ("parquet", "manifest") else {}),
         "kind": kind,
         "num_files": len(files),
         "files": digest.hexdigest(),

@@ -25,9 +25,10 @@ from PIL import Image
 from pyarrow import fs
 
 from lpclip.config import SourceConfig
+from lpclip.files import locate, split
 from lpclip.images import open_source
 from lpclip.sources.base import TABLE_BYTES, UNIT_ROWS, File, Reader, Row, Source, choose, make_identity
-from lpclip.sources.fetch import join, locate, reason, retry, split
+from lpclip.sources.fetch import join, reason, retry
 from lpclip.views import CORRUPTIONS
 
 SEVERITIES = ("1", "2", "3", "4", "5")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from typing import TypeVar
+from http.client import HTTPMessage
+from typing import IO, TypeVar
 
 import pyarrow as pa
-from pyarrow import fs
+
+from lpclip import files
 
 RETRY_SECONDS = (0.2, 0.8)
 HTTP_TIMEOUT_SECONDS = 30
@@ -23,39 +23,47 @@ T = TypeVar("T")
 
 def join(root: str, path: str) -> str:
     """A path under root, which may be a URI with options; absolute paths and URIs stay as they are."""
-    if "://" in path or path.startswith("/"):
-        return path
-    base, options = _split_options(root)
-    return f"{base.rstrip('/')}/{path}{options}"
+    return path if "://" in path or path.startswith("/") else files.join(root, path)
 
 
-def split(uri: str) -> tuple[str, str]:
-    """A path's or URI's folder, and the name in it."""
-    base, options = _split_options(uri)
-    folder, _, name = base.rstrip("/").rpartition("/")
-    return f"{folder}{options}", name
+def scheme(uri: str) -> str:
+    """The scheme of a URI, `file` of a local path."""
+    return uri.partition("://")[0].lower() if "://" in uri else "file"
 
 
-def locate(uri: str) -> tuple[fs.FileSystem, str]:
-    """The file system and path of a local path or a URI that pyarrow knows (s3://bucket/key?region=...)."""
-    base, options = _split_options(uri)
-    scheme, separator, rest = base.partition("://")
-    if not separator:
-        return fs.LocalFileSystem(), uri
-    if scheme == "file":
-        return fs.LocalFileSystem(), urllib.parse.unquote(rest)
-    # Object names may hold what a URI may not: only the authority and the options are parsed as one.
-    authority, _, path = rest.partition("/")
-    filesystem, start = _filesystem(f"{scheme}://{authority}{options}")
-    return filesystem, f"{start.rstrip('/')}/{path}".rstrip("/")
+def followed(schemes: str, *, root: str) -> tuple[str, ...]:
+    """The schemes that are named by comma, and root's own. Raises ValueError when one is no scheme's name."""
+    return tuple(sorted({*scheme_names(schemes), scheme(root)}))
 
 
-def fetch_all(uris: Sequence[str], *, root: str, max_bytes: int) -> list[bytes | Exception]:
-    """The bytes of files under root or at URIs, in order; an exception in place of what cannot be read."""
+def scheme_names(schemes: str) -> list[str]:
+    """Names by comma, in lower case and sorted. Raises ValueError when one is no scheme's name."""
+    names = [name.strip().lower() for name in schemes.split(",") if name.strip()]
+    for name in names:
+        if not re.fullmatch(r"[a-z][a-z0-9+.-]*", name):
+            raise ValueError(f"--schemes {schemes}: {name!r} is no scheme; it takes names, as in https,s3")
+    return sorted(set(names))
+
+
+def refuse_scheme(uri: str, schemes: Sequence[str]) -> None:
+    """ValueError when a URI's scheme is not among those that are followed."""
+    if scheme(uri) not in schemes:
+        raise ValueError(f"{scheme(uri)}:// is not followed (--schemes)")
+
+
+def fetch_all(
+    uris: Sequence[str], *, root: str, max_bytes: int, schemes: Sequence[str]
+) -> list[bytes | Exception]:
+    """The bytes of files under root or at URIs, in order; an exception in place of what cannot be read.
+
+    Only URIs of these schemes are followed, also when an http server redirects to others.
+    """
 
     def fetch(uri: str) -> bytes | Exception:
         try:
-            return retry(lambda: _fetch(join(root, uri), max_bytes))
+            place = join(root, uri)
+            refuse_scheme(place, schemes)
+            return retry(lambda: _fetch(place, max_bytes, schemes))
         except (OSError, ValueError, pa.ArrowException) as error:
             return error
 
@@ -82,25 +90,33 @@ def reason(error: Exception) -> str:
     return " ".join(f"{error or type(error).__name__}".split())[:300]
 
 
-def _fetch(uri: str, max_bytes: int) -> bytes:
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    def __init__(self, schemes: Sequence[str]) -> None:
+        self.schemes = schemes
+
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
+        refuse_scheme(newurl, self.schemes)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _fetch(uri: str, max_bytes: int, schemes: Sequence[str]) -> bytes:
     if uri.startswith(("http://", "https://")):
-        with urllib.request.urlopen(uri, timeout=HTTP_TIMEOUT_SECONDS) as response:
+        opener = urllib.request.build_opener(_Redirects(schemes))
+        with opener.open(uri, timeout=HTTP_TIMEOUT_SECONDS) as response:
             data = response.read(max_bytes + 1)
         if len(data) > max_bytes:
             raise ValueError(f"more than {max_bytes} bytes")
         return data
-    filesystem, path = locate(uri)
+    filesystem, path = files.locate(uri)
     with filesystem.open_input_file(path) as file:
         if file.size() > max_bytes:
             raise ValueError(f"{file.size()} bytes, more than {max_bytes}")
         return file.read()
-
-
-@lru_cache(maxsize=64)
-def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    return fs.FileSystem.from_uri(uri)
-
-
-def _split_options(uri: str) -> tuple[str, str]:
-    match = re.search(r"\?\w+=[^/?]*$", uri) if "://" in uri else None
-    return (uri[: match.start()], match.group()) if match else (uri, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow.json
 from pyarrow import fs
 
 from lpclip.config import SourceConfig
+from lpclip.files import locate
 from lpclip.sources.base import (
     ID_COLUMNS,
     IMAGE_COLUMNS,
@@ -30,7 +32,7 @@ from lpclip.sources.base import (
     pick_column,
     refuse_duplicates,
 )
-from lpclip.sources.fetch import fetch_all, join, locate, reason
+from lpclip.sources.fetch import fetch_all, followed, join, reason, scheme
 
 FETCH_ROWS = 32
 
@@ -41,6 +43,7 @@ class FilesReader(Reader):
 
     root: str
     max_bytes: int
+    schemes: tuple[str, ...]
 
     def rows(self, unit: str) -> Iterator[Row]:
         """The files in order, fetched by several threads."""
@@ -49,7 +52,7 @@ class FilesReader(Reader):
         ids, labels = work.get("ids") or paths, work.get("labels") or [None] * len(paths)
         for start in range(0, len(paths), FETCH_ROWS):
             part = slice(start, start + FETCH_ROWS)
-            images = fetch_all(paths[part], root=self.root, max_bytes=self.max_bytes)
+            images = fetch_all(paths[part], root=self.root, max_bytes=self.max_bytes, schemes=self.schemes)
             for name, image, label in zip(ids[part], images, labels[part], strict=True):
                 yield make_row(name, image, label)
 
@@ -68,7 +71,7 @@ def open_folder(listing: Listing, *, config: SourceConfig, limit: int | None) ->
         name=listing.name,
         kind="folder",
         root=listing.root,
-        reader=FilesReader(root=listing.root, max_bytes=config.max_bytes),
+        reader=FilesReader(root=listing.root, max_bytes=config.max_bytes, schemes=(scheme(listing.root),)),
         units=_units(work, [listing.files[row].size or 0 for row in chosen]),
         num_rows=len(chosen),
         has_labels=bool(names),
@@ -98,6 +101,8 @@ def open_manifest(listing: Listing, *, config: SourceConfig, limit: int | None) 
     else:
         ids = [f"{file.path}:{row}" for row in range(len(paths))]
     labels, label_names = _labels(table, label_column)
+    schemes = followed(config.schemes, root=listing.root)
+    notes = _refused(paths, schemes, listing.root, file.path)
     chosen = choose(ids, limit)
     work = {
         "paths": [paths[row] for row in chosen],
@@ -105,19 +110,41 @@ def open_manifest(listing: Listing, *, config: SourceConfig, limit: int | None) 
         "labels": [labels[row] for row in chosen] if labels else None,
     }
     columns = (image_column, id_column, label_column)
-    files = [file, *_local_files(paths, listing.root)]
+    identity = make_identity(
+        "manifest",
+        [file, *_local_files(paths, listing.root)],
+        config=config,
+        limit=limit,
+        columns=columns,
+    )
     return Source(
         name=listing.name,
         kind="manifest",
         root=listing.root,
-        reader=FilesReader(root=listing.root, max_bytes=config.max_bytes),
+        reader=FilesReader(root=listing.root, max_bytes=config.max_bytes, schemes=schemes),
         units=_units(work, [0] * len(chosen)),
         num_rows=len(chosen),
         has_labels=labels is not None,
         label_names=label_names,
-        identity=make_identity("manifest", files, config=config, limit=limit, columns=columns),
+        identity=identity,
         config=config,
+        notes=notes,
     )
+
+
+def _refused(paths: Sequence[str], schemes: Sequence[str], root: str, name: str) -> tuple[str, ...]:
+    """A note on URIs whose schemes are not followed; ValueError when there are no others."""
+    counts = Counter(scheme(join(root, path)) for path in paths)
+    refused = {kind: count for kind, count in counts.items() if kind not in schemes}
+    if not refused:
+        return ()
+    found = ", ".join(f"{count:,} at {kind}://" for kind, count in sorted(refused.items()))
+    flag = f"--schemes {','.join(sorted({*schemes, *refused} - {'file'}))}"
+    if len(refused) == len(counts):
+        raise ValueError(
+            f"{name}: URIs of these schemes are not followed unless you say so: {found} ({flag})"
+        )
+    return (f"{name}: {found} will be quarantined, as their scheme is not followed ({flag} follows it)",)
 
 
 def _units(work: dict[str, list[Any] | None], sizes: Sequence[int]) -> tuple[str, ...]:

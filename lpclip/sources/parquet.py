@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lpclip.config import SourceConfig
+from lpclip.files import locate, split
 from lpclip.sources.base import (
     ID_COLUMNS,
     IMAGE_COLUMNS,
@@ -31,7 +32,7 @@ from lpclip.sources.base import (
     pick_column,
     refuse_duplicates,
 )
-from lpclip.sources.fetch import fetch_all, join, locate, reason, retry, split
+from lpclip.sources.fetch import fetch_all, followed, join, reason, retry
 
 T = TypeVar("T")
 
@@ -44,6 +45,7 @@ class ParquetReader(Reader):
 
     root: str
     max_bytes: int
+    schemes: tuple[str, ...]
     image_column: str
     id_column: str | None = None
     label_column: str | None = None
@@ -89,7 +91,9 @@ class ParquetReader(Reader):
         # Hugging Face's struct holds the bytes, or the path of a file that does.
         values = [(v["bytes"] or v["path"]) if isinstance(v, dict) else v for v in values]
         uris = [value for value in values if isinstance(value, str)]
-        fetched = iter(fetch_all(uris, root=folder, max_bytes=self.max_bytes) if uris else [])
+        fetched = iter(
+            fetch_all(uris, root=folder, max_bytes=self.max_bytes, schemes=self.schemes) if uris else []
+        )
         missing = ValueError("no image in this row")
         return [
             next(fetched) if isinstance(value, str) else missing if value is None else value
@@ -172,6 +176,10 @@ def open_parquet(listing: Listing, *, config: SourceConfig, limit: int | None) -
     ids = _ids(listing, id_column, [sum(groups) for groups in counts], needed=limit is not None)
     chosen = None if limit is None else np.array(choose(ids, limit))
     label_names = _label_names(listing, schemas, label_column) if label_column else None
+    schemes = followed(config.schemes, root=listing.root)
+    identity = make_identity(
+        "parquet", listing.files, config=config, limit=limit, columns=(image_column, id_column, label_column)
+    )
     return Source(
         name=listing.name,
         kind="parquet",
@@ -179,6 +187,7 @@ def open_parquet(listing: Listing, *, config: SourceConfig, limit: int | None) -
         reader=ParquetReader(
             root=listing.root,
             max_bytes=config.max_bytes,
+            schemes=schemes,
             image_column=image_column,
             id_column=id_column,
             label_column=label_column,
@@ -188,13 +197,7 @@ def open_parquet(listing: Listing, *, config: SourceConfig, limit: int | None) -
         num_rows=sum(map(sum, counts)) if chosen is None else len(chosen),
         has_labels=label_column is not None,
         label_names=label_names,
-        identity=make_identity(
-            "parquet",
-            listing.files,
-            config=config,
-            limit=limit,
-            columns=(image_column, id_column, label_column),
-        ),
+        identity=identity,
         config=config,
     )
 

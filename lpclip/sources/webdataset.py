@@ -13,8 +13,9 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from lpclip.config import SourceConfig
+from lpclip.files import locate
 from lpclip.sources.base import IMAGE_SUFFIXES, Listing, Reader, Row, Source, make_identity, make_row
-from lpclip.sources.fetch import join, locate, reason
+from lpclip.sources.fetch import join, reason
 
 TAR_ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error)
 # Of one sample: what a single one holds is in memory at once.

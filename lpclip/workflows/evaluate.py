@@ -91,7 +91,7 @@ def evaluate_job(job: EvaluateJob) -> dict[str, Any]:
         claim(out, identity, mark=False)
         params = {k: v for k, v in to_dict(job).items() if v is not None}
         with tracking.track(
-            job.tracking, name=out.rsplit("/", 1)[-1], params=params, resume_key=f"evaluate {out}"
+            job.tracking, name=files.split(out)[1], params=params, resume_key=f"evaluate {out}"
         ) as run:
             run.set_tags({"encoder": info.name, "data": sets[0].name, "out": out})
             found = _evaluate(job, out, sets, shown, classes, info, encoder)
@@ -110,6 +110,10 @@ def evaluate_job(job: EvaluateJob) -> dict[str, Any]:
         return summary
 
 
+def _parts(path: str) -> list[str]:
+    return files.split_options(path)[0].rstrip("/").split("/")
+
+
 def _load_probes(specs: tuple[str, ...]) -> tuple[dict[str, Probe], dict[str, str]]:
     """The probes by name, which must fit each other, and digests of their files."""
     paths = {}
@@ -118,9 +122,9 @@ def _load_probes(specs: tuple[str, ...]) -> tuple[dict[str, Probe], dict[str, st
         if separator and not (name and path):
             raise ValueError(f"--probe {spec}: give it as NAME=FOLDER")
         if not separator:
-            path, parts = spec, spec.rstrip("/").split("/")
+            path, parts = spec, _parts(spec)
             name = parts[-1]
-            if name in paths or sum(other.rstrip("/").split("/")[-1] == name for other in specs) > 1:
+            if name in paths or sum(_parts(other)[-1] == name for other in specs) > 1:
                 name = "/".join(parts[-2:])
         if name in paths or name == ZERO_SHOT:
             raise ValueError(

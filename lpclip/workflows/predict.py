@@ -28,7 +28,7 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
     start_ray()
     encoder, info = describe_probes_encoder(probe, pretrained=job.pretrained, with_head=False)
     views = base_views(probe.encoder["views"])
-    folder = job.features or f"{job.out}.features"
+    folder = job.features or files.add_suffix(job.out, ".features")
     with output_folder(folder) as held:
         print_plan(data, None, info=info, views=",".join(views), out=job.out)
         found = encode_views(

@@ -46,7 +46,7 @@ def selftrain_job(job: SelftrainJob) -> dict[str, Any]:
         print_plan(inputs.data, inputs.test, info=info, views=job.encode.views, out=out)
         print_training(job, classes, head)
         with tracking.track(
-            job.tracking, name=out.rsplit("/", 1)[-1], params=_parameters(job), resume_key=f"selftrain {out}"
+            job.tracking, name=files.split(out)[1], params=_parameters(job), resume_key=f"selftrain {out}"
         ) as run:
             run.set_tags({"encoder": info.name, "data": inputs.data.name, "out": out})
             return _selftrain(job, out, inputs, prior, info, head, run)

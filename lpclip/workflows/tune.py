@@ -89,7 +89,7 @@ def tune_job(job: TuneJob) -> dict[str, Any]:
         print_sweep_plan(job, space, classes=inputs.classes, count=count, concurrent=concurrent)
         params = {name: value for name, value in to_dict(job).items() if value is not None}
         with tracking.track(
-            job.tracking, name=out.rsplit("/", 1)[-1], params=params, resume_key=f"tune {out}"
+            job.tracking, name=files.split(out)[1], params=params, resume_key=f"tune {out}"
         ) as run:
             run.set_tags({"encoder": info.name, "data": inputs.data.name, "out": out})
             sweep = _Sweep(job, out, space, inputs, info, head, run)

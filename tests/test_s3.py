@@ -1,0 +1,192 @@
+"""Images, features and results in an S3-compatible store, by URI options and by the environment alike."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import draw, refusal
+from moto.server import ThreadedMotoServer
+from pyarrow import fs
+
+from lpclip import files, store
+from lpclip.probe import load_probe
+
+ROOT = Path(__file__).parent.parent
+SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """A server with an empty bucket, and keys in the environment; yields host:port."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/bucket", method="PUT")).close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "reader")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield f"{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def options(endpoint: str) -> str:
+    """What follows a URI that names its server itself."""
+    return f"?endpoint_override={endpoint}&scheme=http"
+
+
+def job(command: str, *, endpoint: str | None = None) -> str:
+    """A job as from a shell; what it said. With an endpoint, the environment names the server."""
+    name, *flags = command.split()
+    environment = dict(os.environ)
+    if endpoint:
+        environment["AWS_ENDPOINT_URL"] = f"http://{endpoint}"
+    done = subprocess.run(
+        [sys.executable, f"jobs/{name}", *flags],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert SECRET not in done.stdout + done.stderr
+    return done.stdout
+
+
+def test_files_come_back_and_folders_list_what_is_in_them(options: str) -> None:
+    folder = f"s3://bucket/files/a folder{options}"
+    files.make_folder(folder)
+    assert files.list_names(folder) == files.list_folders(folder) == []
+    names = ("plain.bin", "with 100%, a space.bin")
+    for name in names:
+        path = files.join(folder, name)
+        assert not files.exists(path)
+        for data in (b"", b"\x00\xff" * 1000, b"shorter"):
+            files.write_bytes(path, data)
+            assert files.read_bytes(path) == data
+    files.write_json(files.join(folder, "below", "value.json"), {"a": 1})
+    assert files.read_json(files.join(folder, "below", "value.json")) == {"a": 1}
+    table = pa.table({"id": ["a", "b"]})
+    files.write_parquet(files.join(folder, "table.parquet"), table)
+    assert pq.read_table(pa.BufferReader(files.read_bytes(files.join(folder, "table.parquet")))) == table
+    assert files.list_names(folder) == [names[0], "table.parquet", names[1]]
+    assert files.list_folders(folder) == ["below"]
+    files.delete(files.join(folder, names[0]))
+    assert not files.exists(files.join(folder, names[0]))
+    files.delete_folder(folder)
+    assert not files.exists(files.join(folder, names[1]))
+    with pytest.raises(FileNotFoundError):
+        files.read_bytes(files.join(folder, names[1]))
+    with pytest.raises(ValueError, match="cannot write to the output folder .*nowhere"):
+        files.make_folder(f"s3://nowhere/out{options}")
+
+
+def test_a_job_trains_in_a_bucket_and_its_probe_labels_images_from_there(
+    photos: Path, lite_map: None, options: str, tmp_path: Path
+) -> None:
+    filesystem, inner = files.resolve(f"s3://bucket/photos{options}")
+    fs.copy_files(str(photos), inner, destination_filesystem=filesystem)
+    data, out = f"s3://bucket/photos{options}", f"s3://bucket/runs/photos{options}"
+    said = job(f"selftrain.py --data {data} --views weak --rounds 2 --out {out}")
+    assert f"probe    s3://bucket/runs/photos/probe{options}" in said
+    summary = files.read_json(files.join(out, "summary.json"))
+    assert summary["images"] == {"encoded": 30, "quarantined": 0, "eval_quarantined": None}
+    expected = sum(
+        int.from_bytes(
+            hashlib.blake2b(
+                str(path.relative_to(photos)).encode() + b"\0" + path.read_bytes(), digest_size=16
+            ).digest(),
+            "big",
+        )
+        for path in photos.rglob("*.png")
+    )
+    manifest = store.read_manifest(summary["features"]["train"])
+    assert manifest is not None
+    assert manifest["content_digest"] == f"{expected % store.DIGEST_MODULUS:032x}"
+    assert "rounds.png" in files.list_names(files.join(out, "figures"))
+    probe = load_probe(files.join(out, "probe"))
+    assert len(probe.class_names) == 3
+    written = [files.read_bytes(files.join(out, name)) for name in ("summary.json", "job.json")]
+    written.append(Path(os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///")).read_bytes())
+    assert not any(SECRET.encode() in data for data in written)
+
+    table = f"s3://bucket/runs/labels.parquet{options}"
+    job(f"predict.py --probe {files.join(out, 'probe')} --data {photos} --out {table}")
+    rows = pq.read_table(pa.BufferReader(files.read_bytes(table))).to_pylist()
+    assert len(rows) == 30
+    assert {row["label"] for row in rows} <= set(probe.class_names)
+    assert not files.exists(files.add_suffix(table, ".features"))
+
+
+def test_an_interrupted_encoding_in_a_bucket_goes_on_there(
+    lite_map: None, endpoint: str, options: str, tmp_path: Path
+) -> None:
+    images = [draw(i % 3, i) for i in range(12)]
+    for number in range(2):
+        rows = range(150 * number, 150 * number + 150)
+        table = pa.table({"id": [f"row-{i}" for i in rows], "image": [images[i % 12] for i in rows]})
+        files.write_parquet(f"s3://bucket/lake/{number}.parquet{options}", table)
+    command = "encode.py --data s3://bucket/lake --views weak --out s3://bucket/encoded"
+    job(command, endpoint=endpoint)
+    path = files.read_json(f"s3://bucket/encoded/summary.json{options}")["features"]
+    there = f"{path}{options}"
+    before = store.read_manifest(there)
+    assert before is not None
+    assert (before["num_rows"], len(before["parts"])) == (300, 2)
+    kept, lost = before["parts"]
+    parts = [files.read_bytes(files.join(there, name)) for name in (kept, lost)]
+    files.delete(files.join(there, lost))
+    files.delete(files.join(there, "manifest.json"))
+    filesystem, inner = files.resolve(files.join(there, kept))
+    mtime = filesystem.get_file_info(inner).mtime_ns
+
+    assert "going on: 150 images are encoded already" in job(command, endpoint=endpoint)
+    after = store.read_manifest(there)
+    assert {**before, "images_per_second": None} == {**(after or {}), "images_per_second": None}
+    assert filesystem.get_file_info(inner).mtime_ns == mtime
+    for name, data in zip((kept, lost), parts, strict=True):
+        found = pq.read_table(pa.BufferReader(files.read_bytes(files.join(there, name))))
+        assert found == pq.read_table(pa.BufferReader(data))
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        f"--out s3://reader:{SECRET}@bucket/out",
+        f"--data s3://reader:ab/{SECRET}@bucket/photos",
+        f"--features abfs://container@account.dfs.core.windows.net/f?client_secret={SECRET}",
+    ],
+)
+def test_a_secret_in_a_uri_is_refused_and_not_repeated(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = refusal(f"encode.py {flag}", monkeypatch, capsys)
+    assert said.startswith(f"{flag.split()[0]} holds a password or a secret key")
+    assert SECRET not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_user_names_ports_and_containers_are_no_secrets() -> None:
+    for uri in (
+        "s3://bucket/a@b:c.png",
+        "abfs://container@account.dfs.core.windows.net/x",
+        "hdfs://namenode:8020/user@x/y",
+        "file:///a:b@c",
+    ):
+        files.refuse_secrets(uri)
+    with pytest.raises(ValueError) as refused:
+        files.resolve(f"s3://reader:{SECRET}@bucket/out")
+    assert SECRET not in str(refused.value)
