@@ -32,6 +32,8 @@ class SourceConfig:
     """Images with more pixels than this are quarantined before they are decoded."""
     max_bytes: int = 100_000_000
     """Encoded images larger than this are quarantined before they are decoded."""
+    read_timeout: float = 30.0
+    """Seconds that an image may take to come over http(s); it is tried three times, then quarantined."""
 
 
 @dataclass(frozen=True, kw_only=True)

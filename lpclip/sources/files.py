@@ -41,6 +41,7 @@ class FilesReader(Reader):
 
     root: str
     max_bytes: int
+    timeout: float
 
     def rows(self, unit: str) -> Iterator[Row]:
         """The files in order, fetched by several threads."""
@@ -49,7 +50,7 @@ class FilesReader(Reader):
         ids, labels = work.get("ids") or paths, work.get("labels") or [None] * len(paths)
         for start in range(0, len(paths), FETCH_ROWS):
             part = slice(start, start + FETCH_ROWS)
-            images = fetch_all(paths[part], root=self.root, max_bytes=self.max_bytes)
+            images = fetch_all(paths[part], root=self.root, max_bytes=self.max_bytes, timeout=self.timeout)
             for name, image, label in zip(ids[part], images, labels[part], strict=True):
                 yield make_row(name, image, label)
 
@@ -68,7 +69,7 @@ def open_folder(listing: Listing, *, config: SourceConfig, limit: int | None) ->
         name=listing.name,
         kind="folder",
         root=listing.root,
-        reader=FilesReader(root=listing.root, max_bytes=config.max_bytes),
+        reader=FilesReader(root=listing.root, max_bytes=config.max_bytes, timeout=config.read_timeout),
         units=_units(work, [listing.files[row].size or 0 for row in chosen]),
         num_rows=len(chosen),
         has_labels=bool(names),
@@ -110,7 +111,7 @@ def open_manifest(listing: Listing, *, config: SourceConfig, limit: int | None) 
         name=listing.name,
         kind="manifest",
         root=listing.root,
-        reader=FilesReader(root=listing.root, max_bytes=config.max_bytes),
+        reader=FilesReader(root=listing.root, max_bytes=config.max_bytes, timeout=config.read_timeout),
         units=_units(work, [0] * len(chosen)),
         num_rows=len(chosen),
         has_labels=labels is not None,

@@ -44,6 +44,7 @@ class ParquetReader(Reader):
 
     root: str
     max_bytes: int
+    timeout: float
     image_column: str
     id_column: str | None = None
     label_column: str | None = None
@@ -89,7 +90,8 @@ class ParquetReader(Reader):
         # Hugging Face's struct holds the bytes, or the path of a file that does.
         values = [(v["bytes"] or v["path"]) if isinstance(v, dict) else v for v in values]
         uris = [value for value in values if isinstance(value, str)]
-        fetched = iter(fetch_all(uris, root=folder, max_bytes=self.max_bytes) if uris else [])
+        limits: dict[str, Any] = {"max_bytes": self.max_bytes, "timeout": self.timeout}
+        fetched = iter(fetch_all(uris, root=folder, **limits) if uris else [])
         missing = ValueError("no image in this row")
         return [
             next(fetched) if isinstance(value, str) else missing if value is None else value
@@ -179,6 +181,7 @@ def open_parquet(listing: Listing, *, config: SourceConfig, limit: int | None) -
         reader=ParquetReader(
             root=listing.root,
             max_bytes=config.max_bytes,
+            timeout=config.read_timeout,
             image_column=image_column,
             id_column=id_column,
             label_column=label_column,
