@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -312,25 +313,29 @@ def encode(
     encoded_now, num_losses = bool(todo), 0
     bad: Counter[int] = Counter()
     while todo:
-        dataset = _pipeline(
-            source,
-            todo,
-            info=info,
-            encoder=encoder,
-            config=config,
-            seed=seed,
-            path=path,
-            head=head,
-            scores_path=scores_path,
-        )
         try:
-            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                assert isinstance(batch, pa.Table)
-                for row in batch.to_pylist():
-                    bad[row["unit"]] += row["bad"]
-                progress.advance(sum(batch["images"].to_pylist()), bad=sum(batch["bad"].to_pylist()))
+            # Not kept in a variable: see below.
+            for counts in _follow(
+                _pipeline(
+                    source,
+                    todo,
+                    info=info,
+                    encoder=encoder,
+                    config=config,
+                    seed=seed,
+                    path=path,
+                    head=head,
+                    scores_path=scores_path,
+                )
+            ):
+                bad[counts["unit"]] += counts["bad"]
+                progress.advance(counts["images"], bad=counts["bad"])
                 _check_bad(source, path, bad=bad.total(), seen=source.num_rows)
-        except LOSSES as error:
+        except Exception as error:
+            # An error's frames hold the pipeline, and that its encoders: their CPUs would be missed by the next one.
+            traceback.clear_frames(error.__traceback__)
+            if not isinstance(error, LOSSES):
+                raise
             # Ray would restart a dying encoder for ever; parts that are there need no encoder.
             num_losses += 1
             what = _go_on_after(error, num_losses)
@@ -347,6 +352,13 @@ def encode(
     manifest = store.finish_store(path, identity, num_units=len(source.units), rate=rate)
     check_manifest(source, path, manifest)
     return manifest
+
+
+def _follow(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    """Run the pipeline; the counts of each part, when it is committed."""
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        assert isinstance(batch, pa.Table)
+        yield from batch.to_pylist()
 
 
 def _go_on_after(error: BaseException, num_losses: int) -> str:
