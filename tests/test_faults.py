@@ -377,8 +377,7 @@ def test_a_machine_that_joins_takes_its_share(
 
 
 FULL_DISK = """
-import os, resource
-from pathlib import Path
+import contextlib, os, resource
 from test_faults import below
 from lpclip.cli import main
 from lpclip.config import EncodeJob
@@ -388,7 +387,8 @@ from lpclip.workflows.encode import encode_job
 start_ray()
 # Processes to come take over the raylet's limit.
 for pid in below(os.getpid()):
-    resource.prlimit(pid, resource.RLIMIT_FSIZE, (150_000, 150_000))
+    with contextlib.suppress(ProcessLookupError):  # such as the one that made the list
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (150_000, 150_000))
 main(encode_job, EncodeJob)
 """
 
