@@ -35,6 +35,8 @@ class SourceConfig:
     schemes: str = "https"
     """Schemes by comma of the URIs in manifests and Parquet that are followed, such as https,http,s3. Always followed:
     what lies where the manifest does, and any local path named by a local one."""
+    read_timeout: float = 30.0
+    """Seconds that an image may take to come over http(s); it is tried three times, then quarantined."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import time
+import traceback
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -232,7 +234,15 @@ def _commit(
     return pa.Table.from_pylist(counts)
 
 
-MAX_LOST_ENCODERS = 3
+# How often an encoder, a machine, or a process over one unit of work may die.
+MAX_LOSSES = 3
+LOSSES = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+)
 
 # glibc gives the large activations of every forward pass back to the kernel and takes them anew, page by page:
 # on CPUs that can cost more than the arithmetic. One heap that only grows costs a peak's worth of memory.
@@ -261,7 +271,8 @@ class Plan:
 def plan_actors(num_actors: int | None) -> Plan:
     """One actor for each GPU, else one for every eight CPUs of a node. Half of a node's CPUs stay for decoding.
 
-    An actor that held all CPUs would starve the tasks that feed it, and the pipeline would wait for ever.
+    Actors that held all CPUs would starve the tasks that feed them, and the pipeline would wait for ever. So all
+    of them fit into half of the smallest node, whatever others are lost, and hold nothing of a single CPU.
     """
     if num_actors is not None and num_actors < 1:
         raise ValueError(f"--num-actors must be at least 1, not {num_actors}")
@@ -272,8 +283,9 @@ def plan_actors(num_actors: int | None) -> Plan:
     nodes = [cpus for cpus in nodes if cpus >= 1]
     count = num_actors or sum(max(1, int(cpus) // 8) for cpus in nodes)
     share = min(nodes) / max(1, -(-count // len(nodes)))
+    cpus = 0.45 * min(nodes) / count if min(nodes) >= 2 else 0.0
     # Never a whole CPU: stages with the same request would be fused into one process.
-    cpus = 0.45 * share if 0.45 * share != 1 else 0.9
+    cpus = 0.9 if cpus == 1 else cpus
     return Plan(num_actors=count, cpus_per_actor=cpus, gpus_per_actor=0, num_threads=max(1, int(share)))
 
 
@@ -302,43 +314,72 @@ def encode(
     progress = Progress(f"encoding {source.name}", total=source.num_rows, done=sum(done.values()))
     if done and todo:
         print(f"going on: {progress.done:,} images are encoded already", flush=True)
-    encoded_now, failures = bool(todo), 0
+    encoded_now, num_losses = bool(todo), 0
+    bad: Counter[int] = Counter()
     while todo:
-        dataset = _pipeline(
-            source,
-            todo,
-            info=info,
-            encoder=encoder,
-            config=config,
-            seed=seed,
-            path=path,
-            head=head,
-            scores_path=scores_path,
-        )
         try:
-            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                assert isinstance(batch, pa.Table)
-                progress.advance(sum(batch["images"].to_pylist()), bad=sum(batch["bad"].to_pylist()))
-                _check_bad(source, path, bad=progress.bad, seen=source.num_rows)
-        except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
+            # Not kept in a variable: see below.
+            for counts in _follow(
+                _pipeline(
+                    source,
+                    todo,
+                    info=info,
+                    encoder=encoder,
+                    config=config,
+                    seed=seed,
+                    path=path,
+                    head=head,
+                    scores_path=scores_path,
+                )
+            ):
+                bad[counts["unit"]] += counts["bad"]
+                progress.advance(counts["images"], bad=counts["bad"])
+                _check_bad(source, path, bad=bad.total(), seen=source.num_rows)
+        except Exception as error:
+            # An error's frames hold the pipeline, and that its encoders: their CPUs would be missed by the next one.
+            traceback.clear_frames(error.__traceback__)
+            if not isinstance(error, LOSSES):
+                raise
             # Ray would restart a dying encoder for ever; parts that are there need no encoder.
-            failures += 1
-            if failures == MAX_LOST_ENCODERS:
-                raise ValueError(
-                    f"an encoder died {failures} times, the last time with: {str(error).splitlines()[0]}; what is "
-                    "encoded is kept, the same command goes on; a smaller --batch-size needs less memory"
-                ) from error
-            print(f"an encoder was lost, going on ({failures} of {MAX_LOST_ENCODERS - 1} times)", flush=True)
+            num_losses += 1
+            what = _go_on_after(error, num_losses)
+            print(f"{what} was lost, going on ({num_losses} of {MAX_LOSSES - 1} times)", flush=True)
         else:
             break
         done = store.open_store(path, identity)
         todo = [unit for unit in todo if unit not in done]
-        progress.done = sum(done.values())
+        # Units that are encoded again must not count twice.
+        bad = Counter({unit: count for unit, count in bad.items() if unit in done})
+        progress.done, progress.bad = sum(done.values()), bad.total()
     progress.close()
     rate = progress.rate if encoded_now else None
     manifest = store.finish_store(path, identity, num_units=len(source.units), rate=rate)
     check_manifest(source, path, manifest)
     return manifest
+
+
+def _follow(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    """Run the pipeline; the counts of each part, when it is committed."""
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        assert isinstance(batch, pa.Table)
+        yield from batch.to_pylist()
+
+
+def _go_on_after(error: BaseException, num_losses: int) -> str:
+    """What was lost, in words; ValueError when it is no use to go on."""
+    cause = str(error).splitlines()[0]
+    kept = f"the last time with: {cause}; what is encoded is kept, the same command goes on"
+    if isinstance(error, ray.exceptions.WorkerCrashedError):
+        raise ValueError(
+            f"a process that reads and decodes images died {MAX_LOSSES} times over the same ones, {kept}; a file "
+            "that brings its decoder down must be taken out, and memory that is short wants fewer CPUs"
+        ) from error
+    what = "an encoder" if isinstance(error, ray.exceptions.RayActorError) else "a machine or its memory"
+    if num_losses == MAX_LOSSES:
+        raise ValueError(
+            f"{what} died {num_losses} times, {kept}; a smaller --batch-size needs less memory"
+        ) from error
+    return what
 
 
 def check_manifest(source: Source, path: str, manifest: dict[str, Any]) -> None:
@@ -384,10 +425,11 @@ def _pipeline(
     )
     # Ray Data insists on a number of rows where GPUs are asked for; tables of small units are put together to it.
     rows = min(config.batch_size, _rows_at_once(pixel_views(views), info.preprocess))
-    blocks = ray.data.range(len(todo), override_num_blocks=len(todo))
-    decoded = blocks.map_batches(decode_unit, batch_size=1, num_cpus=1)
-    # Restarts have no parameter of their own: they go the way that Ray means to close.
+    # Retries and restarts have no parameter of their own: they go the way that Ray means to close.
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+    blocks = ray.data.range(len(todo), override_num_blocks=len(todo))
+    # Ray Data would try a unit for ever whose images bring the decoder down.
+    decoded = blocks.map_batches(decode_unit, batch_size=1, num_cpus=1, max_retries=MAX_LOSSES - 1)
     encoded = decoded.map_batches(
         _Encode,
         batch_size=rows if plan.gpus_per_actor else None,

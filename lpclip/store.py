@@ -14,6 +14,7 @@ The fingerprint covers whatever changes a feature.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -82,6 +83,7 @@ class Part:
 
 
 _PART_NAME = re.compile(r"part-(\d+)-(\d+)-(\d+)(-last)?\.parquet")
+_HALF_PART = re.compile(_PART_NAME.pattern + r"\.\w+\.tmp")
 
 
 def list_parts(path: str) -> list[Part]:
@@ -100,7 +102,8 @@ def _is_whole(parts: list[Part]) -> bool:
 def open_store(path: str, identity: dict[str, Any]) -> dict[int, int]:
     """Begin a store, or go on with an interrupted one. Returns the units that are done and their row counts.
 
-    Parts of unfinished units are removed: the unit is encoded again as a whole, perhaps cut otherwise.
+    Parts of unfinished units are removed: the unit is encoded again as a whole, perhaps cut otherwise. So are
+    parts that a killed process had begun to write.
     Raises ValueError when the folder holds a store of another fingerprint, or cannot be written.
     """
     files.make_folder(path)
@@ -112,6 +115,10 @@ def open_store(path: str, identity: dict[str, Any]) -> dict[int, int]:
         )
     else:
         files.write_json(files.join(path, "identity.json"), identity)
+    for name in files.list_names(path):
+        if _HALF_PART.fullmatch(name):
+            with contextlib.suppress(FileNotFoundError):  # a lost run's last task may end it yet
+                files.delete(files.join(path, name))
     done = {}
     for unit, group in itertools.groupby(list_parts(path), key=lambda part: part.unit):
         parts = list(group)

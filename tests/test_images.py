@@ -597,7 +597,9 @@ class TestSchemes:
         root = "s3://bucket/lists"
         schemes = followed("https", root=root)
         assert schemes == ("https", "s3")
-        for found in fetch_all([str(path), path.as_uri()], root=root, max_bytes=1000, schemes=schemes):
+        for found in fetch_all(
+            [str(path), path.as_uri()], root=root, max_bytes=1000, schemes=schemes, timeout=30
+        ):
             assert str(found) == "file:// is not followed (--schemes)"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import re
 import time
 import urllib.error
@@ -16,7 +17,8 @@ import pyarrow as pa
 from lpclip import files
 
 RETRY_SECONDS = (0.2, 0.8)
-HTTP_TIMEOUT_SECONDS = 30
+# Of the client errors, those that say "later": request timeout and too many requests.
+HTTP_LATER = (408, 429)
 
 T = TypeVar("T")
 
@@ -52,18 +54,19 @@ def refuse_scheme(uri: str, schemes: Sequence[str]) -> None:
 
 
 def fetch_all(
-    uris: Sequence[str], *, root: str, max_bytes: int, schemes: Sequence[str]
+    uris: Sequence[str], *, root: str, max_bytes: int, schemes: Sequence[str], timeout: float
 ) -> list[bytes | Exception]:
     """The bytes of files under root or at URIs, in order; an exception in place of what cannot be read.
 
-    Only URIs of these schemes are followed, also when an http server redirects to others.
+    Only URIs of these schemes are followed, also when an http server redirects to others. `timeout` is in seconds, for
+    one attempt over http(s); other file systems have limits of their own.
     """
 
     def fetch(uri: str) -> bytes | Exception:
         try:
             place = join(root, uri)
             refuse_scheme(place, schemes)
-            return retry(lambda: _fetch(place, max_bytes, schemes))
+            return retry(lambda: _fetch(place, max_bytes=max_bytes, schemes=schemes, timeout=timeout))
         except (OSError, ValueError, pa.ArrowException) as error:
             return error
 
@@ -79,7 +82,11 @@ def retry(read: Callable[[], T]) -> T:
         except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
             raise
         except OSError as error:
-            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+            if (
+                isinstance(error, urllib.error.HTTPError)
+                and error.code < 500
+                and error.code not in HTTP_LATER
+            ):
                 raise
             time.sleep(seconds)
     return read()
@@ -107,16 +114,32 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _fetch(uri: str, max_bytes: int, schemes: Sequence[str]) -> bytes:
+def _fetch(uri: str, *, max_bytes: int, schemes: Sequence[str], timeout: float) -> bytes:
     if uri.startswith(("http://", "https://")):
-        opener = urllib.request.build_opener(_Redirects(schemes))
-        with opener.open(uri, timeout=HTTP_TIMEOUT_SECONDS) as response:
-            data = response.read(max_bytes + 1)
-        if len(data) > max_bytes:
-            raise ValueError(f"more than {max_bytes} bytes")
-        return data
+        try:
+            return _fetch_http(uri, max_bytes=max_bytes, schemes=schemes, timeout=timeout)
+        except http.client.HTTPException as error:
+            raise ConnectionError(f"no valid answer ({reason(error)})") from error
     filesystem, path = files.locate(uri)
     with filesystem.open_input_file(path) as file:
         if file.size() > max_bytes:
             raise ValueError(f"{file.size()} bytes, more than {max_bytes}")
         return file.read()
+
+
+def _fetch_http(uri: str, *, max_bytes: int, schemes: Sequence[str], timeout: float) -> bytes:
+    deadline = time.monotonic() + timeout
+    opener = urllib.request.build_opener(_Redirects(schemes))
+    with opener.open(uri, timeout=timeout) as response:
+        size = response.length
+        data = bytearray()
+        # What has come so far, bit by bit: a read of all would wait for a server that trickles.
+        while len(data) != size and len(data) <= max_bytes and (part := response.read1(1 << 16)):
+            data += part
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"timed out after {len(data)} bytes")
+    if len(data) > max_bytes:
+        raise ValueError(f"more than {max_bytes} bytes")
+    if size is not None and len(data) < size:
+        raise ConnectionError(f"the connection ended after {len(data)} of {size} bytes")
+    return bytes(data)

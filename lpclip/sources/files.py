@@ -44,6 +44,7 @@ class FilesReader(Reader):
     root: str
     max_bytes: int
     schemes: tuple[str, ...]
+    timeout: float
 
     def rows(self, unit: str) -> Iterator[Row]:
         """The files in order, fetched by several threads."""
@@ -52,7 +53,13 @@ class FilesReader(Reader):
         ids, labels = work.get("ids") or paths, work.get("labels") or [None] * len(paths)
         for start in range(0, len(paths), FETCH_ROWS):
             part = slice(start, start + FETCH_ROWS)
-            images = fetch_all(paths[part], root=self.root, max_bytes=self.max_bytes, schemes=self.schemes)
+            images = fetch_all(
+                paths[part],
+                root=self.root,
+                max_bytes=self.max_bytes,
+                schemes=self.schemes,
+                timeout=self.timeout,
+            )
             for name, image, label in zip(ids[part], images, labels[part], strict=True):
                 yield make_row(name, image, label)
 
@@ -71,7 +78,12 @@ def open_folder(listing: Listing, *, config: SourceConfig, limit: int | None) ->
         name=listing.name,
         kind="folder",
         root=listing.root,
-        reader=FilesReader(root=listing.root, max_bytes=config.max_bytes, schemes=(scheme(listing.root),)),
+        reader=FilesReader(
+            root=listing.root,
+            max_bytes=config.max_bytes,
+            schemes=(scheme(listing.root),),
+            timeout=config.read_timeout,
+        ),
         units=_units(work, [listing.files[row].size or 0 for row in chosen]),
         num_rows=len(chosen),
         has_labels=bool(names),
@@ -121,7 +133,9 @@ def open_manifest(listing: Listing, *, config: SourceConfig, limit: int | None) 
         name=listing.name,
         kind="manifest",
         root=listing.root,
-        reader=FilesReader(root=listing.root, max_bytes=config.max_bytes, schemes=schemes),
+        reader=FilesReader(
+            root=listing.root, max_bytes=config.max_bytes, schemes=schemes, timeout=config.read_timeout
+        ),
         units=_units(work, [0] * len(chosen)),
         num_rows=len(chosen),
         has_labels=labels is not None,

@@ -46,6 +46,7 @@ class ParquetReader(Reader):
     root: str
     max_bytes: int
     schemes: tuple[str, ...]
+    timeout: float
     image_column: str
     id_column: str | None = None
     label_column: str | None = None
@@ -91,9 +92,12 @@ class ParquetReader(Reader):
         # Hugging Face's struct holds the bytes, or the path of a file that does.
         values = [(v["bytes"] or v["path"]) if isinstance(v, dict) else v for v in values]
         uris = [value for value in values if isinstance(value, str)]
-        fetched = iter(
-            fetch_all(uris, root=folder, max_bytes=self.max_bytes, schemes=self.schemes) if uris else []
-        )
+        limits: dict[str, Any] = {
+            "max_bytes": self.max_bytes,
+            "schemes": self.schemes,
+            "timeout": self.timeout,
+        }
+        fetched = iter(fetch_all(uris, root=folder, **limits) if uris else [])
         missing = ValueError("no image in this row")
         return [
             next(fetched) if isinstance(value, str) else missing if value is None else value
@@ -188,6 +192,7 @@ def open_parquet(listing: Listing, *, config: SourceConfig, limit: int | None) -
             root=listing.root,
             max_bytes=config.max_bytes,
             schemes=schemes,
+            timeout=config.read_timeout,
             image_column=image_column,
             id_column=id_column,
             label_column=label_column,

@@ -1,0 +1,523 @@
+"""Faults that befall long encodings, each really injected: no row is lost or doubled, no feature differs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from conftest import draw, write_tar
+from ray.cluster_utils import Cluster
+
+from lpclip import store
+from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
+from lpclip.encode import encode
+from lpclip.images import Source, open_source
+from lpclip.sources.base import Reader, Row
+from lpclip.zero_shot import EncoderInfo, describe_encoder
+
+pytestmark = pytest.mark.usefixtures("lite_map")
+ROOT = Path(__file__).parent.parent
+LITE = EncoderConfig()
+NUM_TARS, TAR_IMAGES, BAD_TARS = 12, 24, (2, 5, 8)
+IDS = {f"{tar:02d}.tar/{i:03d}" for tar in range(NUM_TARS) for i in range(TAR_IMAGES)}
+BAD_IDS = {f"{tar:02d}.tar/007" for tar in BAD_TARS}
+WAIT_SECONDS = 240
+
+Parts = dict[str, tuple[int, bytes]]
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve tars, each a unit of work; three of them with an image that is none."""
+    folder = tmp_path_factory.mktemp("faults") / "tars"
+    folder.mkdir()
+    for tar in range(NUM_TARS):
+        images = {f"{i:03d}.png": draw(i % 3, 100 * tar + i) for i in range(TAR_IMAGES)}
+        write_tar(folder / f"{tar:02d}.tar", images | ({"007.png": b"none"} if tar in BAD_TARS else {}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def info() -> EncoderInfo:
+    return describe_encoder(LITE, class_names=(), templates=())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tars: Path, cluster: None, info: EncoderInfo, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
+    """The features of a run without a fault, by id."""
+    path = tmp_path_factory.mktemp("undisturbed") / "store"
+    run(open_source(str(tars), config=SourceConfig()), info, path)
+    return features(path)
+
+
+def run(
+    source: Source, info: EncoderInfo, path: Path, *, views: str = EncodeConfig().views
+) -> dict[str, Any]:
+    config = EncodeConfig(views=views)
+    return encode(source, info=info, encoder=LITE, config=config, seed=0, path=str(path))
+
+
+def features(path: Path) -> dict[str, bytes]:
+    """Bytes of all features by id; an id that is there twice fails."""
+    found = store.load(str(path))
+    views = zip(found.ids.tolist(), found.base, *found.strong.values(), strict=True)
+    by_id = {name: b"".join(row.tobytes() for row in rows) for name, *rows in views}
+    assert len(by_id) == len(found.ids), "doubled"
+    return by_id
+
+
+def parts(path: Path) -> Parts:
+    """Time and bytes of the parts that are there."""
+    names = [part.name for part in store.list_parts(str(path))]
+    return {name: ((path / name).stat().st_mtime_ns, (path / name).read_bytes()) for name in names}
+
+
+def assert_whole(path: Path, *, expected: dict[str, bytes], before: Parts) -> None:
+    """Every row is there once, as without the fault, and what was committed before it was not encoded again."""
+    manifest = store.read_manifest(str(path))
+    assert manifest is not None
+    quarantined = pq.read_table(path / "quarantine.parquet")["id"].to_pylist()
+    assert features(path) == expected
+    assert (manifest["num_rows"], manifest["num_quarantined"]) == (len(expected), len(quarantined))
+    assert len(quarantined) == len(BAD_IDS)
+    assert set(quarantined) == BAD_IDS == IDS - set(expected)
+    assert len(expected) + len(quarantined) == len(IDS) == NUM_TARS * TAR_IMAGES
+    after = parts(path)
+    assert {name: after.get(name) for name in before} == before
+    assert {p.name for p in path.iterdir()} == {
+        *after,
+        "identity.json",
+        "manifest.json",
+        "quarantine.parquet",
+    }
+
+
+def wait_for(condition: Callable[[], Any], what: str, *, told: Callable[[], str]) -> Any:
+    """What the condition says when it first says something; the test fails when that takes too long."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"{what}: not in {WAIT_SECONDS} s; so far:\n{told()}")
+        time.sleep(0.02)
+    return found
+
+
+def below(pid: int) -> dict[int, str]:
+    """Titles of all living processes below one."""
+    command = ["ps", "-eo", "pid=,ppid=,stat=,args=", "-ww"]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 3) for line in listing.splitlines()]
+    found = [pid]
+    for above in found:
+        found += [int(child) for child, parent, *_ in rows if int(parent) == above]
+    titles = {int(child): title for child, _, stat, title in rows if not stat.startswith("Z")}
+    return {child: titles[child] for child in found[1:] if child in titles}
+
+
+class Job:
+    """encode.py in a process of its own that writes what it prints to a file; killed at the end of a `with`."""
+
+    def __init__(self, data: Path, out: Path, *flags: str, address: str = "", program: str = "") -> None:
+        self.out, self._log = out, out.with_name(f"{out.name}-{time.monotonic_ns()}.log")
+        program_words = ["-c", program] if program else ["jobs/encode.py"]
+        words = [sys.executable, *program_words, "--data", str(data), "--out", str(out), *flags]
+        environment = {**os.environ, "RAY_OVERRIDE_RESOURCES": '{"CPU": 2}', "PYTHONPATH": str(ROOT)}
+        if address:
+            environment["RAY_ADDRESS"] = address
+            del environment["RAY_OVERRIDE_RESOURCES"]
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.kill()
+
+    @property
+    def told(self) -> str:
+        return self._log.read_text()
+
+    @property
+    def store(self) -> Path:
+        return next((path for path in (self.out / "features").glob("*")), self.out)
+
+    def kill(self) -> None:
+        """SIGKILL for the driver alone: its private Ray has to end by itself, and does so in time."""
+        pids = {self._process.pid, *below(self._process.pid)}
+        self._process.kill()
+        self._process.wait()
+        wait_for(
+            lambda: not pids & below(1).keys(), "the end of a killed driver's Ray", told=lambda: self.told
+        )
+
+    def wait_for_parts(self, count: int) -> Parts:
+        """The parts that are there, as soon as they are `count`, with most of the work still to do."""
+
+        def enough() -> bool:
+            assert self._process.poll() is None, self.told
+            return len(store.list_parts(str(self.store))) >= count
+
+        wait_for(enough, f"{count} parts", told=lambda: self.told)
+        before = parts(self.store)
+        assert count <= len(before) < NUM_TARS, self.told
+        return before
+
+    def ends(self) -> int:
+        """Its exit code."""
+        wait_for(lambda: self._process.poll() is not None, "the end of the job", told=lambda: self.told)
+        return self._process.returncode
+
+
+def encoders() -> list[int]:
+    """Encoder actors on the tests' own Ray."""
+    return [pid for pid, title in below(os.getpid()).items() if title.startswith("ray::MapWorker")]
+
+
+class Encoding(threading.Thread):
+    """encode() beside the test, on the tests' own Ray."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(daemon=True)
+        self.error: Exception | None = None
+        self._arguments = arguments
+        self._killed = set(encoders())  # of a test before, perhaps still ending
+        self.start()
+
+    def run(self) -> None:
+        try:
+            run(*self._arguments)
+        except Exception as error:
+            self.error = error
+
+    def kill_encoder(self) -> None:
+        """SIGKILL for the encoder actor, when there is one that was not killed yet."""
+
+        def find() -> int | None:
+            assert self.is_alive(), self.error
+            return next((pid for pid in encoders() if pid not in self._killed), None)
+
+        pid = wait_for(find, "an encoder", told=lambda: str(below(os.getpid())))
+        self._killed.add(pid)
+        os.kill(pid, signal.SIGKILL)
+
+    def ends(self) -> None:
+        self.join(WAIT_SECONDS)
+        assert not self.is_alive(), f"no end in {WAIT_SECONDS} s: {below(os.getpid())}"
+
+
+def test_a_killed_driver_takes_its_ray_along_and_the_same_command_goes_on(
+    tars: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    with Job(tars, tmp_path / "out") as job:
+        job.wait_for_parts(3)
+        job.kill()
+        before = parts(job.store)
+        # What a kill in the middle of a write leaves.
+        (job.store / f"{max(before)}.0123456789abcdef.tmp").write_bytes(b"half a part")
+    with Job(tars, tmp_path / "out") as job:
+        assert job.ends() == 0, job.told
+        assert f"going on: {len(before) * TAR_IMAGES} images are encoded already" in job.told
+        assert_whole(job.store, expected=undisturbed, before=before)
+
+
+def test_a_lost_encoder_is_replaced(
+    tars: Path,
+    undisturbed: dict[str, bytes],
+    info: EncoderInfo,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    encoding = Encoding(open_source(str(tars), config=SourceConfig()), info, tmp_path)
+    wait_for(lambda: len(store.list_parts(str(tmp_path))) >= 3, "3 parts", told=lambda: str(encoding.error))
+    before = parts(tmp_path)
+    encoding.kill_encoder()
+    assert len(before) < NUM_TARS
+    encoding.ends()
+    assert encoding.error is None
+    assert "an encoder was lost, going on (1 of 2 times)" in capsys.readouterr().out
+    assert_whole(tmp_path, expected=undisturbed, before=before)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_encoders_that_die_again_and_again_end_the_job(tars: Path, info: EncoderInfo, tmp_path: Path) -> None:
+    encoding = Encoding(open_source(str(tars), config=SourceConfig()), info, tmp_path)
+    for _ in range(3):
+        encoding.kill_encoder()
+    encoding.ends()
+    assert isinstance(encoding.error, ValueError)
+    assert str(encoding.error).startswith("an encoder died 3 times, the last time with: The actor died")
+    assert "what is encoded is kept, the same command goes on" in str(encoding.error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeadlyReader(Reader):
+    """Reads like another, and takes its process down in the middle of the sixth tar: `times` times."""
+
+    reader: Reader
+    folder: Path
+    times: int
+
+    def rows(self, unit: str) -> Iterator[Row]:
+        for number, row in enumerate(self.reader.rows(unit)):
+            if row.id.startswith("05.tar") and number == TAR_IMAGES // 2:
+                deaths = len(list(self.folder.iterdir()))
+                if deaths < self.times:
+                    (self.folder / str(deaths)).touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+            yield row
+
+
+@pytest.fixture
+def deadly(tars: Path, tmp_path: Path) -> Iterator[Callable[[int], Source]]:
+    """The tars, with a reader that dies so many times."""
+    (tmp_path / "deaths").mkdir()
+    # Workers cannot import a test.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+    def make(times: int) -> Source:
+        source = open_source(str(tars), config=SourceConfig())
+        reader = DeadlyReader(reader=source.reader, folder=tmp_path / "deaths", times=times)
+        return replace(source, reader=reader)
+
+    yield make
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+def test_a_decoding_process_that_dies_is_replaced(
+    deadly: Callable[[int], Source],
+    undisturbed: dict[str, bytes],
+    info: EncoderInfo,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    encoding = Encoding(deadly(1), info, tmp_path / "store")
+    encoding.ends()
+    assert encoding.error is None
+    assert len(list((tmp_path / "deaths").iterdir())) == 1
+    assert "was lost" not in capsys.readouterr().out  # Ray's own retry of one unit is enough
+    assert_whole(tmp_path / "store", expected=undisturbed, before={})
+
+
+def test_images_that_bring_their_decoder_down_end_the_job_and_what_is_encoded_is_kept(
+    deadly: Callable[[int], Source], undisturbed: dict[str, bytes], info: EncoderInfo, tmp_path: Path
+) -> None:
+    encoding = Encoding(deadly(1000), info, tmp_path / "store")
+    encoding.ends()
+    assert isinstance(encoding.error, ValueError)
+    assert str(encoding.error).startswith(
+        "a process that reads and decodes images died 3 times over the same"
+    )
+    assert "what is encoded is kept, the same command goes on; a file that brings" in str(encoding.error)
+    assert len(list((tmp_path / "deaths").iterdir())) == 3
+    before = parts(tmp_path / "store")
+    # The failed pipeline's encoder must have left its CPUs, though its error is still held here.
+    again = Encoding(deadly(0), info, tmp_path / "store")
+    again.ends()
+    assert again.error is None
+    assert_whole(tmp_path / "store", expected=undisturbed, before=before)
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Cluster]:
+    """A head of one CPU, to which machines come and go."""
+    machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    yield machines
+    machines.shutdown()
+
+
+def raylet(node: Any) -> int:
+    return node.all_processes["raylet"][0].process.pid
+
+
+def test_a_machine_that_dies_costs_what_it_had_in_hand(
+    machines: Cluster, tars: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    worker = machines.add_node(num_cpus=2)
+    with Job(tars, tmp_path / "out", address=machines.address) as job:
+        before = job.wait_for_parts(3)
+        assert any("ray::" in title for title in below(raylet(worker)).values()), "the machine has no work"
+        os.kill(raylet(worker), signal.SIGKILL)
+        assert job.ends() == 0, job.told
+        assert_whole(job.store, expected=undisturbed, before=before)
+
+
+def test_a_machine_that_joins_takes_its_share(
+    machines: Cluster, tars: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    with Job(tars, tmp_path / "out", address=machines.address) as job:
+        before = job.wait_for_parts(1)
+        worker = machines.add_node(num_cpus=2)
+        titles: Counter[str] = Counter()
+
+        def ended() -> bool:
+            titles.update(below(raylet(worker)).values())
+            return job._process.poll() is not None
+
+        wait_for(ended, "the end of the job", told=lambda: f"{job.told}\n{titles}")
+        assert job.ends() == 0, job.told
+        assert any("MapBatches" in title for title in titles), titles
+        assert_whole(job.store, expected=undisturbed, before=before)
+
+
+FULL_DISK = """
+import contextlib, os, resource
+from test_faults import below
+from lpclip.cli import main
+from lpclip.config import EncodeJob
+from lpclip.runtime import start_ray
+from lpclip.workflows.encode import encode_job
+
+start_ray()
+# Processes to come take over the raylet's limit.
+for pid in below(os.getpid()):
+    with contextlib.suppress(ProcessLookupError):  # such as the one that made the list
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (150_000, 150_000))
+main(encode_job, EncodeJob)
+"""
+
+
+def test_a_full_disk_is_told_in_one_line_and_the_same_command_goes_on(
+    tars: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    # A limit on the size of files fails like a full disk does: in the middle of writing.
+    with Job(tars, tmp_path / "out", program=f"import sys; sys.path.append('tests')\n{FULL_DISK}") as job:
+        assert job.ends() == 1, job.told
+        (line,) = [line for line in job.told.splitlines() if line.startswith("error: ")]
+        assert line.startswith(f"error: cannot write {job.store}/part-")
+        assert line.endswith("what was finished before is kept")
+        assert "Traceback" not in job.told
+        before = parts(job.store)
+    with Job(tars, tmp_path / "out") as job:
+        assert job.ends() == 0, job.told
+        assert_whole(job.store, expected=undisturbed, before=before)
+
+
+ASKED: Counter[str] = Counter()
+OVER = threading.Event()
+
+
+class Unreliable(BaseHTTPRequestHandler):
+    """Serves one image under many names, which say what goes wrong how often before it goes well."""
+
+    image = draw(0, 0)
+
+    def do_GET(self) -> None:
+        ASKED[self.path] += 1
+        fault, times, _ = self.path.strip("/").split("-")
+        if ASKED[self.path] > int(times):
+            fault = "none"
+        if fault == "silent":
+            OVER.wait()
+        elif fault == "invalid":
+            self.wfile.write(b"NOT HTTP\r\n\r\n")
+        elif fault.isdecimal():
+            self.send_error(int(fault))
+        elif fault != "closed":
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(self.image)))
+            self.end_headers()
+            self.wfile.write(self.image[: 100 if fault == "cut" else 1 if fault == "trickle" else None])
+            while fault == "trickle" and not OVER.wait(0.1):
+                self.wfile.write(b"0")
+
+    def log_message(self, *_: object) -> None:
+        """Not into the tests' output."""
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Unreliable)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    OVER.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_read_errors_that_pass_are_retried_and_those_that_stay_are_quarantined(
+    server: str, info: EncoderInfo, tmp_path: Path
+) -> None:
+    passing = [f"{fault}-2-{i}" for fault in ("503", "429", "closed", "cut", "invalid") for i in range(4)]
+    staying = {
+        "503-9-": "HTTP Error 503",
+        "404-9-": "HTTP Error 404",
+        "closed-9-": "closed connection without response",
+        "cut-9-": f"the connection ended after 100 of {len(Unreliable.image)} bytes",
+        "invalid-9-": "no valid answer (NOT HTTP)",
+        "silent-9-": "timed out",
+        "trickle-9-": "timed out after",
+    }
+    names = [*passing, *staying, *(f"none-0-{i}" for i in range(20))]
+    pq.write_table(
+        pa.table({"id": names, "uri": [f"{server}/{name}" for name in names]}), tmp_path / "l.parquet"
+    )
+    source = open_source(str(tmp_path / "l.parquet"), config=SourceConfig(read_timeout=3.0))
+    encoding = Encoding(source, info, tmp_path / "store")
+    encoding.ends()
+    assert encoding.error is None
+    found = features(tmp_path / "store")
+    assert set(found) == {*names} - {*staying}
+    quarantine = pq.read_table(tmp_path / "store" / "quarantine.parquet").to_pylist()
+    assert sorted(row["id"] for row in quarantine) == sorted(staying)
+    for row in quarantine:
+        assert row["stage"] == "read"
+        assert staying[row["id"]] in row["error"]
+    tries = {name: ASKED[f"/{name}"] for name in names}
+    once = [name for name in names if name.startswith(("none", "404"))]
+    assert tries == dict.fromkeys(names, 3) | dict.fromkeys(once, 1)
+
+
+def write_rows(path: Path, *, is_bad: Callable[[int], bool]) -> None:
+    """Five thousand rows of one image, or of none."""
+    image = draw(0, 0)
+    images = [b"no image" if is_bad(row) else image for row in range(5000)]
+    pq.write_table(pa.table({"id": [f"{row:04d}" for row in range(5000)], "image": images}), path)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_of_many_bad_images_each_costs_itself_until_they_are_too_many(
+    info: EncoderInfo, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "most.parquet", is_bad=lambda row: row % 5 < 3)
+    strict, lax = (
+        open_source(str(tmp_path / "most.parquet"), config=SourceConfig(max_bad_fraction=share))
+        for share in (0.5, 0.7)
+    )
+    message = (
+        r"of 5,000 images of .* cannot be read, more than --max-bad-fraction 0.5 allows; the first is 0000 "
+    )
+    with pytest.raises(ValueError, match=message):
+        run(strict, info, tmp_path / "most", views="weak")
+    before = parts(tmp_path / "most")
+    assert len(before) < len(strict.units)  # stopped as soon as it was certain
+    run(lax, info, tmp_path / "most", views="weak")
+    assert {name: parts(tmp_path / "most")[name] for name in before} == before
+    few = tmp_path / "few.parquet"
+    write_rows(few, is_bad=lambda row: row % 100 == 7)
+    run(open_source(str(few), config=SourceConfig()), info, tmp_path / "few", views="weak")
+    for name, is_bad in (("most", lambda row: row % 5 < 3), ("few", lambda row: row % 100 == 7)):
+        found = features(tmp_path / name)
+        quarantine = pq.read_table(tmp_path / name / "quarantine.parquet").to_pylist()
+        assert sorted(found) == [f"{row:04d}" for row in range(5000) if not is_bad(row)]
+        assert len(set(found.values())) == 1
+        assert sorted(row["id"] for row in quarantine) == [f"{row:04d}" for row in range(5000) if is_bad(row)]
+        assert {row["stage"] for row in quarantine} == {"decode"}
+        assert all(row["error"] for row in quarantine)
