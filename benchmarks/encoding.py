@@ -15,9 +15,9 @@ within a turn. An image counts once, however many views it has.
 - autocast loop: as CLIP_benchmark runs open_clip: its own transform, float32 weights under bfloat16 autocast.
 - pipeline: lpclip.encode.
 
-"images/s" leaves the start out. A loop's clock begins after its first batch, the pipeline's with its first encoded
-block; what the pipeline has decoded ahead by then is charged to it, as if all cores had done it. "from start" has all
-but Python's imports in it: loading the encoder, and for the pipeline Ray, its workers and the encoder's actor.
+"images/s" leaves the start out. A loop's clock begins after its first batch, the pipeline's with the encoder's first;
+what the pipeline has decoded ahead by then is charged to it, as if all cores had done it. "from start" has all but
+Python's imports in it: loading the encoder, and for the pipeline Ray, its workers and the encoder's actor.
 
 "decode", "encode" and "commit" are CPU milliseconds an image by the clocks of the processes that did it, "other" is
 what the tree of processes used besides: imports, the start, the loop itself, transport. "peak MB" is the tree's largest
@@ -410,14 +410,14 @@ def _blocks(dataset: Any) -> dict[str, list[Block]]:
 
 
 def steady_rate(blocks: Mapping[str, Sequence[Block]], *, cores: int) -> float:
-    """Images a second between the first encoded block and the last commit, decoding that was done before charged."""
-    first = min(blocks["encode"], key=lambda block: block.end)
-    images = sum(block.rows for block in blocks["encode"]) - first.rows
-    decode_cpu = sum(block.cpu for block in blocks["decode"])
-    ahead = sum(block.cpu for block in blocks["decode"] if block.end <= first.end)
-    own = decode_cpu * first.rows / (images + first.rows)
-    seconds = max(block.end for block in blocks["commit"]) - first.end
-    return images / (seconds + max(0.0, ahead - own) / cores)
+    """Images a second from the encoder's first batch to the last commit, decoding that was done before charged."""
+    begin = min(block.start for block in blocks["encode"])
+    ahead = sum(
+        block.cpu * min(1.0, max(0.0, begin - block.start) / (block.end - block.start))
+        for block in blocks["decode"]
+    )
+    seconds = max(block.end for block in blocks["commit"]) - begin
+    return sum(block.rows for block in blocks["encode"]) / (seconds + ahead / cores)
 
 
 # Processes

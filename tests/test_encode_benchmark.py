@@ -34,18 +34,18 @@ def test_generated_images_are_the_same_every_time_and_differ_from_each_other():
 
 
 def test_what_was_decoded_ahead_is_charged_to_the_steady_rate():
-    def block(rows: int, end: float, cpu: float = 0.0) -> Block:
-        return Block(rows=rows, start=0, end=end, cpu=cpu)
+    def block(rows: int, start: float, end: float, cpu: float = 0.0) -> Block:
+        return Block(rows=rows, start=start, end=end, cpu=cpu)
 
     blocks = {
-        "decode": [block(10, 1, 4), block(10, 2, 4), block(10, 8, 4)],
-        "encode": [block(10, 5), block(10, 7), block(10, 9)],
-        "commit": [block(1, 6), block(1, 8), block(1, 10)],
+        "decode": [block(10, 0, 1, 4), block(10, 1, 2, 4), block(10, 4, 8, 4)],
+        "encode": [block(10, 5, 6), block(10, 6, 7), block(10, 8, 9)],
+        "commit": [block(1, 6, 7), block(1, 7, 8), block(1, 9, 10)],
     }
-    # From 5 to 10, and the second block's 4 CPU seconds on two cores; the first block's own count with it.
-    assert encoding.steady_rate(blocks, cores=2) == pytest.approx(20 / (5 + 4 / 2))
-    late = {**blocks, "decode": [replace(b, end=6.0) for b in blocks["decode"]]}
-    assert encoding.steady_rate(late, cores=2) == pytest.approx(20 / 5)
+    # From 5 to 10, and on two cores two blocks' 4 CPU seconds each and a quarter of the third's.
+    assert encoding.steady_rate(blocks, cores=2) == pytest.approx(30 / (5 + (4 + 4 + 1) / 2))
+    late = {**blocks, "decode": [replace(b, start=5.0, end=6.0) for b in blocks["decode"]]}
+    assert encoding.steady_rate(late, cores=2) == pytest.approx(30 / 5)
 
 
 def test_ratios_are_of_one_turn_and_the_bound_is_of_all_cores():
