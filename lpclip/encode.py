@@ -8,6 +8,7 @@ counts only. Requested CPUs differ from stage to stage so that Ray keeps the sta
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import time
 import traceback
@@ -336,8 +337,7 @@ def encode(
                 progress.advance(counts["images"], bad=counts["bad"])
                 _check_bad(source, path, bad=bad.total(), seen=source.num_rows)
         except Exception as error:
-            # An error's frames hold the pipeline, and that its encoders: their CPUs would be missed by the next one.
-            traceback.clear_frames(error.__traceback__)
+            _let_go(error)
             if not isinstance(error, LOSSES):
                 raise
             # Ray would restart a dying encoder for ever; parts that are there need no encoder.
@@ -356,6 +356,15 @@ def encode(
     manifest = store.finish_store(path, identity, num_units=len(source.units), rate=rate)
     check_manifest(source, path, manifest)
     return manifest
+
+
+def _let_go(error: BaseException) -> None:
+    """Frames of errors hold the pipeline, and that its encoders: their CPUs would be missed by the next one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        traceback.clear_frames(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
+    gc.collect()
 
 
 def _follow(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:

@@ -120,12 +120,3 @@ def test_features_of_one_precision_agree(setting: Setting):
     assert found["images"] == 5
     assert found["min cosine"] == pytest.approx(1, abs=1e-5)
     assert found["equal predictions %"] == 1
-
-
-@pytest.mark.usefixtures("cluster", "lite_map")
-def test_the_pipelines_stages_are_told_apart(setting: Setting):
-    blocks = encoding.encode_once(setting)
-    assert list(blocks) == ["decode", "encode", "commit"]
-    assert sum(block.rows for block in blocks["decode"]) == sum(b.rows for b in blocks["encode"]) == 9
-    assert all(block.cpu > 0 and block.end > block.start for found in blocks.values() for block in found)
-    assert max(b.end for b in blocks["decode"]) <= min(b.start for b in blocks["encode"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import draw, refusal
+from conftest import refusal
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
@@ -128,37 +128,6 @@ def test_a_job_trains_in_a_bucket_and_its_probe_labels_images_from_there(
     assert len(rows) == 30
     assert {row["label"] for row in rows} <= set(probe.class_names)
     assert not files.exists(files.add_suffix(table, ".features"))
-
-
-def test_an_interrupted_encoding_in_a_bucket_goes_on_there(
-    lite_map: None, endpoint: str, options: str, tmp_path: Path
-) -> None:
-    images = [draw(i % 3, i) for i in range(12)]
-    for number in range(2):
-        rows = range(150 * number, 150 * number + 150)
-        table = pa.table({"id": [f"row-{i}" for i in rows], "image": [images[i % 12] for i in rows]})
-        files.write_parquet(f"s3://bucket/lake/{number}.parquet{options}", table)
-    command = "encode.py --data s3://bucket/lake --views weak --out s3://bucket/encoded"
-    job(command, endpoint=endpoint)
-    path = files.read_json(f"s3://bucket/encoded/summary.json{options}")["features"]
-    there = f"{path}{options}"
-    before = store.read_manifest(there)
-    assert before is not None
-    assert (before["num_rows"], len(before["parts"])) == (300, 2)
-    kept, lost = before["parts"]
-    parts = [files.read_bytes(files.join(there, name)) for name in (kept, lost)]
-    files.delete(files.join(there, lost))
-    files.delete(files.join(there, "manifest.json"))
-    filesystem, inner = files.resolve(files.join(there, kept))
-    mtime = filesystem.get_file_info(inner).mtime_ns
-
-    assert "going on: 150 images are encoded already" in job(command, endpoint=endpoint)
-    after = store.read_manifest(there)
-    assert {**before, "images_per_second": None} == {**(after or {}), "images_per_second": None}
-    assert filesystem.get_file_info(inner).mtime_ns == mtime
-    for name, data in zip((kept, lost), parts, strict=True):
-        found = pq.read_table(pa.BufferReader(files.read_bytes(files.join(there, name))))
-        assert found == pq.read_table(pa.BufferReader(data))
 
 
 @pytest.mark.parametrize(

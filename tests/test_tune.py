@@ -32,6 +32,7 @@ from test_tracking import server
 
 from lpclip import store
 from lpclip.config import EncoderConfig, TrackingConfig
+from lpclip.console import shown
 from lpclip.encode import store_identity
 from lpclip.probe import load_probe
 from lpclip.prompts import templates
@@ -367,7 +368,7 @@ def test_the_winners_command_trains_the_same_probe(
     swept: Summary, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     python, job, *flags = shlex.split(swept["chosen"]["command"])
-    assert (python, job) == ("python", "jobs/selftrain.py")
+    assert (python, job) == (shown(sys.executable), "jobs/selftrain.py")
     place = flags.index("--out")
     assert flags[place + 1] == f"{work.folder}/main/again"
     flags[place + 1] = f"{work.folder}/again"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +17,7 @@ from torchmetrics.functional import spearman_corrcoef
 
 from lpclip import files, report, store, tracking
 from lpclip.config import Criterion, SelfTrainingConfig, SelftrainJob, TuneJob, flags, to_dict
-from lpclip.console import LITE_NOTE, print_plan, print_sweep, print_sweep_plan
+from lpclip.console import LITE_NOTE, print_plan, print_sweep, print_sweep_plan, shown
 from lpclip.encoders import resolve_precision
 from lpclip.evaluation import evaluate, label_free_temperature
 from lpclip.probe import Probe, zero_shot_probe
@@ -140,15 +141,16 @@ class _Sweep:
         fingerprint = known.encoded.manifest["fingerprint"]
         claim(out, self._identity(fingerprint))
         begin = time.monotonic()
-        if "auto" in priors:
-            self._prior = settle_prior(
-                job.training,
-                out=out,
-                features=known.features.base,
-                prior=None,
-                head=head,
-                fingerprint=fingerprint,
-            )
+        # Whichever priors are searched: where a sample's views do not agree on the rounds, no trial is to be trusted.
+        spec = next(iter(priors)) if len(priors) == 1 else "auto"
+        self._prior = settle_prior(
+            replace(job.training, prior=spec),
+            out=out,
+            features=known.features.base,
+            prior=priors.get(spec),
+            head=head,
+            fingerprint=fingerprint,
+        )
         seconds["prior"] = time.monotonic() - begin
         begin = time.monotonic()
         material = self._prepare(known, configs, priors)
@@ -403,7 +405,7 @@ class _Sweep:
             training=SelfTrainingConfig(**values),
             tracking=replace(job.tracking, run_name=None),
         )
-        return shlex.join(["python", "jobs/selftrain.py", *flags(again)])
+        return shlex.join([shown(sys.executable), "jobs/selftrain.py", *flags(again)])
 
     def _tell_all(self, summary: dict[str, Any]) -> None:
         """To files, to the page and to MLflow."""
@@ -435,6 +437,8 @@ class _Sweep:
         run.set_tags({"chosen": summary["chosen"]["name"], "criterion": criterion})
         for name in ("probe", "figures", "summary.json", "report.html"):
             run.artifact(files.join(out, name))
+        if not summary["trusted"] or not counts["finished"]:
+            return  # nothing that deserves the alias
         model = self._job.register or f"lpclip-{self._inputs.data.name}"
         version = run.register(model, folder="probe", alias=ALIAS)
         if version is not None:
