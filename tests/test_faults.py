@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -134,6 +135,14 @@ def encoders() -> list[int]:
     return [pid for pid, title in below(os.getpid()).items() if title.startswith("ray::MapWorker")]
 
 
+@pytest.fixture(autouse=True)
+def no_encoder_is_left() -> Iterator[None]:
+    """A failed pipeline's encoder lives while its error does: the CPUs that it holds would be missed by other tests."""
+    yield
+    gc.collect()
+    wait_for(lambda: not encoders(), "the end of the encoders", told=lambda: str(below(os.getpid())))
+
+
 class Encoding(threading.Thread):
     """encode() beside the test, on the tests' own Ray."""
 
@@ -242,20 +251,6 @@ def test_a_decoding_process_that_dies_is_replaced(
     assert len(list((tmp_path / "deaths").iterdir())) == 1
     assert "was lost" not in capsys.readouterr().out  # Ray's own retry of one unit is enough
     assert_whole(tmp_path / "store", expected=undisturbed, before={})
-
-
-def test_images_that_bring_their_decoder_down_end_the_job_and_what_is_encoded_is_kept(
-    deadly: Callable[[int], Source], info: EncoderInfo, tmp_path: Path
-) -> None:
-    encoding = Encoding(deadly(1000), info, tmp_path / "store")
-    encoding.ends()
-    assert isinstance(encoding.error, ValueError)
-    assert str(encoding.error).startswith(
-        "a process that reads and decodes images died 3 times over the same"
-    )
-    assert "what is encoded is kept, the same command goes on; a file that brings" in str(encoding.error)
-    assert len(list((tmp_path / "deaths").iterdir())) == 3
-    assert parts(tmp_path / "store")
 
 
 ASKED: Counter[str] = Counter()
