@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import shlex
+import signal
+import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -27,6 +30,7 @@ from lpclip.workflows.predict import predict_job
 from lpclip.workflows.selftrain import selftrain_job
 from lpclip.workflows.tune import tune_job
 
+ROOT = Path(__file__).parent.parent
 CLASSES = ("tennis ball", "stop sign", "traffic cone")
 
 
@@ -93,6 +97,33 @@ def refusal(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert "Traceback" not in stderr
     (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
     return line.removeprefix("error: ")
+
+
+def start(command: str, **environment: str) -> subprocess.Popen[str]:
+    """A job as a user starts it, in a session of its own. A %20 is a space in a flag."""
+    job, *flags = command.split()
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs" / job), *(flag.replace("%20", " ") for flag in flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Tests that run in the background hand down that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Titles of all living processes below one."""
+    command = ["ps", "-eo", "pid=,ppid=,stat=,args=", "-ww"]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 3) for line in listing.splitlines()]
+    found = [pid]
+    for above in found:
+        found += [int(child) for child, parent, *_ in rows if int(parent) == above]
+    titles = {int(child): title for child, _, stat, title in rows if not stat.startswith("Z")}
+    return {child: titles[child] for child in found[1:] if child in titles}
 
 
 def draw(place: int, seed: int) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-from conftest import draw, write_tar
+from conftest import descendants, draw, write_tar
 
 from lpclip import store
 from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
@@ -30,7 +29,6 @@ from lpclip.sources.base import Reader, Row
 from lpclip.zero_shot import EncoderInfo, describe_encoder
 
 pytestmark = pytest.mark.usefixtures("lite_map")
-ROOT = Path(__file__).parent.parent
 LITE = EncoderConfig()
 NUM_TARS, TAR_IMAGES, BAD_TARS = 12, 24, (2, 5, 8)
 IDS = {f"{tar:02d}.tar/{i:03d}" for tar in range(NUM_TARS) for i in range(TAR_IMAGES)}
@@ -118,21 +116,9 @@ def wait_for(condition: Callable[[], Any], what: str, *, told: Callable[[], str]
     return found
 
 
-def below(pid: int) -> dict[int, str]:
-    """Titles of all living processes below one."""
-    command = ["ps", "-eo", "pid=,ppid=,stat=,args=", "-ww"]
-    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 3) for line in listing.splitlines()]
-    found = [pid]
-    for above in found:
-        found += [int(child) for child, parent, *_ in rows if int(parent) == above]
-    titles = {int(child): title for child, _, stat, title in rows if not stat.startswith("Z")}
-    return {child: titles[child] for child in found[1:] if child in titles}
-
-
 def encoders() -> list[int]:
     """Encoder actors on the tests' own Ray."""
-    return [pid for pid, title in below(os.getpid()).items() if title.startswith("ray::MapWorker")]
+    return [pid for pid, title in descendants(os.getpid()).items() if title.startswith("ray::MapWorker")]
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +126,7 @@ def no_encoder_is_left() -> Iterator[None]:
     """A failed pipeline's encoder lives while its error does: the CPUs that it holds would be missed by other tests."""
     yield
     gc.collect()
-    wait_for(lambda: not encoders(), "the end of the encoders", told=lambda: str(below(os.getpid())))
+    wait_for(lambda: not encoders(), "the end of the encoders", told=lambda: str(descendants(os.getpid())))
 
 
 class Encoding(threading.Thread):
@@ -166,13 +152,13 @@ class Encoding(threading.Thread):
             assert self.is_alive(), self.error
             return next((pid for pid in encoders() if pid not in self._killed), None)
 
-        pid = wait_for(find, "an encoder", told=lambda: str(below(os.getpid())))
+        pid = wait_for(find, "an encoder", told=lambda: str(descendants(os.getpid())))
         self._killed.add(pid)
         os.kill(pid, signal.SIGKILL)
 
     def ends(self) -> None:
         self.join(WAIT_SECONDS)
-        assert not self.is_alive(), f"no end in {WAIT_SECONDS} s: {below(os.getpid())}"
+        assert not self.is_alive(), f"no end in {WAIT_SECONDS} s: {descendants(os.getpid())}"
 
 
 def test_a_lost_encoder_is_replaced(

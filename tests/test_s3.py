@@ -13,14 +13,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import refusal
+from conftest import ROOT, refusal
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 from lpclip import files, store
 from lpclip.probe import load_probe
 
-ROOT = Path(__file__).parent.parent
 SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
 
 

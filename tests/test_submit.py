@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT, descendants
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
 RAY = [str(Path(sys.executable).parent / "ray")]
 
 
@@ -48,16 +48,6 @@ def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait(timeout=20)
-
-
-def descendants(pid: int) -> list[int]:
-    """All processes below one."""
-    listing = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    parents = {int(child): int(parent) for child, parent in map(str.split, listing.splitlines())}
-    found = [pid]
-    for above in found:
-        found += [child for child, parent in parents.items() if parent == above]
-    return found[1:]
 
 
 def submit(address: str, environment: dict[str, str], *job: str) -> subprocess.CompletedProcess[str]:

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import CLASSES, refusal, run
+from conftest import CLASSES, ROOT, descendants, refusal, run, start
 from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 from test_page import Page
@@ -44,7 +44,6 @@ from lpclip.workflows.tune import ALIAS
 from lpclip.zero_shot import EncoderInfo, describe_encoder
 
 pytestmark = pytest.mark.usefixtures("cluster", "lite_map", "one_thread")
-ROOT = Path(__file__).parents[1]
 NAMES = (*CLASSES, "fire truck")
 WORDS = ",".join(NAMES).replace(" ", "%20")
 ROWS = 600
@@ -497,48 +496,6 @@ def test_there_must_be_something_to_resume(
     assert message == f"--resume: {tmp_path}/empty is not there, so that nothing could go on"
 
 
-def descendants(pid: int) -> dict[int, str]:
-    """The living processes below a process, with their titles."""
-    parents, titles = {}, {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            titles[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ").strip()
-        except OSError:  # it has gone
-            continue
-        if fields[0] != "Z":
-            parents[int(folder.name)] = int(fields[1])
-    found: dict[int, str] = {}
-    while True:
-        new = {
-            p: titles[p]
-            for p, above in parents.items()
-            if (above == pid or above in found) and p not in found
-        }
-        if not new:
-            return found
-        found |= new
-
-
-def start(command: str) -> subprocess.Popen[str]:
-    """The job as a user starts it, in a session of its own."""
-    job, *flags = command.split()
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "jobs" / job), *(flag.replace("%20", " ") for flag in flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "RAY_OVERRIDE_RESOURCES": '{"CPU": 2}',
-            "OMP_NUM_THREADS": "1",
-        },
-    )
-
-
 def wait_for_trials(process: subprocess.Popen[str], out: Path, *, count: int) -> None:
     """Until so many trials of a running sweep have their records."""
     deadline = time.monotonic() + 240
@@ -552,7 +509,7 @@ def test_a_killed_sweep_goes_on_and_ends_as_if_nothing_had_been(
     swept: Summary, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = f"{work.command} --concurrent 1 --out {tmp_path}/out --experiment killed"
-    process = start(command)
+    process = start(command, RAY_OVERRIDE_RESOURCES='{"CPU": 2}', OMP_NUM_THREADS="1")
     try:
         wait_for_trials(process, tmp_path / "out", count=2)
         below = descendants(process.pid)

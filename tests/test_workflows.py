@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CLASSES, draw, refusal, run, write_tar
+from conftest import CLASSES, draw, refusal, run, start, write_tar
 from mlflow import MlflowClient
 from safetensors.torch import save_file
 
@@ -29,7 +27,6 @@ from lpclip.probe import load_probe
 from lpclip.runtime import output_folder
 
 pytestmark = pytest.mark.usefixtures("cluster", "lite_map")
-ROOT = Path(__file__).parents[1]
 NAMES = ",".join(CLASSES)
 ARCHITECTURE = "ViT-S-32-alt"
 
@@ -504,21 +501,6 @@ def test_predict_refuses_what_it_cannot_do(
         f"predict.py --probe {tmp_path}/probe --data {photos} --out {tmp_path}/x.parquet", monkeypatch, capsys
     )
     assert "probe.safetensors is damaged" in line
-
-
-def start(command: str) -> subprocess.Popen[str]:
-    """A job as a user starts it, in a process group of its own."""
-    job, *flags = command.split()
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "jobs" / job), *(flag.replace("%20", " ") for flag in flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # Tests that run in the background hand down that Ctrl-C is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
 
 
 def test_a_wrong_path_ends_a_real_job_with_one_line(tmp_path: Path) -> None:
