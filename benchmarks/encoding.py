@@ -67,20 +67,20 @@ from lpclip import encode as pipeline
 from lpclip import report
 from lpclip.cli import OPTIONS
 from lpclip.config import ClassConfig, EncodeConfig, EncoderConfig, SourceConfig
+from lpclip.describe import describe_encoder
 from lpclip.encoders import Encoder, load_encoder
 from lpclip.images import open_source
 from lpclip.labels import resolve_classes
 from lpclip.prompts import templates, zero_shot_head
-from lpclip.runtime import start_ray, versions
+from lpclip.runtime import ENCODER_ENV, start_ray, versions
 from lpclip.views import decode_image, parse_views, render
-from lpclip.zero_shot import describe_encoder
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 BARE_IMAGES = 512
 DECODED_IMAGES = 256
 SIZES = (1, 4, 16)
 LIMITS = SourceConfig()
-LOOP_ENVIRONMENT = {**pipeline.KEEP_MEMORY, "OMP_WAIT_POLICY": "PASSIVE"}
+LOOP_ENVIRONMENT = {**ENCODER_ENV, "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @dataclass(frozen=True, kw_only=True)

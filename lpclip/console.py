@@ -9,6 +9,7 @@ from typing import Any
 from lpclip import files, report, tracking
 from lpclip.config import SelftrainJob, TuneJob
 from lpclip.confirmation import MIN_IMAGES_PER_CLASS, MIN_KAPPA, Confirmation
+from lpclip.describe import EncoderInfo
 from lpclip.features import Data, Encoded
 from lpclip.probe import Probe
 from lpclip.prompts import ClassList
@@ -16,7 +17,7 @@ from lpclip.report.evaluation import corruption_table, ood_table, overview_table
 from lpclip.report.sweep import status_line, trials_table
 from lpclip.spaces import Space
 from lpclip.views import base_views, parse_views
-from lpclip.zero_shot import EncoderInfo, Head
+from lpclip.zero_shot import Head
 
 LITE_NOTE = "the embedded lite encoder is not CLIP: it serves first impressions, its figures are its own"
 

@@ -9,41 +9,38 @@ counts only. Requested CPUs differ from stage to stage so that Ray keeps the sta
 from __future__ import annotations
 
 import gc
-import hashlib
+import platform
 import time
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import torch
 
 from lpclip import files, store
-from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
+from lpclip.commit import commit
+from lpclip.config import EncodeConfig, EncoderConfig
+from lpclip.decode import decode_unit, rows_at_once
+from lpclip.describe import EncoderInfo, has_gpus
 from lpclip.encoders import load_encoder, preprocess_identity
 from lpclip.images import Source
 from lpclip.progress import Progress
+from lpclip.runtime import ENCODER_ENV
 from lpclip.views import (
     BASE_VIEWS,
     STRONG_VERSION,
-    Preprocess,
-    decode_image,
     parse_views,
     pixel_views,
-    render,
     split_mirror,
 )
-from lpclip.zero_shot import EncoderInfo, Head, has_gpus, pseudo_label
-
-# Pixels of the tables that travel from the decoding tasks to the encoder: many views make few rows.
-PIXEL_BYTES = 64 << 20
+from lpclip.zero_shot import Head
 
 
 def store_identity(
@@ -66,99 +63,33 @@ def store_identity(
     return identity
 
 
-def _decode_unit(
-    index: dict[str, Any],
-    *,
-    units: Any,
-    reader: Any,
-    limits: SourceConfig,
-    views: tuple[str, ...],
-    preprocess: Preprocess,
-    seed: int,
-) -> Iterator[pa.Table]:
-    """One unit to tables with a row an image: id, label, error, place in the unit, digest, a pixel column a view."""
-    (position,) = index["id"]
-    row = ray.get(units).slice(int(position), 1)
-    unit, start = row["unit"][0].as_py(), 0
-    step = _rows_at_once(views, preprocess)
-    held: pa.Table | None = None
-    for rows in _pieces(reader.tables(row["spec"][0].as_py()), step):
-        if held is not None:
-            yield held
-        held = _decode_rows(rows, unit, start, limits=limits, views=views, preprocess=preprocess, seed=seed)
-        start += len(rows)
-    if held is None:
-        return
-    last = pa.array([False] * (len(held) - 1) + [True])
-    yield held.set_column(held.schema.get_field_index("last"), "last", last)
-
-
-def _rows_at_once(views: tuple[str, ...], preprocess: Preprocess) -> int:
-    return max(1, PIXEL_BYTES // (len(views) * preprocess.size**2 * 3))
-
-
-def _pieces(tables: Iterator[pa.Table], step: int) -> Iterator[pa.Table]:
-    for table in tables:
-        for start in range(0, len(table), step):
-            yield table.slice(start, step)
-
-
-def _decode_rows(
-    rows: pa.Table,
-    unit: int,
-    start: int,
-    *,
-    limits: SourceConfig,
-    views: tuple[str, ...],
-    preprocess: Preprocess,
-    seed: int,
-) -> pa.Table:
-    ids, errors = rows["id"].to_pylist(), rows["error"].to_pylist()
-    stages = [None if error is None else "read" for error in errors]
-    size = preprocess.size
-    pixels = {view: np.zeros((len(ids), size, size, 3), np.uint8) for view in views}
-    digests = []
-    for i, data in enumerate(rows["image"]):
-        image = data.as_py()
-        digests.append(hashlib.blake2b(ids[i].encode() + b"\0" + (image or b""), digest_size=16).digest())
-        if image is None:
-            continue
-        try:
-            decoded = decode_image(image, max_pixels=limits.max_pixels, max_bytes=limits.max_bytes)
-            for view in views:
-                pixels[view][i] = render(decoded, id=ids[i], view=view, preprocess=preprocess, seed=seed)
-        except ValueError as error:
-            errors[i], stages[i] = str(error), "decode"
-    columns = {
-        "id": rows["id"],
-        "label": rows["label"],
-        "error": pa.array(errors, pa.string()),
-        "stage": pa.array(stages, pa.string()),
-        "digest": pa.array(digests, pa.binary(16)),
-        "unit": pa.array(np.full(len(ids), unit, np.int32)),
-        "row": pa.array(np.arange(start, start + len(ids), dtype=np.int32)),
-        "last": pa.array([False] * len(ids)),
-    }
-    for view in views:
-        dtype = pa.binary(size * size * 3)
-        buffer = pa.py_buffer(np.ascontiguousarray(pixels[view]))
-        columns[f"pixels:{view}"] = pa.FixedSizeBinaryArray.from_buffers(dtype, len(ids), [None, buffer])
-    return pa.table(columns)
-
-
 class _Encode:
     """The actor that holds the encoder: pixel columns to feature columns."""
 
     def __init__(
-        self, config: EncoderConfig, views: tuple[str, ...], batch_size: int, num_threads: int
+        self,
+        config: EncoderConfig,
+        identity: dict[str, Any],
+        views: tuple[str, ...],
+        batch_size: int,
+        num_threads: int,
     ) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cpu":
             torch.set_num_threads(num_threads)
+        # `auto` may mean another precision on this node.
+        config = replace(config, precision=identity["precision"])
         self.encoder = load_encoder(config, device=self.device)
+        self.is_other = {**self.encoder.identity, "dim": self.encoder.dim} != identity
         self.views, self.batch_size = views, batch_size
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        if self.is_other:
+            # Not where it is loaded: Ray would start a failing actor again.
+            raise ValueError(
+                f"another encoder was found on {platform.node()} than where the job began: its weights, its "
+                "precision or its preprocessing differ; all nodes must have the same checkpoint"
+            )
         begin = time.perf_counter()
         good = table.filter(table["error"].is_null())
         kept = table.drop_columns([name for name in table.column_names if name.startswith("pixels:")])
@@ -205,36 +136,6 @@ def _pixel_array(column: pa.ChunkedArray, size: int) -> np.ndarray:
     return flat.reshape(-1, size, size, 3)
 
 
-def _commit(
-    table: pa.Table, *, path: str, views: tuple[str, ...], head: Head | None, scores_path: str
-) -> pa.Table:
-    """Write the parts of a table, one a unit; returns counts."""
-    counts = []
-    for unit in table["unit"].unique().to_pylist():
-        rows = table.filter(pc.equal(table["unit"], unit))
-        place = rows["row"].to_numpy()
-        assert (np.diff(place) == 1).all(), "a block holds a run of its unit's rows"
-        part = store.Part(
-            unit=unit, start=int(place[0]), stop=int(place[-1]) + 1, last=rows["last"][-1].as_py()
-        )
-        bad = rows.filter(rows["error"].is_valid())
-        good = rows.filter(rows["error"].is_null()).select(["id", "label", *views])
-        total = sum(int.from_bytes(value.as_py(), "big") for value in rows["digest"])
-        if head is not None:
-            labels = pseudo_label(good, head=head, dim=head.weight.shape[1])
-            files.write_parquet(files.join(scores_path, part.name), labels)
-        store.write_part(
-            path,
-            part,
-            rows=good,
-            quarantine=bad.select(["id", "stage", "error"]).to_pylist(),
-            content_digest=total % store.DIGEST_MODULUS,
-        )
-        seconds = float(np.sum(rows["seconds"].to_numpy()))
-        counts.append({"unit": unit, "images": len(rows), "bad": len(bad), "encode_seconds": seconds})
-    return pa.Table.from_pylist(counts)
-
-
 # How often an encoder, a machine, or a process over one unit of work may die.
 MAX_LOSSES = 3
 LOSSES = (
@@ -244,15 +145,6 @@ LOSSES = (
     ray.exceptions.NodeDiedError,
     ray.exceptions.ObjectLostError,
 )
-
-# glibc gives the large activations of every forward pass back to the kernel and takes them anew, page by page:
-# on CPUs that can cost more than the arithmetic. One heap that only grows costs a peak's worth of memory.
-KEEP_MEMORY = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-    "MALLOC_TOP_PAD_": str(64 << 20),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -423,8 +315,8 @@ def _pipeline(
     views = parse_views(config.views)
     plan = plan_actors(config.num_actors)
     units = ray.put(pa.table({"unit": todo, "spec": [source.units[i] for i in todo]}))
-    decode_unit = partial(
-        _decode_unit,
+    decode = partial(
+        decode_unit,
         units=units,
         reader=source.reader,
         limits=source.config,
@@ -433,24 +325,24 @@ def _pipeline(
         seed=seed,
     )
     # Ray Data insists on a number of rows where GPUs are asked for; tables of small units are put together to it.
-    rows = min(config.batch_size, _rows_at_once(pixel_views(views), info.preprocess))
+    rows = min(config.batch_size, rows_at_once(pixel_views(views), info.preprocess))
     # Retries and restarts have no parameter of their own: they go the way that Ray means to close.
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
     blocks = ray.data.range(len(todo), override_num_blocks=len(todo))
     # Ray Data would try a unit for ever whose images bring the decoder down.
-    decoded = blocks.map_batches(decode_unit, batch_size=1, num_cpus=1, max_retries=MAX_LOSSES - 1)
+    decoded = blocks.map_batches(decode, batch_size=1, num_cpus=1, max_retries=MAX_LOSSES - 1)
     encoded = decoded.map_batches(
         _Encode,
         batch_size=rows if plan.gpus_per_actor else None,
         batch_format="pyarrow",
-        fn_constructor_args=(encoder, views, config.batch_size, plan.num_threads),
+        fn_constructor_args=(encoder, info.identity, views, config.batch_size, plan.num_threads),
         compute=ray.data.ActorPoolStrategy(size=min(plan.num_actors, len(todo))),
         num_cpus=plan.cpus_per_actor,
         num_gpus=plan.gpus_per_actor,
         max_restarts=0,
         max_task_retries=0,
-        runtime_env={"env_vars": KEEP_MEMORY},
+        runtime_env={"env_vars": ENCODER_ENV},
     )
-    commit = partial(_commit, path=path, views=views, head=head, scores_path=scores_path)
+    commit_parts = partial(commit, path=path, views=views, head=head, scores_path=scores_path)
     # Not a share of a CPU: decoding would take it again and again, and commits would wait.
-    return encoded.map_batches(commit, batch_size=None, batch_format="pyarrow", num_cpus=0)
+    return encoded.map_batches(commit_parts, batch_size=None, batch_format="pyarrow", num_cpus=0)

@@ -10,10 +10,11 @@ import numpy as np
 
 from lpclip import files, store
 from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
+from lpclip.describe import EncoderInfo
 from lpclip.encode import check_manifest, encode, plan_actors, store_identity
 from lpclip.images import Source, open_source
 from lpclip.views import BASE_VIEWS, STRONG_VERSION, parse_views
-from lpclip.zero_shot import EncoderInfo, Head
+from lpclip.zero_shot import Head
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +21,15 @@ from conftest import CLASSES, draw, write_tar
 from PIL import Image
 
 from lpclip import store
+from lpclip.cli import users_mistake
 from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
-from lpclip.encode import _decode_unit, _Encode, encode, plan_actors
+from lpclip.decode import decode_unit
+from lpclip.describe import EncoderInfo, describe_encoder
+from lpclip.encode import _Encode, encode, plan_actors
 from lpclip.features import encode_data, open_data
 from lpclip.images import open_source
 from lpclip.prompts import DEFAULT_TEMPLATES
-from lpclip.zero_shot import EncoderInfo, Head, describe_encoder, make_head, pseudo_label
+from lpclip.zero_shot import Head, make_head, pseudo_label
 
 pytestmark = pytest.mark.usefixtures("cluster", "lite_map")
 LITE = EncoderConfig()
@@ -122,15 +128,13 @@ def test_a_table_is_cut_where_its_pixels_would_be_too_many(
     def decode() -> list[pa.Table]:
         units = ray.put(pa.table({"unit": [0], "spec": list(source.units)}))
         options: dict[str, Any] = {"reader": source.reader, "limits": source.config, "seed": 0}
-        return list(
-            _decode_unit({"id": [0]}, units=units, views=views, preprocess=info.preprocess, **options)
-        )
+        return list(decode_unit({"id": [0]}, units=units, views=views, preprocess=info.preprocess, **options))
 
     (whole,) = decode()
     assert whole["row"].to_pylist() == list(range(8))
     assert whole["last"].to_pylist() == [False] * 7 + [True]
     image_bytes = len(views) * info.preprocess.size**2 * 3
-    monkeypatch.setattr("lpclip.encode.PIXEL_BYTES", (rows_at_once + 1) * image_bytes - 1)
+    monkeypatch.setattr("lpclip.decode.PIXEL_BYTES", (rows_at_once + 1) * image_bytes - 1)
     pieces = decode()
     assert max(len(piece) for piece in pieces) == rows_at_once
     assert pa.concat_tables(pieces) == whole
@@ -139,7 +143,7 @@ def test_a_table_is_cut_where_its_pixels_would_be_too_many(
 @pytest.mark.parametrize("batch_size", [2, 5, 64])
 def test_batches_run_on_from_view_to_view(info: EncoderInfo, batch_size: int) -> None:
     views = ("weak", "mirror", "gaussian_noise:3", "gaussian_noise:3+mirror")
-    encode_table = _Encode(LITE, views, batch_size, 1)
+    encode_table = _Encode(LITE, info.identity, views, batch_size, 1)
     sizes: list[int] = []
     encode_image = encode_table.encoder.encode_image
     size = info.preprocess.size
@@ -166,6 +170,18 @@ def test_batches_run_on_from_view_to_view(info: EncoderInfo, batch_size: int) ->
         features = store.matrix(found, view, 1280)
         assert (features[1] == 0).all()
         np.testing.assert_allclose(features[[0, 2]], expected[[0, 2]], atol=4e-3)
+
+
+def test_a_node_with_another_encoder_is_refused(tars: Path, info: EncoderInfo, tmp_path: Path) -> None:
+    began_with = replace(info, identity={**info.identity, "weights": "of yesterday"})
+    with pytest.raises(ray.exceptions.RayTaskError) as raised:
+        run(tars, began_with, tmp_path / "store")
+    assert re.match("another encoder was found on .* have the same", users_mistake(raised.value) or "")
+
+
+def test_processes_that_decode_and_commit_do_without_torch() -> None:
+    code = "import sys, lpclip.decode, lpclip.commit; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_an_interrupted_encoding_goes_on_with_the_missing_units_alone(

@@ -23,10 +23,10 @@ from conftest import descendants, draw, write_tar
 
 from lpclip import store
 from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
+from lpclip.describe import EncoderInfo, describe_encoder
 from lpclip.encode import encode
 from lpclip.images import Source, open_source
 from lpclip.sources.base import Reader, Row
-from lpclip.zero_shot import EncoderInfo, describe_encoder
 
 pytestmark = pytest.mark.usefixtures("lite_map")
 LITE = EncoderConfig()

@@ -18,9 +18,9 @@ from PIL import Image
 
 from lpclip import store
 from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
+from lpclip.describe import EncoderInfo, describe_encoder
 from lpclip.features import Data, Encoded, Views, encode_views, open_data
 from lpclip.views import CORRUPTIONS, Preprocess, render
-from lpclip.zero_shot import EncoderInfo, describe_encoder
 
 pytestmark = pytest.mark.usefixtures("cluster", "lite_map")
 BASE = ("weak", "mirror")

@@ -33,6 +33,7 @@ from test_tracking import server
 from lpclip import store
 from lpclip.config import EncoderConfig, TrackingConfig
 from lpclip.console import shown
+from lpclip.describe import EncoderInfo, describe_encoder
 from lpclip.encode import store_identity
 from lpclip.probe import load_probe
 from lpclip.prompts import templates
@@ -41,7 +42,6 @@ from lpclip.spaces import draw, read_space
 from lpclip.sweep import GRACE_ROUNDS, METRICS, read_candidate, read_outcomes, trial_name
 from lpclip.tracking import track
 from lpclip.workflows.tune import ALIAS
-from lpclip.zero_shot import EncoderInfo, describe_encoder
 
 pytestmark = pytest.mark.usefixtures("cluster", "lite_map", "one_thread")
 NAMES = (*CLASSES, "fire truck")

@@ -7,12 +7,13 @@ from typing import Any
 from lpclip import files, report
 from lpclip.config import EncodeJob, to_dict
 from lpclip.console import encoded_row, print_plan
+from lpclip.describe import describe_encoder
 from lpclip.features import encode_data, open_data
 from lpclip.labels import resolve_classes
 from lpclip.prompts import templates
 from lpclip.runtime import output_folder, start_ray, versions
 from lpclip.views import parse_views
-from lpclip.zero_shot import describe_encoder, make_head
+from lpclip.zero_shot import make_head
 
 
 def encode_job(job: EncodeJob) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from lpclip import files, report, tracking
 from lpclip.config import EncodeConfig, EncoderConfig, EvaluateJob, to_dict
 from lpclip.console import print_evaluation, print_evaluation_plan
+from lpclip.describe import EncoderInfo, describe_probes_encoder
 from lpclip.evaluation_sets import (
     EvaluationSet,
     check_label_names,
@@ -43,7 +44,6 @@ from lpclip.robustness import (
 )
 from lpclip.runtime import claim, output_folder, start_ray, versions
 from lpclip.views import base_views, decode_image
-from lpclip.zero_shot import EncoderInfo, describe_probes_encoder
 
 EXAMPLES = 12
 # Images that the examples are looked for among: more would be read for pictures alone.

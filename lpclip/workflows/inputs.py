@@ -9,12 +9,13 @@ import numpy as np
 
 from lpclip import files
 from lpclip.config import SelftrainJob, TuneJob, to_dict
+from lpclip.describe import EncoderInfo
 from lpclip.features import Data, Encoded, encode_data, encode_views, load_labelled, open_data
 from lpclip.labels import map_labels, resolve_classes
 from lpclip.prompts import ClassList, templates
 from lpclip.store import Features
 from lpclip.views import base_views
-from lpclip.zero_shot import EncoderInfo, Head
+from lpclip.zero_shot import Head
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,11 @@ import pyarrow as pa
 from lpclip import files, report
 from lpclip.config import EncodeConfig, PredictJob
 from lpclip.console import print_plan
+from lpclip.describe import describe_probes_encoder
 from lpclip.features import encode_views, open_data
 from lpclip.probe import load_probe
 from lpclip.runtime import output_folder, start_ray
 from lpclip.views import base_views
-from lpclip.zero_shot import describe_probes_encoder
 
 
 def predict_job(job: PredictJob) -> dict[str, Any]:

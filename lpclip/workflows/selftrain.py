@@ -13,6 +13,7 @@ import torch
 from lpclip import files, report, tracking
 from lpclip.config import SelftrainJob, to_dict
 from lpclip.console import print_plan, print_result, print_training
+from lpclip.describe import EncoderInfo, describe_encoder
 from lpclip.evaluation import evaluate, label_free_temperature, pictures, supervised_probe
 from lpclip.labels import map_labels
 from lpclip.probe import Probe, zero_shot_probe
@@ -25,7 +26,7 @@ from lpclip.trainer import fit, make_work, read_labels
 from lpclip.views import parse_views
 from lpclip.workflows.inputs import Inputs, encode_inputs, evaluated_on, open_inputs
 from lpclip.workflows.priors import load_prior, settle_prior
-from lpclip.zero_shot import EncoderInfo, Head, describe_encoder, make_head
+from lpclip.zero_shot import Head, make_head
 
 
 def selftrain_job(job: SelftrainJob) -> dict[str, Any]:

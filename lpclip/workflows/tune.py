@@ -18,6 +18,7 @@ from torchmetrics.functional import spearman_corrcoef
 from lpclip import files, report, store, tracking
 from lpclip.config import Criterion, SelfTrainingConfig, SelftrainJob, TuneJob, flags, to_dict
 from lpclip.console import LITE_NOTE, print_plan, print_sweep, print_sweep_plan, shown
+from lpclip.describe import EncoderInfo, describe_encoder
 from lpclip.encoders import resolve_precision
 from lpclip.evaluation import evaluate, label_free_temperature
 from lpclip.probe import Probe, zero_shot_probe
@@ -42,7 +43,7 @@ from lpclip.sweep import (
 from lpclip.views import BASE_VIEWS, parse_views
 from lpclip.workflows.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
 from lpclip.workflows.priors import ChosenPrior, load_prior, settle_prior
-from lpclip.zero_shot import EncoderInfo, Head, describe_encoder, make_head
+from lpclip.zero_shot import Head, make_head
 
 ZERO_SHOT = "zero_shot"
 # The alias of the winner in the model registry.
