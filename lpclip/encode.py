@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as NodeAffinity
 
 from lpclip import files, store
 from lpclip.commit import commit
@@ -236,6 +237,7 @@ def encode(
             num_losses += 1
             what = _go_on_after(error, num_losses)
             print(f"{what} was lost, going on ({num_losses} of {MAX_LOSSES - 1} times)", flush=True)
+            _wait_for_nodes()
         else:
             break
         done = store.open_store(path, identity)
@@ -281,6 +283,17 @@ def _go_on_after(error: BaseException, num_losses: int) -> str:
             f"{what} died {num_losses} times, {kept}; a smaller --batch-size needs less memory"
         ) from error
     return what
+
+
+def _wait_for_nodes() -> None:
+    """Until each node has answered or is known to be lost, a minute at most.
+
+    Ray notices late that a machine is gone. Until then it would place encoders there, to be lost once more.
+    """
+    ask = ray.remote(num_cpus=0, max_retries=0)(platform.node)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    answers = [ask.options(scheduling_strategy=NodeAffinity(node, soft=False)).remote() for node in nodes]
+    ray.wait(answers, num_returns=len(answers), timeout=60)
 
 
 def check_manifest(source: Source, path: str, manifest: dict[str, Any]) -> None:
