@@ -215,7 +215,8 @@ class Loop(Dataset[tuple[Tensor, float]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, float]:
         begin = time.thread_time()
-        image = decode_image(self.reads[index](), max_pixels=LIMITS.max_pixels, max_bytes=LIMITS.max_bytes)
+        bounds = {"max_pixels": LIMITS.max_pixels, "max_bytes": LIMITS.max_bytes}
+        image = decode_image(self.reads[index](), **bounds, size=self.preprocess.size)
         options: dict[str, Any] = {"id": str(index), "preprocess": self.preprocess, "seed": 0}
         views = np.stack([render(image, view=view, **options) for view in self.views])
         return torch.from_numpy(views), time.thread_time() - begin

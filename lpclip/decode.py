@@ -78,7 +78,7 @@ def _decode_rows(
         if image is None:
             continue
         try:
-            decoded = decode_image(image, max_pixels=limits.max_pixels, max_bytes=limits.max_bytes)
+            decoded = decode_image(image, max_pixels=limits.max_pixels, max_bytes=limits.max_bytes, size=size)
             for view in views:
                 pixels[view][i] = render(decoded, id=ids[i], view=view, preprocess=preprocess, seed=seed)
         except ValueError as error:

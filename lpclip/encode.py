@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as Nod
 from lpclip import files, store
 from lpclip.commit import commit
 from lpclip.config import EncodeConfig, EncoderConfig
-from lpclip.decode import decode_unit, rows_at_once
+from lpclip.decode import PIXEL_BYTES, decode_unit, rows_at_once
 from lpclip.describe import EncoderInfo, has_gpus
 from lpclip.encoders import load_encoder, preprocess_identity
 from lpclip.images import Source
@@ -36,6 +36,7 @@ from lpclip.progress import Progress
 from lpclip.runtime import ENCODER_ENV
 from lpclip.views import (
     BASE_VIEWS,
+    REDUCING_GAP,
     STRONG_VERSION,
     parse_views,
     pixel_views,
@@ -54,6 +55,7 @@ def store_identity(
     identity: dict[str, Any] = {
         "encoder": info.identity,
         "preprocessing": preprocess_identity(info.preprocess),
+        "reducing_gap": REDUCING_GAP,
         "views": list(views),
         "seed": seed if any(view not in BASE_VIEWS for view in views) else None,
     }
@@ -146,6 +148,11 @@ LOSSES = (
     ray.exceptions.NodeDiedError,
     ray.exceptions.ObjectLostError,
 )
+
+# Tables of pixels that may wait for each encoder, or be on their way.
+TABLES_AHEAD = 8
+# What a decoding process takes at most but for huge images: three tables of pixels, and the interpreter.
+DECODE_MEMORY = 4 * PIXEL_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,8 +349,14 @@ def _pipeline(
     # Retries and restarts have no parameter of their own: they go the way that Ray means to close.
     warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
     blocks = ray.data.range(len(todo), override_num_blocks=len(todo))
+    # Decoded images wait for the encoders in shared memory: enough to keep them busy, however many are to come.
+    blocks.context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
+        object_store_memory=plan.num_actors * TABLES_AHEAD * PIXEL_BYTES
+    )
     # Ray Data would try a unit for ever whose images bring the decoder down.
-    decoded = blocks.map_batches(decode, batch_size=1, num_cpus=1, max_retries=MAX_LOSSES - 1)
+    decoded = blocks.map_batches(
+        decode, batch_size=1, num_cpus=1, memory=DECODE_MEMORY, max_retries=MAX_LOSSES - 1
+    )
     encoded = decoded.map_batches(
         _Encode,
         batch_size=rows if plan.gpus_per_actor else None,

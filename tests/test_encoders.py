@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from lpclip.config import EncoderConfig
 from lpclip.encoders import lite, load_encoder, resolve_precision
 from lpclip.encoders.open_clip import reachable
-from lpclip.views import weak_view
+from lpclip.views import decode_image, render, weak_view
 
 ARCHITECTURE = "ViT-S-32-alt"
 
@@ -67,6 +68,41 @@ def test_open_clip_features_equal_open_clips_own(checkpoint: Path, photos: list[
     torch.testing.assert_close(encoder.encode_text(["a dog", "a cat"]), texts, atol=2e-6, rtol=1e-5)
     assert encoder.dim == images.shape[1]
     assert encoder.logit_scale == pytest.approx(model.logit_scale.exp().item())
+
+
+def test_features_hardly_change_when_large_jpegs_are_decoded_at_a_fraction(lite_encoder):
+    sizes = ((2400, 1600), (1000, 1500), (961, 1800))
+    images = [_as_natural_photo(*size, seed=seed) for seed, size in enumerate(sizes)]
+    limits = {"max_pixels": 10_000_000, "max_bytes": 50_000_000}
+    for view, least in (("weak", 0.9985), ("strong", 0.95)):
+        options = {"id": "a", "view": view, "preprocess": lite_encoder.preprocess, "seed": 0}
+        whole, reduced = (
+            [render(decode_image(data, **limits, size=size), **options) for data in images]
+            for size in (None, lite_encoder.preprocess.size)
+        )
+        assert all((a != b).any() for a, b in zip(whole, reduced, strict=True))
+        a, b = (lite_encoder.encode_image(torch.from_numpy(np.stack(found))) for found in (whole, reduced))
+        cosines = (a * b).sum(1)
+        assert cosines.min() > least
+        assert view == "strong" or cosines.mean() > 0.999
+
+
+def _as_natural_photo(width: int, height: int, *, seed: int) -> bytes:
+    """A JPEG whose amplitudes fall with the frequency, as those of photographs do, down to the finest detail."""
+    rng = np.random.default_rng(seed)
+    frequencies = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    amplitudes = 1 / np.maximum(frequencies, 1 / max(width, height))
+    shared, *own = (
+        np.fft.irfft2(
+            amplitudes * np.exp(2j * np.pi * rng.random(frequencies.shape)), s=(height, width), axes=(0, 1)
+        )
+        for _ in range(4)
+    )
+    pixels = np.stack([shared + 0.5 * channel for channel in own], axis=2)
+    pixels = 128 + 50 * (pixels - pixels.mean()) / pixels.std()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
 
 
 def test_a_torch_file_and_a_training_checkpoint_are_the_same_encoder(checkpoint: Path, tmp_path: Path):

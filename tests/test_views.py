@@ -49,6 +49,27 @@ def decoded(data: bytes) -> np.ndarray:
     return np.asarray(image)
 
 
+@pytest.mark.parametrize(
+    ("side", "kept"), [(287, 287), (288, 144), (575, 288), (576, 144), (1152, 144), (2304, 288)]
+)
+def test_jpegs_are_decoded_at_a_fraction_that_keeps_three_times_the_encoders_size(
+    side: int, kept: int
+) -> None:
+    data = encoded(photo(side, side + 100), "JPEG")
+    assert min(decode_image(data, **LIMITS, size=48).size) == kept
+    assert min(decode_image(data, **LIMITS).size) == side
+
+
+def test_pixels_are_counted_before_a_fraction_is_decoded_and_turned_images_stay_turned() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    data = encoded(photo(2000, 1000), "JPEG", exif=exif)
+    assert decode_image(data, **LIMITS, size=48).size == (250, 500)
+    with pytest.raises(ValueError, match="2000x1000, more than 1999999 pixels"):
+        decode_image(data, max_pixels=1_999_999, max_bytes=LIMITS["max_bytes"], size=48)
+    assert decode_image(encoded(photo(2000, 1000)), **LIMITS, size=48).size == (2000, 1000)
+
+
 def huge_png_header(width: int, height: int) -> bytes:
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     header = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
