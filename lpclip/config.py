@@ -40,6 +40,15 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PairsConfig(SourceConfig):
+    """How images are read together with their texts."""
+
+    text_column: str | None = None
+    """Column with an image's text or list of texts; by default text, texts, caption, captions or txt. Folders and tars
+    have them in a .txt file beside each image, one a line."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
     """Which frozen encoder, and how it runs."""
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs
 
-from lpclip.config import SourceConfig
+from lpclip.config import PairsConfig, SourceConfig
 from lpclip.files import locate
 from lpclip.files import split as split_uri
 from lpclip.sources.base import IMAGE_SUFFIXES, ROWS, UNIT_ROWS, File, Listing, Reader, Source
 from lpclip.sources.fetch import reason
-from lpclip.sources.files import open_folder, open_manifest
+from lpclip.sources.files import is_text_file, open_folder, open_manifest
 from lpclip.sources.named import CLASSES, named_parquet
 from lpclip.sources.parquet import open_parquet
 from lpclip.sources.webdataset import open_webdataset
@@ -40,7 +40,8 @@ def open_source(data: str, *, config: SourceConfig, split: str = "train", limit:
     """The images in a folder, Parquet, WebDataset tars, a manifest or a named data set; none is read yet.
 
     A path that exists goes before a data set of that name; `split` is the part of one named without it.
-    With a limit, rows are chosen by a hash of their ids. Raises ValueError when there is nothing to read.
+    With a limit, rows are chosen by a hash of their ids; with a PairsConfig, images have texts. Raises ValueError
+    when there is nothing to read.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"the limit must be at least 1, not {limit}")
@@ -51,13 +52,13 @@ def open_source(data: str, *, config: SourceConfig, split: str = "train", limit:
         listing, is_file = _list(str(named_parquet(name, split=split)))
         listing = listing._replace(name=f"{name}-{split}")
     kind = _kind_of_file(data, listing) if is_file else _kind_of_folder(data, listing)
-    files = [file for file in listing.files if _kind(file.path) == kind]
+    has_texts = kind == "folder" and isinstance(config, PairsConfig)
+    files = [f for f in listing.files if _kind(f.path) == kind or (has_texts and is_text_file(f.path))]
     source = OPENERS[kind](listing._replace(files=files), config=config, limit=limit)
     if source.num_rows == 0:
         raise ValueError(f"{data}: no rows")
-    skipped = Counter(
-        Path(file.path).suffix or "no suffix" for file in listing.files if _kind(file.path) != kind
-    )
+    kept = set(files)
+    skipped = Counter(Path(file.path).suffix or "no suffix" for file in listing.files if file not in kept)
     if not skipped:
         return source
     suffixes = ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common(3))

@@ -16,12 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lpclip.config import SourceConfig
+from lpclip.config import PairsConfig, SourceConfig
 from lpclip.sources.fetch import reason, scheme_names
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "bytes", "uri", "url", "path")
 ID_COLUMNS = ("id",)
 LABEL_COLUMNS = ("label", "labels", "cls")
+TEXT_COLUMNS = ("text", "texts", "caption", "captions", "txt")
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib"),
     *(".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm", ".pbm", ".pnm", ".ico"),
@@ -30,14 +31,20 @@ UNIT_ROWS = 256
 TABLE_BYTES = 128 << 20
 ROWS = pa.schema([("id", pa.string()), ("image", pa.binary()), ("label", pa.int32()), ("error", pa.string())])
 
+PAIRS = ROWS.append(pa.field("texts", pa.list_(pa.string())))
+
 
 class Row(NamedTuple):
-    """One image: `image` is None where `error` says why, `label` is None where there is none."""
+    """One image: `image` is None where `error` says why, `label` is None where there is none.
+
+    `texts` are there where the source was opened with a PairsConfig.
+    """
 
     id: str
     image: bytes | None
     label: int | None = None
     error: str | None = None
+    texts: tuple[str, ...] = ()
 
 
 class Reader(ABC):
@@ -47,22 +54,27 @@ class Reader(ABC):
     def rows(self, unit: str) -> Iterator[Row]:
         """The unit's images, one by one; what cannot be read is a row with an error."""
 
-    def tables(self, unit: str) -> Iterator[pa.Table]:
-        """The unit as tables of ROWS, each of at most UNIT_ROWS rows and about TABLE_BYTES bytes."""
+    def tables(self, unit: str, *, schema: pa.Schema = ROWS) -> Iterator[pa.Table]:
+        """The unit as tables, each of at most UNIT_ROWS rows and about TABLE_BYTES bytes.
+
+        The schema is ROWS or, of a source of pairs, PAIRS: there an image without texts is a row with an error.
+        """
         rows: list[Row] = []
         num_bytes = 0
         for row in self.rows(unit):
+            if schema is PAIRS and not row.texts and row.error is None:
+                row = row._replace(image=None, error="no text")
             rows.append(row)
             num_bytes += len(row.image or b"")
             if len(rows) == UNIT_ROWS or num_bytes >= TABLE_BYTES:
-                yield _table(rows)
+                yield _table(rows, schema)
                 rows, num_bytes = [], 0
         if rows:
-            yield _table(rows)
+            yield _table(rows, schema)
 
     def read(self, unit: str) -> pa.Table:
         """The unit as one table of ROWS: only a tar's has more than UNIT_ROWS rows."""
-        return pa.concat_tables([_table([]), *self.tables(unit)])
+        return pa.concat_tables([_table([], ROWS), *self.tables(unit)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,13 +179,51 @@ def refuse_duplicates(ids: pa.Array | pa.ChunkedArray, *, what: str) -> None:
     )
 
 
-def make_row(name: str, image: bytes | Exception, label: int | None) -> Row:
-    """A row of an image, or of the reason why there is none."""
+def make_row(name: str, image: bytes | Exception, label: int | None, texts: Sequence[str] = ()) -> Row:
+    """A row of an image, or of the reason why there is none. Texts that are blank are left out."""
+    kept = tuple(stripped for text in texts if (stripped := text.strip()))
     if isinstance(image, Exception):
-        return Row(name, None, label, reason(image))
-    return Row(name, image, label)
+        return Row(name, None, label, reason(image), kept)
+    return Row(name, image, label, None, kept)
 
 
-def _table(rows: list[Row]) -> pa.Table:
-    columns = zip(*rows, strict=True) if rows else [[]] * len(ROWS)
-    return pa.table([pa.array(column, field.type) for column, field in zip(columns, ROWS, strict=True)], ROWS)
+def pick_texts(config: SourceConfig, schema: pa.Schema, *, what: str) -> str | None:
+    """The column of texts of a source of pairs, None of another; ValueError when there is none."""
+    if not isinstance(config, PairsConfig):
+        return None
+    column = pick_column(config.text_column, TEXT_COLUMNS, schema.names, what=what)
+    if not column:
+        raise ValueError(f"{what}: no column of texts; there are {', '.join(schema.names)} (--text-column)")
+    dtype = schema.field(column).type
+    if not is_text(dtype.value_type if _is_list(dtype) else dtype):
+        raise ValueError(
+            f"{what}: column {column!r} holds {dtype}, neither texts nor lists of texts (--text-column)"
+        )
+    return column
+
+
+def as_texts(column: pa.ChunkedArray) -> list[list[str]]:
+    """The texts of each row of a column of texts or of lists of texts; nulls are none."""
+    cells = column.to_pylist()
+    lists = cells if _is_list(column.type) else [[cell] for cell in cells]
+    return [[text for text in texts or () if text is not None] for texts in lists]
+
+
+def is_text(dtype: pa.DataType) -> bool:
+    """Whether Arrow's type holds strings, in any of its layouts."""
+    return pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype)
+
+
+def _is_list(dtype: pa.DataType) -> bool:
+    return pa.types.is_list(dtype) or pa.types.is_large_list(dtype) or pa.types.is_fixed_size_list(dtype)
+
+
+def lines(data: bytes | Exception) -> list[str]:
+    """The texts in a .txt file, one a line; none in one that cannot be read."""
+    return [] if isinstance(data, Exception) else data.decode("utf-8", "replace").splitlines()
+
+
+def _table(rows: list[Row], schema: pa.Schema) -> pa.Table:
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(PAIRS)
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=False)]
+    return pa.table(arrays, schema)

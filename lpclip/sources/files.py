@@ -13,7 +13,7 @@ import pyarrow.csv
 import pyarrow.json
 from pyarrow import fs
 
-from lpclip.config import SourceConfig
+from lpclip.config import PairsConfig, SourceConfig
 from lpclip.files import locate
 from lpclip.sources.base import (
     ID_COLUMNS,
@@ -26,10 +26,13 @@ from lpclip.sources.base import (
     Reader,
     Row,
     Source,
+    as_texts,
     choose,
+    lines,
     make_identity,
     make_row,
     pick_column,
+    pick_texts,
     refuse_duplicates,
 )
 from lpclip.sources.fetch import fetch_all, followed, join, reason, scheme
@@ -39,7 +42,8 @@ FETCH_ROWS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class FilesReader(Reader):
-    """Image files. A unit holds their `paths` under root or URIs, and their `ids` and `labels` if any."""
+    """Image files. A unit holds their `paths` under root or URIs, and their `ids`, `labels` and `texts` if any;
+    `text_paths` are those of files of texts, null where an image has none."""
 
     root: str
     max_bytes: int
@@ -51,29 +55,41 @@ class FilesReader(Reader):
         work = json.loads(unit)
         paths = work["paths"]
         ids, labels = work.get("ids") or paths, work.get("labels") or [None] * len(paths)
+        texts = work.get("texts") or [[]] * len(paths)
         for start in range(0, len(paths), FETCH_ROWS):
             part = slice(start, start + FETCH_ROWS)
-            images = fetch_all(
-                paths[part],
-                root=self.root,
-                max_bytes=self.max_bytes,
-                schemes=self.schemes,
-                timeout=self.timeout,
-            )
-            for name, image, label in zip(ids[part], images, labels[part], strict=True):
-                yield make_row(name, image, label)
+            images, own = self._fetch(paths[part]), texts[part]
+            if "text_paths" in work:
+                read = iter(self._fetch([path for path in work["text_paths"][part] if path]))
+                own = [lines(next(read)) if path else [] for path in work["text_paths"][part]]
+            for name, image, label, found in zip(ids[part], images, labels[part], own, strict=True):
+                yield make_row(name, image, label, found)
+
+    def _fetch(self, paths: list[str]) -> list[bytes | Exception]:
+        return fetch_all(
+            paths, root=self.root, max_bytes=self.max_bytes, schemes=self.schemes, timeout=self.timeout
+        )
 
 
 def open_folder(listing: Listing, *, config: SourceConfig, limit: int | None) -> Source:
-    """A folder of images; the subfolders right under it are the labels, and a flat folder has none."""
-    folders = [file.path.partition("/")[0] if "/" in file.path else None for file in listing.files]
+    """A folder of images; the subfolders right under it are the labels, and a flat folder has none.
+
+    Of pairs, the texts of `a/b.jpg` are in `a/b.txt`.
+    """
+    images = [file for file in listing.files if not is_text_file(file.path)]
+    folders = [file.path.partition("/")[0] if "/" in file.path else None for file in images]
     names = sorted({folder for folder in folders if folder})
     places = {name: place for place, name in enumerate(names)}
-    chosen = choose([file.path for file in listing.files], limit)
-    work = {
-        "paths": [listing.files[row].path for row in chosen],
+    chosen = choose([file.path for file in images], limit)
+    work: dict[str, list[Any] | None] = {
+        "paths": [images[row].path for row in chosen],
         "labels": [places.get(folders[row] or "") for row in chosen] if names else None,
     }
+    if isinstance(config, PairsConfig):
+        texts = {_stem(file.path): file.path for file in listing.files if is_text_file(file.path)}
+        if not texts:
+            raise ValueError(f"{listing.root}: no .txt file with the texts of an image")
+        work["text_paths"] = [texts.get(_stem(images[row].path)) for row in chosen]
     return Source(
         name=listing.name,
         kind="folder",
@@ -84,13 +100,22 @@ def open_folder(listing: Listing, *, config: SourceConfig, limit: int | None) ->
             schemes=(scheme(listing.root),),
             timeout=config.read_timeout,
         ),
-        units=_units(work, [listing.files[row].size or 0 for row in chosen]),
+        units=_units(work, [images[row].size or 0 for row in chosen]),
         num_rows=len(chosen),
         has_labels=bool(names),
         label_names=tuple(names) or None,
         identity=make_identity("folder", listing.files, config=config, limit=limit),
         config=config,
     )
+
+
+def is_text_file(path: str) -> bool:
+    """Whether a file in a folder holds texts of an image."""
+    return path.lower().endswith(".txt")
+
+
+def _stem(path: str) -> str:
+    return path.rpartition(".")[0]
 
 
 def open_manifest(listing: Listing, *, config: SourceConfig, limit: int | None) -> Source:
@@ -112,6 +137,8 @@ def open_manifest(listing: Listing, *, config: SourceConfig, limit: int | None) 
         ids = id_array.to_pylist()
     else:
         ids = [f"{file.path}:{row}" for row in range(len(paths))]
+    text_column = pick_texts(config, table.schema, what=file.path)
+    texts = as_texts(table[text_column]) if text_column else None
     labels, label_names = _labels(table, label_column)
     schemes = followed(config.schemes, root=listing.root)
     notes = _refused(paths, schemes, listing.root, file.path)
@@ -120,8 +147,9 @@ def open_manifest(listing: Listing, *, config: SourceConfig, limit: int | None) 
         "paths": [paths[row] for row in chosen],
         "ids": None if ids == paths else [ids[row] for row in chosen],
         "labels": [labels[row] for row in chosen] if labels else None,
+        "texts": [texts[row] for row in chosen] if texts else None,
     }
-    columns = (image_column, id_column, label_column)
+    columns = (image_column, id_column, label_column, *filter(None, (text_column,)))
     identity = make_identity(
         "manifest",
         [file, *_local_files(paths, listing.root)],

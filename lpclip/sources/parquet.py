@@ -26,10 +26,13 @@ from lpclip.sources.base import (
     Reader,
     Row,
     Source,
+    as_texts,
     choose,
+    is_text,
     make_identity,
     make_row,
     pick_column,
+    pick_texts,
     refuse_duplicates,
 )
 from lpclip.sources.fetch import fetch_all, followed, join, reason, retry
@@ -51,6 +54,7 @@ class ParquetReader(Reader):
     id_column: str | None = None
     label_column: str | None = None
     label_names: tuple[str, ...] | None = None
+    text_column: str | None = None
 
     def rows(self, unit: str) -> Iterator[Row]:
         """The unit's rows in order; where the file cannot be read, each of them with the reason."""
@@ -68,16 +72,18 @@ class ParquetReader(Reader):
             if self.id_column:
                 ids = table[self.id_column].cast(pa.string()).to_pylist()
             labels = self._labels(table)
+            texts = self._texts(table)
         except (OSError, pa.ArrowException) as error:
             yield from (Row(name, None, error=f"Parquet: {reason(error)}") for name in ids)
             return
         folder, _ = split(join(self.root, file))
         images = self._images(table[self.image_column], folder)
-        for name, image, label in zip(ids, images, labels, strict=True):
-            yield make_row(name, image, label)
+        for name, image, label, own in zip(ids, images, labels, texts, strict=True):
+            yield make_row(name, image, label, own)
 
     def _read(self, file: str, group: int, start: int, stop: int) -> pa.Table:
-        columns = [name for name in (self.id_column, self.image_column, self.label_column) if name]
+        wanted = (self.id_column, self.image_column, self.label_column, self.text_column)
+        columns = [name for name in wanted if name]
         cursor = getattr(_open, "cursor", None)
         key = (self.root, file, group, columns)
         if cursor is None or cursor.key != key or cursor.position > start:
@@ -109,6 +115,11 @@ class ParquetReader(Reader):
             return [None] * len(table)
         return label_indices(table[self.label_column], self.label_names).to_pylist()
 
+    def _texts(self, table: pa.Table) -> list[list[str]]:
+        if not self.text_column:
+            return [[]] * len(table)
+        return as_texts(table[self.text_column])
+
 
 def row_id(file: str, row: int) -> str:
     """The id of a Parquet row that has none of its own."""
@@ -124,11 +135,6 @@ def label_indices(labels: pa.ChunkedArray, names: tuple[str, ...] | None) -> pa.
         return pc.index_in(labels.cast(pa.string()), value_set=pa.array(names, pa.string()))
     numbers = labels.cast(pa.int32())
     return pc.if_else(pc.less(numbers, 0), pa.scalar(None, pa.int32()), numbers)
-
-
-def is_text(dtype: pa.DataType) -> bool:
-    """Whether Arrow's type holds strings, in any of its layouts."""
-    return pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype)
 
 
 def is_bytes(dtype: pa.DataType) -> bool:
@@ -173,7 +179,7 @@ def open_parquet(listing: Listing, *, config: SourceConfig, limit: int | None) -
     paths = [file.path for file in listing.files]
     footers = _each(paths, lambda path: _footer(listing.root, path))
     schemas = [footer.schema.to_arrow_schema() for footer in footers]
-    image_column, id_column, label_column = _columns(paths, schemas, config)
+    image_column, id_column, label_column, text_column = _columns(paths, schemas, config)
     counts = [
         [footer.row_group(group).num_rows for group in range(footer.num_row_groups)] for footer in footers
     ]
@@ -182,7 +188,11 @@ def open_parquet(listing: Listing, *, config: SourceConfig, limit: int | None) -
     label_names = _label_names(listing, schemas, label_column) if label_column else None
     schemes = followed(config.schemes, root=listing.root)
     identity = make_identity(
-        "parquet", listing.files, config=config, limit=limit, columns=(image_column, id_column, label_column)
+        "parquet",
+        listing.files,
+        config=config,
+        limit=limit,
+        columns=(image_column, id_column, label_column, *filter(None, (text_column,))),
     )
     return Source(
         name=listing.name,
@@ -197,6 +207,7 @@ def open_parquet(listing: Listing, *, config: SourceConfig, limit: int | None) -
             id_column=id_column,
             label_column=label_column,
             label_names=label_names,
+            text_column=text_column,
         ),
         units=tuple(_units(_spans(paths, counts, chosen))),
         num_rows=sum(map(sum, counts)) if chosen is None else len(chosen),
@@ -257,8 +268,8 @@ def _spans(
 
 def _columns(
     paths: Sequence[str], schemas: Sequence[pa.Schema], config: SourceConfig
-) -> tuple[str, str | None, str | None]:
-    """The columns of images, ids and labels, of one type in every file; ValueError when they are not."""
+) -> tuple[str, str | None, str | None, str | None]:
+    """The columns of images, ids, labels and texts, of one type in every file; ValueError when they are not."""
     names = schemas[0].names
     image = pick_column(config.image_column, IMAGE_COLUMNS, names, what=paths[0])
     if image is None:
@@ -272,14 +283,15 @@ def _columns(
     label = pick_column(config.label_column, LABEL_COLUMNS, names, what=paths[0])
     if label and pa.types.is_null(schemas[0].field(label).type):
         label = None
-    for column in filter(None, (image, identity, label)):
+    text = pick_texts(config, schemas[0], what=paths[0])
+    for column in filter(None, (image, identity, label, text)):
         wanted = schemas[0].field(column).type
         for path, schema in zip(paths, schemas, strict=True):
             if column not in schema.names or schema.field(column).type != wanted:
                 raise ValueError(
                     f"{path}: column {column!r} is not there as {wanted}, as it is in {paths[0]}"
                 )
-    return image, identity, label
+    return image, identity, label, text
 
 
 def _holds_images(dtype: pa.DataType) -> bool:

@@ -12,9 +12,9 @@ from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from lpclip.config import SourceConfig
+from lpclip.config import PairsConfig, SourceConfig
 from lpclip.files import locate
-from lpclip.sources.base import IMAGE_SUFFIXES, Listing, Reader, Row, Source, make_identity, make_row
+from lpclip.sources.base import IMAGE_SUFFIXES, Listing, Reader, Row, Source, lines, make_identity, make_row
 from lpclip.sources.fetch import join, reason
 
 TAR_ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error)
@@ -32,6 +32,7 @@ class TarReader(Reader):
     root: str
     max_bytes: int
     image_extension: str | None = None
+    has_texts: bool = False
 
     def rows(self, unit: str) -> Iterator[Row]:
         """The samples in the tar's order; a damaged tar ends in a row that says so."""
@@ -53,7 +54,8 @@ class TarReader(Reader):
             yield Row(f"{file}/(rest)", None, error=f"tar: {reason(error)}")
 
     def _read(self, tar: tarfile.TarFile, info: tarfile.TarInfo, extension: str) -> bytes | Exception:
-        if is_image(extension, self.image_extension) or extension == "cls":
+        wanted = ("cls", "txt") if self.has_texts else ("cls",)
+        if is_image(extension, self.image_extension) or extension in wanted:
             return read_member(tar, info, max_bytes=self.max_bytes)
         return b""
 
@@ -73,7 +75,8 @@ class TarReader(Reader):
             return
         seen.add(name)
         label = next((class_label(member.data) for member in members if member.extension == "cls"), None)
-        yield make_row(name, images[0].data, label)
+        texts = [text for member in members if member.extension == "txt" for text in lines(member.data)]
+        yield make_row(name, images[0].data, label, texts)
         if any(member.extension == images[0].extension for member in images[1:]):
             yield Row(name, None, error="duplicate id")
 
@@ -180,13 +183,22 @@ def open_webdataset(listing: Listing, *, config: SourceConfig, limit: int | None
         name=listing.name,
         kind="webdataset",
         root=listing.root,
-        reader=TarReader(root=listing.root, max_bytes=config.max_bytes, image_extension=config.image_column),
+        reader=TarReader(
+            root=listing.root,
+            max_bytes=config.max_bytes,
+            image_extension=config.image_column,
+            has_texts=isinstance(config, PairsConfig),
+        ),
         units=tuple(map(json.dumps, units)),
         num_rows=None,
         has_labels=_has_labels(listing),
         label_names=None,
         identity=make_identity(
-            "webdataset", listing.files, config=config, limit=limit, columns=[config.image_column]
+            "webdataset",
+            listing.files,
+            config=config,
+            limit=limit,
+            columns=[config.image_column, *(["txt"] if isinstance(config, PairsConfig) else [])],
         ),
         config=config,
         notes=tuple(notes),
