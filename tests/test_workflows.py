@@ -268,28 +268,26 @@ def crowd(base: dict[str, Any], work: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("solver", "workers"), [("gaussian", (1, 2)), ("gradient", (2,))])
+@pytest.mark.parametrize("solver", ["gaussian", "gradient"])
 def test_the_probe_does_not_depend_on_the_number_of_workers(
-    crowd: Path, work: Path, solver: str, workers: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    crowd: Path, work: Path, solver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = f"selftrain.py --data {crowd} --classes {WORDS} --solver {solver} --rounds 3"
+    # A given prior: which one to take is found out before the workers come.
+    command = f"selftrain.py --data {crowd} --classes {WORDS} --solver {solver} --rounds 3 --prior weak"
     alone = run(f"{command} --num-workers 0 --out {work}/{solver}-0", monkeypatch)
     assert alone["rates"]["encode"] is None
     probe = load_probe(str(work / f"{solver}-0" / "probe"))
     features = store.load(str(crowd)).base
     labels = pq.read_table(work / f"{solver}-0" / "pseudo_labels.parquet")
     assert len(labels) == 9000
-    for number in workers:
-        run(f"{command} --num-workers {number} --out {work}/{solver}-{number}", monkeypatch)
-        other = load_probe(str(work / f"{solver}-{number}" / "probe"))
-        limit = 1e-4 * float(probe.weight.abs().max())
-        assert float((other.weight - probe.weight).abs().max()) <= limit
-        assert float((other.bias - probe.bias).abs().max()) <= 1e-4 * float(
-            probe.bias.abs().max().clamp_min(1)
-        )
-        assert torch.equal(other.logits(features).argmax(dim=1), probe.logits(features).argmax(dim=1))
-        table = pq.read_table(work / f"{solver}-{number}" / "pseudo_labels.parquet")
-        assert table.select(["id", "label"]) == labels.select(["id", "label"])
+    run(f"{command} --num-workers 2 --out {work}/{solver}-2", monkeypatch)
+    other = load_probe(str(work / f"{solver}-2" / "probe"))
+    limit = 1e-4 * float(probe.weight.abs().max())
+    assert float((other.weight - probe.weight).abs().max()) <= limit
+    assert float((other.bias - probe.bias).abs().max()) <= 1e-4 * float(probe.bias.abs().max().clamp_min(1))
+    assert torch.equal(other.logits(features).argmax(dim=1), probe.logits(features).argmax(dim=1))
+    table = pq.read_table(work / f"{solver}-2" / "pseudo_labels.parquet")
+    assert table.select(["id", "label"]) == labels.select(["id", "label"])
 
 
 def test_finished_rounds_are_gone_on_from(crowd: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
