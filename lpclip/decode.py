@@ -48,6 +48,7 @@ def decode_unit(
 
 
 def rows_at_once(views: tuple[str, ...], preprocess: Preprocess) -> int:
+    """How many images, in all these views, fit into PIXEL_BYTES; one at least."""
     return max(1, PIXEL_BYTES // (len(views) * preprocess.size**2 * 3))
 
 

@@ -31,10 +31,13 @@ class EncoderInfo:
     """Warnings that came with loading it."""
 
 
-def _describe(config: EncoderConfig, names: tuple[str, ...], templates: tuple[str, ...]) -> EncoderInfo:
+def _describe(
+    config: EncoderConfig, names: tuple[str, ...], templates: tuple[str, ...], *, device: str | None = None
+) -> EncoderInfo:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        encoder = load_encoder(config, device="cuda" if torch.cuda.is_available() else "cpu")
+        encoder = load_encoder(config, device=device)
     head = prompts.zero_shot_head(encoder, names, templates=templates).numpy() if names else None
     return EncoderInfo(
         name=encoder.name,
@@ -60,8 +63,9 @@ def describe_encoder(
     Raises ValueError when the encoder cannot be loaded.
     """
     if not has_gpus():
-        # Another process would cost its start and torch's import for nothing.
-        return _describe(config, class_names, templates)
+        # Another process would cost its start and torch's import for nothing. On the CPU, as the encoders will be,
+        # even if this process sees a GPU that Ray was not given.
+        return _describe(config, class_names, templates, device="cpu")
     task = ray.remote(num_cpus=1, num_gpus=1, max_retries=1)(_describe)
     try:
         return ray.get(task.remote(config, class_names, templates))
