@@ -384,17 +384,20 @@ def encode_once(setting: Setting) -> dict[str, list[Block]]:
 @contextlib.contextmanager
 def _kept_datasets() -> Iterator[list[Any]]:
     """Keep hold of the datasets that lpclip.encode runs: their statistics are in no file."""
-    build, kept = pipeline._pipeline, []
+    fill, kept = pipeline.fill_store, []
 
-    def keep(*args: Any, **options: Any) -> Any:
-        kept.append(build(*args, **options))
-        return kept[-1]
+    def keep(*args: Any, stages: Callable[..., Any], **options: Any) -> Any:
+        def kept_stages(*units: Any) -> Any:
+            kept.append(stages(*units))
+            return kept[-1]
 
-    pipeline._pipeline = keep
+        return fill(*args, stages=kept_stages, **options)
+
+    pipeline.fill_store = keep
     try:
         yield kept
     finally:
-        pipeline._pipeline = build
+        pipeline.fill_store = fill
 
 
 def _blocks(dataset: Any) -> dict[str, list[Block]]:

@@ -1,6 +1,8 @@
-"""A table of features to parts of a store, with zero-shot pseudo-labels of the images that are encoded now."""
+"""A table of images' features, or of their pixels and texts, to parts of a store."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -11,9 +13,16 @@ from lpclip.zero_shot import Head, pseudo_label
 
 
 def commit(
-    table: pa.Table, *, path: str, views: tuple[str, ...], head: Head | None, scores_path: str
+    table: pa.Table,
+    *,
+    path: str,
+    columns: tuple[str, ...],
+    beside: Callable[[store.Part, pa.Table], object] | None = None,
 ) -> pa.Table:
-    """Write the parts of a table, one a unit; returns counts."""
+    """Write the parts of a table, one a unit, with these columns as far as there are; returns counts.
+
+    `beside` writes what goes with a part's rows into other files, before the part, which says that they are there.
+    """
     counts = []
     for unit in table["unit"].unique().to_pylist():
         rows = table.filter(pc.equal(table["unit"], unit))
@@ -23,18 +32,22 @@ def commit(
             unit=unit, start=int(place[0]), stop=int(place[-1]) + 1, last=rows["last"][-1].as_py()
         )
         bad = rows.filter(rows["error"].is_valid())
-        good = rows.filter(rows["error"].is_null()).select(["id", "label", *views])
+        good = rows.filter(rows["error"].is_null())
         total = sum(int.from_bytes(value.as_py(), "big") for value in rows["digest"])
-        if head is not None:
-            labels = pseudo_label(good, head=head, dim=head.weight.shape[1])
-            files.write_parquet(files.join(scores_path, part.name), labels)
+        if beside is not None:
+            beside(part, good)
         store.write_part(
             path,
             part,
-            rows=good,
+            rows=good.select([name for name in columns if name in good.column_names]),
             quarantine=bad.select(["id", "stage", "error"]).to_pylist(),
             content_digest=total % store.DIGEST_MODULUS,
         )
-        seconds = float(np.sum(rows["seconds"].to_numpy()))
-        counts.append({"unit": unit, "images": len(rows), "bad": len(bad), "encode_seconds": seconds})
+        counts.append({"unit": unit, "images": len(rows), "bad": len(bad)})
     return pa.Table.from_pylist(counts)
+
+
+def write_scores(part: store.Part, rows: pa.Table, *, head: Head, path: str) -> None:
+    """Zero-shot pseudo-labels of images that are encoded now, beside a part of their features."""
+    labels = pseudo_label(rows, head=head, dim=head.weight.shape[1])
+    files.write_parquet(files.join(path, part.name), labels)

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from lpclip.config import SourceConfig
+from lpclip.config import PairsConfig, SourceConfig
+from lpclip.sources.base import PAIRS, ROWS
 from lpclip.views import Preprocess, decode_image, render
 
 # Pixels of the tables that travel from the decoding tasks to the encoder: many views make few rows.
@@ -30,13 +31,17 @@ def decode_unit(
     preprocess: Preprocess,
     seed: int,
 ) -> Iterator[pa.Table]:
-    """One unit to tables with a row an image: id, label, error, place in the unit, digest, a pixel column a view."""
+    """One unit to tables with a row an image: id, label, error, place in the unit, digest, a pixel column a view.
+
+    A source of pairs has a column of texts as well.
+    """
     (position,) = index["id"]
     row = ray.get(units).slice(int(position), 1)
     unit, start = row["unit"][0].as_py(), 0
     step = rows_at_once(views, preprocess)
     held: pa.Table | None = None
-    for rows in _pieces(reader.tables(row["spec"][0].as_py()), step):
+    schema = PAIRS if isinstance(limits, PairsConfig) else ROWS
+    for rows in _pieces(reader.tables(row["spec"][0].as_py(), schema=schema), step):
         if held is not None:
             yield held
         held = _decode_rows(rows, unit, start, limits=limits, views=views, preprocess=preprocess, seed=seed)
@@ -70,12 +75,14 @@ def _decode_rows(
 ) -> pa.Table:
     ids, errors = rows["id"].to_pylist(), rows["error"].to_pylist()
     stages = [None if error is None else "read" for error in errors]
+    texts = rows["texts"].to_pylist() if "texts" in rows.column_names else [()] * len(ids)
     size = preprocess.size
     pixels = {view: np.zeros((len(ids), size, size, 3), np.uint8) for view in views}
     digests = []
     for i, data in enumerate(rows["image"]):
         image = data.as_py()
-        digests.append(hashlib.blake2b(ids[i].encode() + b"\0" + (image or b""), digest_size=16).digest())
+        content = ids[i].encode() + b"\0" + (image or b"") + b"".join(b"\0" + t.encode() for t in texts[i])
+        digests.append(hashlib.blake2b(content, digest_size=16).digest())
         if image is None:
             continue
         try:
@@ -86,7 +93,7 @@ def _decode_rows(
             errors[i], stages[i] = str(error), "decode"
     columns = {
         "id": rows["id"],
-        "label": rows["label"],
+        **{name: rows[name] for name in ("label", "texts") if name in rows.column_names},
         "error": pa.array(errors, pa.string()),
         "stage": pa.array(stages, pa.string()),
         "digest": pa.array(digests, pa.binary(16)),
@@ -99,3 +106,15 @@ def _decode_rows(
         buffer = pa.py_buffer(np.ascontiguousarray(pixels[view]))
         columns[f"pixels:{view}"] = pa.FixedSizeBinaryArray.from_buffers(dtype, len(ids), [None, buffer])
     return pa.table(columns)
+
+
+def pixel_array(column: pa.ChunkedArray, *, size: int) -> np.ndarray:
+    """A pixel column as uint8 (N, S, S, 3)."""
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
+    width = size * size * 3
+    if not len(array):
+        return np.empty((0, size, size, 3), np.uint8)
+    flat = np.frombuffer(array.buffers()[1], np.uint8, count=len(array) * width, offset=array.offset * width)
+    return flat.reshape(-1, size, size, 3)

@@ -11,8 +11,9 @@ import numpy as np
 from lpclip import files, store
 from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
 from lpclip.describe import EncoderInfo
-from lpclip.encode import check_manifest, encode, plan_actors, store_identity
+from lpclip.encode import encode, plan_actors, store_identity
 from lpclip.images import Source, open_source
+from lpclip.pipeline import check_manifest
 from lpclip.views import BASE_VIEWS, STRONG_VERSION, parse_views
 from lpclip.zero_shot import Head
 

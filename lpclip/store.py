@@ -2,7 +2,7 @@
 
     STORE/
       identity.json        written first: what the features are made of
-      part-*.parquet       id, label, one fixed-size list<float16> column a view
+      part-*.parquet       id, label, texts of pairs, one fixed-size list<float16> column a view
       quarantine.parquet   id, stage, error: every row that could not be encoded, with the reason
       manifest.json        written last: its existence means the store is complete
 

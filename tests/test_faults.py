@@ -239,6 +239,21 @@ def test_a_decoding_process_that_dies_is_replaced(
     assert_whole(tmp_path / "store", expected=undisturbed, before={})
 
 
+@pytest.mark.usefixtures("cluster")
+def test_images_that_kill_their_decoder_again_and_again_end_the_job(
+    deadly: Callable[[int], Source], undisturbed: dict[str, bytes], info: EncoderInfo, tmp_path: Path
+) -> None:
+    encoding = Encoding(deadly(3), info, tmp_path / "store")
+    encoding.ends()
+    assert isinstance(encoding.error, ValueError)
+    assert "a process that reads and decodes images died 3 times over the same ones" in str(encoding.error)
+    # The encoder's CPUs are free while the error lives: the same command goes on in the same process.
+    again = Encoding(deadly(3), info, tmp_path / "store")
+    again.ends()
+    assert again.error is None
+    assert_whole(tmp_path / "store", expected=undisturbed, before={})
+
+
 ASKED: Counter[str] = Counter()
 OVER = threading.Event()
 
