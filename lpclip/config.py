@@ -110,6 +110,57 @@ class SelfTrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which dual encoder is trained, and from what."""
+
+    encoder: str = "tiny-32"
+    """open_clip's model name, a JSON file with a model's configuration as open_clip has them, or tiny-32: a small
+    one for 32 px images and CPUs."""
+    pretrained: str | None = None
+    """Begin with open_clip's weights of this tag, or those in a local checkpoint; by default from scratch."""
+    lock: Literal["none", "image", "text"] = "none"
+    """The tower that stays as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Contrastive training."""
+
+    method: Literal["psd", "infonce"] = "psd"
+    """psd: progressive self-distillation (reconstructed), for pairs that are noisy; infonce: CLIP's own loss."""
+    epochs: int = 10
+    """Passes over the pairs."""
+    batch_size: int = 256
+    """Pairs in a batch, over all workers: each is told from all others of it."""
+    learning_rate: float = 1e-3
+    """AdamW's, at the end of the warm-up; it falls to 0 on a cosine. From pretrained weights take 1e-5 or so."""
+    warmup: float = 0.05
+    """Share of all steps in which the learning rate rises."""
+    weight_decay: float = 0.1
+    """AdamW's."""
+    share_start: float = 0.2
+    """Share of each batch that psd distils at first."""
+    share_end: float = 0.8
+    """Share of each batch that psd distils at last; it grows on a cosine."""
+    teacher_sharpness: float = 1.0
+    """Factor of the model's own scale in psd's targets: over 1 they are sharper than its own alignments."""
+    label_smoothing: float = 0.0
+    """infonce's, spread over the batch."""
+    mirror: bool = False
+    """Mirror half of the images: wrong where texts tell left from right."""
+    accumulate: int = 1
+    """Parts in which each worker computes its share of a batch: less memory, a second forward pass, the same step."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the computation; weights are float32. auto takes bfloat16 on GPUs."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between checkpoints, from which a training that was stopped goes on."""
+    num_workers: int = 0
+    """Ray Train workers, each with a GPU where there are some; 0 trains in this process."""
+    seed: int = 0
+    """Seed of the first weights, the order of the pairs, crops and distilled shares."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     """Where MLflow keeps the runs."""
 
@@ -192,6 +243,28 @@ class SelftrainJob:
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     names: ClassConfig = field(default_factory=ClassConfig)
     training: SelfTrainingConfig = field(default_factory=SelfTrainingConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainJob:
+    """Train a dual encoder on image-text pairs, and hand it to the other jobs."""
+
+    data: str = "fashion-mnist"
+    """Images with texts: folder with a .txt beside each image, Parquet, WebDataset tar or CSV/JSONL manifest; or
+    fashion-mnist, cifar10, cifar100 and other labelled images with --caption-templates."""
+    out: str = "runs/pretrain"
+    """Output folder; OUT/model has what other jobs take."""
+    limit: int | None = None
+    """Use only this many pairs, chosen by a hash of their ids."""
+    caption_templates: str | None = None
+    """Make texts of the names of labels, for images without texts: default, simple, openai, or a text file with one
+    a line, {} for the name. Named data sets have simple without it."""
+    pairs: str | None = None
+    """Folder that holds the stores of decoded pairs, to share them between runs; OUT/pairs by default."""
+    source: PairsConfig = field(default_factory=PairsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: PretrainConfig = field(default_factory=PretrainConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 

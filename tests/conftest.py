@@ -22,11 +22,12 @@ import torch
 from PIL import Image, ImageDraw
 
 from lpclip.cli import main
-from lpclip.config import EncodeJob, EncoderConfig, PredictJob, SelftrainJob, TuneJob
+from lpclip.config import EncodeJob, EncoderConfig, PredictJob, PretrainJob, SelftrainJob, TuneJob
 from lpclip.encoders import load_encoder
 from lpclip.runtime import start_ray
 from lpclip.workflows.encode import encode_job
 from lpclip.workflows.predict import predict_job
+from lpclip.workflows.pretrain import pretrain_job
 from lpclip.workflows.selftrain import selftrain_job
 from lpclip.workflows.tune import tune_job
 
@@ -76,6 +77,7 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     jobs: dict[str, Any] = {
         "encode.py": (encode_job, EncodeJob),
         "predict.py": (predict_job, PredictJob),
+        "pretrain.py": (pretrain_job, PretrainJob),
         "selftrain.py": (selftrain_job, SelftrainJob),
         "tune.py": (tune_job, TuneJob),
     }

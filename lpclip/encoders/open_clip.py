@@ -9,11 +9,13 @@ import logging
 import pickle
 import re
 import ssl
+import tempfile
 import threading
 import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +29,7 @@ from open_clip.pretrained import download_pretrained, download_pretrained_from_h
 from safetensors import SafetensorError
 from torch import Tensor
 
+from lpclip.config import ModelConfig
 from lpclip.encoders import preprocess_identity, to_input, weights_digest
 from lpclip.views import Preprocess
 
@@ -37,6 +40,20 @@ HUB = "hf-hub:"
 QUICK_GELU = "-quickgelu"
 PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 REACH_SECONDS = 5.0
+
+# Architectures for small images and CPUs, as open_clip's configurations are: they are not CLIP's.
+SMALL: dict[str, dict[str, Any]] = {
+    "tiny-32": {
+        "embed_dim": 128,
+        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 24, "head_width": 32},
+        "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+    },
+    "tiny-vit-32": {
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32},
+        "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
+    },
+}
 
 
 class OpenClipEncoder:
@@ -52,9 +69,11 @@ class OpenClipEncoder:
     ) -> None:
         """`pretrained` is open_clip's tag or a checkpoint file; hub models (hf-hub:OWNER/NAME) take none.
 
+        `name` may be a JSON file with a model's configuration.
+
         Raises ValueError for unknown names and tags, missing, unreachable or unfit weights.
         """
-        self.name = name if name.startswith(HUB) else name.replace("/", "-")
+        self.name = register(name)
         self.device = torch.device(device)
         self.dtype = dtype
         model = _load_model(self.name, pretrained).eval().requires_grad_(False)
@@ -87,9 +106,110 @@ class OpenClipEncoder:
 
     @cached_property
     def _tokenizer(self) -> Callable[[list[str]], Tensor]:
-        return _cached_or_online(
-            lambda: open_clip.get_tokenizer(self.name), what=f"the tokenizer of {self.name}"
+        return _tokenizer(self.name)
+
+
+def register(name: str) -> str:
+    """The model's name as open_clip knows it from now on; `name` may be a JSON file with its configuration.
+
+    Raises ValueError when the file is none.
+    """
+    if name.startswith(HUB):
+        return name
+    if not name.endswith(".json"):
+        return name.replace("/", "-")
+    path = Path(name).expanduser()
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--encoder {name}: not a JSON file that can be read ({error})") from error
+    if not isinstance(known, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= known.keys():
+        raise ValueError(
+            f"--encoder {name}: a model's configuration has embed_dim, vision_cfg and text_cfg, as open_clip's own"
         )
+    open_clip.add_model_config(path)
+    return path.stem
+
+
+def _register_small() -> None:
+    # open_clip takes configurations from files alone, and reads them at once.
+    with tempfile.TemporaryDirectory() as folder:
+        for name, config in SMALL.items():
+            Path(folder, f"{name}.json").write_text(json.dumps(config))
+        open_clip.add_model_config(folder)
+
+
+_register_small()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainable:
+    """An open_clip model to be trained, in float32 on the CPU."""
+
+    name: str
+    model: Any
+    preprocess: Preprocess
+    tokenizer: Callable[[list[str]], Tensor]
+    """B texts to (B, L) int64."""
+    locked: torch.nn.Module | None
+    """The tower that stays as it is."""
+    open_clip_config: dict[str, Any]
+    """What open_clip_config.json is to say."""
+
+
+def load_trainable(config: ModelConfig, *, seed: int) -> Trainable:
+    """The model that `config` names, with its pretrained weights or with those that the seed gives.
+
+    Raises ValueError when it cannot be had, or is not trained on pairs alone.
+    """
+    if config.encoder == "lite":
+        raise ValueError(f"the lite encoder is not trained: choose an open_clip model, or {', '.join(SMALL)}")
+    if config.encoder.startswith(HUB):
+        raise ValueError(f"{config.encoder}: give the model's name, and its weights as --pretrained")
+    name = register(config.encoder)
+    if "multimodal_cfg" in (get_model_config(name) or {}):
+        raise ValueError(f"{name} is trained on captions that it writes: choose a model without a decoder")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if config.pretrained is None:
+            _check_name(name)
+            with _silent():
+                model = _create(name, what=name, require_pretrained=False)
+        else:
+            model = _load_model(name, config.pretrained)
+    if getattr(model, "logit_bias", None) is not None:
+        model.logit_bias.requires_grad_(False)
+    locked = None
+    if config.lock == "image":
+        model.lock_image_tower()
+        locked = model.visual
+    elif config.lock == "text":
+        model.lock_text_tower()
+        locked = getattr(model, "text", None)
+    views = {key: model.visual.preprocess_cfg[key] for key in PREPROCESS_KEYS}
+    return Trainable(
+        name=name,
+        model=model,
+        preprocess=_preprocess(model.visual.preprocess_cfg),
+        tokenizer=_tokenizer(name),
+        locked=locked,
+        open_clip_config={"model_cfg": get_model_config(name), "preprocess_cfg": views},
+    )
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without open_clip's warning, through the root logger, that first weights are random."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _tokenizer(name: str) -> Callable[[list[str]], Tensor]:
+    return _cached_or_online(lambda: open_clip.get_tokenizer(name), what=f"the tokenizer of {name}")
 
 
 def _load_model(name: str, pretrained: str | None) -> Any:
@@ -135,7 +255,7 @@ def _create(name: str, *, what: str, **options: Any) -> Any:
         # open_clip logs every step through the root logger, and warns of what is warned of here already.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="QuickGELU mismatch")
-            return open_clip.create_model(name, weights_only=True, require_pretrained=True, **options)
+            return open_clip.create_model(name, weights_only=True, **{"require_pretrained": True, **options})
 
     try:
         return _cached_or_online(create, what=what)

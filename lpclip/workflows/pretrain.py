@@ -1,0 +1,213 @@
+"""The pretrain job: pairs to a store of pixels and texts, training, and a model that other jobs take."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+from lpclip import files, report, tracking
+from lpclip.config import PretrainJob, digest, to_dict
+from lpclip.console import shown
+from lpclip.describe import has_gpus
+from lpclip.encoders import weights_digest
+from lpclip.encoders.open_clip import Trainable, load_trainable
+from lpclip.images import Source, open_source
+from lpclip.pairs import PairStore, pairs_identity, prepare_pairs
+from lpclip.pipeline import check_manifest
+from lpclip.pretrainer import WEIGHTS, Pretraining, followed, pretrain, read_metrics
+from lpclip.pretraining import check_pretraining, num_steps
+from lpclip.progress import Progress
+from lpclip.prompts import templates
+from lpclip.runtime import claim, output_folder, start_ray, versions
+from lpclip.sources.captions import images_config, with_captions
+from lpclip.sources.named import CLASSES
+from lpclip.store import fingerprint, read_manifest
+
+# Of the texts, more are not counted: their tokens take a minute.
+COUNTED_TEXTS = 200_000
+
+
+def pretrain_job(job: PretrainJob) -> dict[str, Any]:
+    """Train on pairs; the model goes to OUT/model, metrics to MLflow. Returns the summary."""
+    check_pretraining(job.training)
+    with output_folder(job.out) as out:
+        source = open_pairs(job)
+        check_pretraining(job.training, num_pairs=source.num_rows)
+        trainable = load_trainable(job.model, seed=job.training.seed)
+        start_ray()
+        _print_plan(job, source, trainable, out)
+        with tracking.track(
+            job.tracking,
+            name=files.split(out)[1],
+            params={k: v for k, v in to_dict(job).items() if v is not None},
+            resume_key=f"pretrain {out}",
+        ) as run:
+            run.set_tags({"encoder": trainable.name, "data": source.name, "out": out})
+            return _pretrain(job, out, source, trainable, run)
+
+
+def open_pairs(job: PretrainJob) -> Source:
+    """The source of pairs that a job names. Raises ValueError when there are no texts."""
+    spec = job.caption_templates
+    if spec is None and job.data.partition(":")[0] in CLASSES and not files.exists(job.data):
+        spec = "simple"
+    if spec is None:
+        return open_source(job.data, config=job.source, limit=job.limit)
+    source = open_source(job.data, config=images_config(job.source), limit=job.limit)
+    return with_captions(source, templates=templates(spec), config=job.source)
+
+
+def _pretrain(
+    job: PretrainJob, out: str, source: Source, trainable: Trainable, run: tracking.Run
+) -> dict[str, Any]:
+    begin = time.monotonic()
+    identity = pairs_identity(source, trainable.preprocess)
+    name = f"{source.name}-{fingerprint(identity)[:12]}"
+    path = files.join(job.pairs or files.join(out, "pairs"), name)
+    manifest = read_manifest(path)
+    if manifest is None:
+        print(f"pairs: reading to {shown(path)}", flush=True)
+        manifest = prepare_pairs(source, preprocess=trainable.preprocess, path=path)
+    else:
+        check_manifest(source, path, manifest)
+        print(f"pairs: found in {shown(path)}", flush=True)
+    pairs = PairStore(path)
+    check_pretraining(job.training, num_pairs=len(pairs))
+    seconds = {"pairs": time.monotonic() - begin}
+    claim(out, _work_identity(job, manifest, trainable))
+    cut, counted = _count_cut_texts(pairs, trainable)
+    if cut:
+        print(
+            f"note      {cut:,} of {counted:,} texts fill the model's context, or are cut to it", flush=True
+        )
+
+    begin = time.monotonic()
+    total = num_steps(job.training, num_pairs=len(pairs))
+    work = Pretraining(
+        store_path=path,
+        model=job.model,
+        config=job.training,
+        folder=files.join(out, "training"),
+        model_folder=files.join(out, "model"),
+    )
+    size, per_epoch = job.training.batch_size, total // job.training.epochs
+    before = read_metrics(work.folder)
+    progress = Progress("training", total=total * size, done=int(before[-1]["step"]) * size if before else 0)
+    told, epochs = len(before), int(before[-1]["step"]) // per_epoch if before else 0
+
+    def tell(metrics: list[dict[str, float]]) -> None:
+        nonlocal told, epochs
+        progress.advance(max(0, int(metrics[-1]["step"]) * size - progress.done))
+        for entry in metrics[told:]:
+            run.log({k: v for k, v in entry.items() if k != "step"}, step=int(entry["step"]))
+            if int(entry["step"]) // per_epoch > epochs:
+                epochs = int(entry["step"]) // per_epoch
+                print(
+                    f"epoch {epochs} of {job.training.epochs}: loss {entry['loss']:.3f}, temperature "
+                    f"{entry['temperature']:.3f}, {entry['distilled_share']:.0%} distilled, "
+                    f"{entry['pairs_per_second']:.0f} pairs a second",
+                    flush=True,
+                )
+        told = max(told, len(metrics))
+
+    with followed(work.folder, tell):
+        pretrain(work, storage=files.join(out, "ray"), use_gpu=has_gpus())
+    progress.close()
+    seconds["training"] = time.monotonic() - begin
+    metrics = read_metrics(work.folder)
+    model = files.join(work.model_folder, WEIGHTS)
+    summary = {
+        "model": model,
+        "encoder": trainable.name,
+        "pairs": {
+            "store": path,
+            "read": manifest["num_rows"],
+            "quarantined": manifest["num_quarantined"],
+            "texts_cut": cut,
+            "texts_counted": counted,
+        },
+        "steps": total,
+        "last": metrics[-1],
+        "timings": {name: round(value, 3) for name, value in seconds.items()},
+        "config": to_dict(job),
+        "versions": versions(),
+        "mlflow_run": run.run_id,
+    }
+    files.write_json(files.join(out, "summary.json"), summary)
+    run.artifact(files.join(out, "summary.json"))
+    run.artifact(files.join(work.model_folder, "open_clip_config.json"), "model")
+    _print_result(job, summary, run)
+    return summary
+
+
+def _work_identity(job: PretrainJob, manifest: dict[str, Any], trainable: Trainable) -> dict[str, Any]:
+    """Whatever changes the result, by the names of the flags; the number of workers does not."""
+    training = to_dict(replace(job.training, num_workers=0, checkpoint_minutes=0.0))
+    return {
+        "pairs": manifest["fingerprint"],
+        "encoder": [trainable.name, digest(trainable.open_clip_config)],
+        "pretrained": weights_digest(trainable.model.state_dict()),
+        "lock": job.model.lock,
+        **{k: v for k, v in training.items() if k not in ("num_workers", "checkpoint_minutes", "seed")},
+        "seed": job.training.seed,
+    }
+
+
+def _count_cut_texts(pairs: PairStore, trainable: Trainable) -> tuple[int, int]:
+    """How many of how many different texts fill the model's context, or more than it."""
+    different: set[str] = set()
+    for start in range(0, len(pairs), 4096):
+        rows = range(start, min(len(pairs), start + 4096))
+        different.update(text for texts in pairs.texts(rows) for text in texts)
+        if len(different) > COUNTED_TEXTS:
+            break
+    texts = sorted(different)[:COUNTED_TEXTS]
+    padding = trainable.tokenizer([""])[0, -1]
+    cut = 0
+    for start in range(0, len(texts), 1024):
+        cut += int((trainable.tokenizer(texts[start : start + 1024])[:, -1] != padding).sum())
+    return cut, len(texts)
+
+
+def _print_plan(job: PretrainJob, source: Source, trainable: Trainable, out: str) -> None:
+    t, size = job.training, trainable.preprocess.size
+    count = f"{source.num_rows:,}" if source.num_rows is not None else "an unknown number of"
+    print(f"data      {source.name}: {count} pairs ({source.kind})")
+    begin = f"from {job.model.pretrained}" if job.model.pretrained else "from scratch"
+    number = sum(p.numel() for p in trainable.model.parameters()) / 1e6
+    locked = f", {job.model.lock} tower locked" if job.model.lock != "none" else ""
+    print(f"encoder   {trainable.name}, {size} px, {number:,.1f} million weights, {begin}{locked}")
+    if source.num_rows:
+        print(
+            f"pairs     about {source.num_rows * size * size * 3 / 1e6:,.0f} MB of pixels when all are read"
+        )
+        steps = f"{num_steps(t, num_pairs=source.num_rows):,} steps"
+    else:
+        steps = "an unknown number of steps"
+    method = f"psd (reconstructed), {t.share_start:g} to {t.share_end:g} distilled"
+    workers = f"{t.num_workers} Ray Train workers" if t.num_workers else "in this process"
+    print(
+        f"training  {method if t.method == 'psd' else 'infonce'}, {t.epochs} epochs of batches of {t.batch_size}: "
+        f"{steps} at most, {workers}"
+    )
+    print(f"output    {shown(out)}")
+    for note in source.notes:
+        print(f"note      {note}")
+
+
+def _print_result(job: PretrainJob, summary: dict[str, Any], run: tracking.Run) -> None:
+    last = summary["last"]
+    row = {
+        "pairs": summary["pairs"]["read"],
+        "quarantined": summary["pairs"]["quarantined"],
+        "steps": summary["steps"],
+        "loss": round(last["loss"], 3),
+        "temperature": round(last["temperature"], 3),
+        "pairs/s": round(last["pairs_per_second"]),
+        "seconds": round(summary["timings"]["training"]),
+    }
+    print(f"\n{report.table([row])}\n")
+    print(f"model    {shown(summary['model'])}")
+    print(f"use it   --encoder {job.model.encoder} --pretrained {shown(summary['model'])}")
+    print(f"MLflow   {shown(run.uri)}, run {run.run_id}", flush=True)
