@@ -43,6 +43,7 @@ def contrastive_loss(
     scale: Tensor | float,
     distilled: Tensor | None = None,
     teacher_scale: Tensor | float | None = None,
+    swapped: bool = True,
     label_smoothing: float = 0.0,
 ) -> Loss:
     """The loss of N pairs, images and texts (N, d) of unit norm, row i of one being the pair of row i of the other.
@@ -60,7 +61,7 @@ def contrastive_loss(
         return Loss(total=sum(losses, torch.zeros(())) / 2, target_entropy=torch.zeros(()))
     assert label_smoothing == 0, "soft targets are smooth already"
     total, entropy = images.new_zeros(()), images.new_zeros(())
-    for student, teacher in (directions, directions[::-1]):
+    for student, teacher in zip(directions, directions[::-1] if swapped else directions, strict=True):
         with torch.no_grad():
             targets = torch.softmax(
                 (scale if teacher_scale is None else teacher_scale) * teacher[distilled], dim=1

@@ -1,0 +1,236 @@
+"""How much noisy captions hurt: InfoNCE, InfoNCE with smoothed labels, and progressive self-distillation (PSD).
+
+    python benchmarks/psd.py                           # cifar10, fetched once; under an hour on two cores
+    python benchmarks/psd.py --quick                   # one seed, two shares of noise, under 5 minutes
+    python benchmarks/psd.py --train cifar/train.parquet --test cifar/test.parquet --json runs/psd.json
+
+A small network at 32 px (tiny-32, which is not CLIP) is trained from scratch on labelled images whose captions name
+their class, one of eight templates for each image. Then a share of the captions is shuffled among the images that have
+them. What is trained is what jobs/pretrain.py trains, without its pair store.
+
+The test images are measured once, at the end: zero-shot accuracy (the eight templates), a linear probe on the true
+labels of the training images, and retrieval among the test images' own captions, where equal captions are one text. PSD
+is a reconstruction: no code of it is public. Each number is the mean over the seeds, with the standard deviation.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+
+from lpclip import report
+from lpclip.cli import OPTIONS
+from lpclip.config import ModelConfig, PretrainConfig, SourceConfig
+from lpclip.encoders import to_input
+from lpclip.encoders.open_clip import Trainable, load_trainable
+from lpclip.evaluation import supervised_probe
+from lpclip.images import open_source
+from lpclip.pretraining import Towers, crop, draw, learning_rate, make_optimizer, num_steps, train_step
+from lpclip.probe import zero_shot_probe
+from lpclip.progress import TrialProgress
+from lpclip.retrieval import retrieval_metrics
+from lpclip.runtime import versions
+from lpclip.views import decode_image, weak_view
+
+TEMPLATES = (
+    *("a photo of a {}.", "a picture of the {}.", "one {}.", "a small {} in a photo."),
+    *("this is a {}.", "an image of a {}.", "a blurry photo of a {}.", "my {}."),
+)
+METHODS: dict[str, dict[str, Any]] = {
+    "infonce": {"method": "infonce"},
+    "smoothed": {"method": "infonce", "label_smoothing": 0.1},
+    "psd": {"method": "psd"},
+}
+BATCH = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Train on captions of which a share is wrong, and measure what is left."""
+
+    train: str = "cifar10:train"
+    """Labelled images to train on."""
+    test: str = "cifar10:test"
+    """Labelled images to measure on."""
+    num_train: int = 4000
+    """Images to train on, chosen by a hash of their ids."""
+    num_test: int = 5000
+    """Images to measure on."""
+    noise: str = "0,20,40,60"
+    """Shares of shuffled captions in percent, by comma."""
+    methods: str = ",".join(METHODS)
+    """Methods, by comma."""
+    seeds: int = 3
+    """Seeds of the captions, the shuffling, the weights and the training."""
+    quick: bool = False
+    """One seed, no and 40% noise, a quarter of the epochs: whether it runs."""
+    training: PretrainConfig = field(
+        default_factory=lambda: PretrainConfig(batch_size=128, epochs=40, learning_rate=2e-3, mirror=True)
+    )
+    json: str | None = None
+    """File to write the rows to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """Labelled images in memory."""
+
+    pixels: torch.Tensor
+    """(N, S, S, 3) uint8."""
+    labels: np.ndarray
+    """(N,) int64."""
+    names: tuple[str, ...]
+
+
+def load(data: str, *, split: str, limit: int, trainable: Trainable) -> Images:
+    """Images at the model's size."""
+    source = open_source(data, config=SourceConfig(), split=split, limit=limit)
+    rows = [row for unit in source.units for row in source.reader.rows(unit)]
+    assert source.label_names is not None, "captions are made of labels"
+    pixels = []
+    for row in rows:
+        assert row.image is not None, row.error
+        image = decode_image(row.image, max_pixels=10**8, max_bytes=10**8)
+        pixels.append(weak_view(image, trainable.preprocess))
+    labels = np.array([row.label for row in rows], np.int64)
+    return Images(pixels=torch.from_numpy(np.stack(pixels)), labels=labels, names=source.label_names)
+
+
+def caption(images: Images, *, noise: float, seed: int) -> list[str]:
+    """A caption for each image; a share of them is shuffled among their images."""
+    random = np.random.default_rng((seed, 2))
+    picked = random.integers(len(TEMPLATES), size=len(images.labels))
+    texts = [TEMPLATES[t].format(images.names[y]) for t, y in zip(picked, images.labels, strict=True)]
+    wrong = np.flatnonzero(random.random(len(texts)) < noise)
+    moved = dict(zip(wrong.tolist(), random.permutation(wrong).tolist(), strict=True))
+    return [texts[moved.get(i, i)] for i in range(len(texts))]
+
+
+def train(images: Images, texts: list[str], config: PretrainConfig) -> tuple[Trainable, float]:
+    """A model from scratch, and the seconds that a step took."""
+    trainable = load_trainable(ModelConfig(), seed=config.seed)
+    towers = Towers(trainable.model).train()
+    optimizer = make_optimizer(towers, config)
+    tokens = trainable.tokenizer(texts)
+    total, begin = num_steps(config, num_pairs=len(texts)), time.perf_counter()
+    for step in range(total):
+        drawn = draw(step, num_pairs=len(texts), config=config)
+        pixels = to_input(
+            images.pixels[drawn.rows], trainable.preprocess, dtype=torch.float32, device=torch.device("cpu")
+        )
+        train_step(
+            towers,
+            optimizer,
+            crop(pixels, drawn.crops, mirror=config.mirror),
+            tokens[drawn.rows],
+            distilled=drawn.distilled,
+            rate=learning_rate(step, total=total, config=config),
+            config=config,
+            dtype=torch.float32,
+        )
+    return trainable, (time.perf_counter() - begin) / total
+
+
+@torch.inference_mode()
+def image_features(trainable: Trainable, pixels: torch.Tensor) -> np.ndarray:
+    """Unit-norm features (N, d) float16, as feature stores have them."""
+    cpu = torch.device("cpu")
+    batches = [
+        to_input(p, trainable.preprocess, dtype=torch.float32, device=cpu) for p in pixels.split(BATCH)
+    ]
+    found = torch.cat([F.normalize(trainable.model.encode_image(batch), dim=1) for batch in batches])
+    return found.to(torch.float16).numpy()
+
+
+@torch.inference_mode()
+def text_features(trainable: Trainable, texts: Sequence[str]) -> torch.Tensor:
+    """Unit-norm features (M, d) float32."""
+    return F.normalize(trainable.model.encode_text(trainable.tokenizer(list(texts))), dim=1)
+
+
+def measure(trainable: Trainable, train_images: Images, test: Images, *, seed: int) -> dict[str, float]:
+    """All that is told of a model, in percent."""
+    trainable.model.eval()
+    x, y = image_features(trainable, test.pixels), test.labels
+    heads = [text_features(trainable, [t.format(name) for name in test.names]) for t in TEMPLATES]
+    zero_shot = zero_shot_probe(F.normalize(torch.stack(heads).mean(0), dim=1), temperature=1.0)
+    probe = supervised_probe(
+        image_features(trainable, train_images.pixels), train_images.labels, like=zero_shot
+    )
+    texts, owned = np.unique(caption(test, noise=0.0, seed=seed), return_inverse=True)
+    found = retrieval_metrics(
+        x,
+        text_features(trainable, texts.tolist()).numpy(),
+        image_index=np.arange(len(x)),
+        text_index=owned.astype(np.int64),
+    )
+    return {
+        "zero_shot": 100 * float((zero_shot.logits(x).argmax(1).numpy() == y).mean()),
+        "linear_probe": 100 * float((probe.logits(x).argmax(1).numpy() == y).mean()),
+        "image_to_text_r10": 100 * found["image_to_text"]["recall_10"],
+        "text_to_image_r10": 100 * found["text_to_image"]["recall_10"],
+    }
+
+
+def main(options: Options) -> None:
+    """Train and measure everything, print the table, write JSON."""
+    if options.quick:
+        fewer = replace(options.training, epochs=max(1, options.training.epochs // 4))
+        options = replace(options, seeds=1, noise="0,40", training=fewer)
+    methods = options.methods.split(",")
+    if unknown := set(methods) - METHODS.keys():
+        raise ValueError(f"--methods {' '.join(unknown)}: there are {', '.join(METHODS)}")
+    trainable = load_trainable(ModelConfig(), seed=0)
+    images = load(options.train, split="train", limit=options.num_train, trainable=trainable)
+    test = load(options.test, split="test", limit=options.num_test, trainable=trainable)
+    shares = [float(share) for share in options.noise.split(",")]
+    steps = num_steps(options.training, num_pairs=len(images.labels))
+    runs = len(shares) * len(methods) * options.seeds
+    print(
+        f"{runs} trainings of {steps:,} steps on {len(images.labels):,} images, tested on {len(test.labels):,}"
+    )
+    progress, rows = TrialProgress(total=runs, done=0), list[dict[str, Any]]()
+    for share in shares:
+        # Methods in turn: whatever else the machine does meets all of them.
+        for seed in range(options.seeds):
+            for method in methods:
+                config = replace(options.training, seed=seed, **METHODS[method])
+                texts = caption(images, noise=share / 100, seed=seed)
+                trained, seconds = train(images, texts, config)
+                found = measure(trained, images, test, seed=seed)
+                rows.append(
+                    {"noise": share, "method": method, "seed": seed, **found, "step_ms": 1000 * seconds}
+                )
+                progress.advance(f"{share:g}% shuffled, {method}, seed {seed}: {found['zero_shot']:.1f}")
+                if options.json:
+                    written = {"options": asdict(options), "versions": versions(), "rows": rows}
+                    Path(options.json).write_text(json.dumps(written, indent=1))
+    print(report.table(summarise(rows)))
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each share of noise and method: means over the seeds and standard deviations."""
+    table = []
+    for key in dict.fromkeys((row["noise"], row["method"]) for row in rows):
+        mine = [row for row in rows if (row["noise"], row["method"]) == key]
+        shown: dict[str, Any] = {"shuffled %": f"{key[0]:g}", "method": key[1]}
+        for name in ("zero_shot", "linear_probe", "image_to_text_r10", "text_to_image_r10"):
+            values = [row[name] for row in mine]
+            spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+            shown[name.replace("_", " ")] = f"{np.mean(values):.1f}{spread}"
+        table.append(shown | {"ms a step": f"{np.mean([row['step_ms'] for row in mine]):.0f}"})
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options, config=OPTIONS)))
