@@ -309,12 +309,17 @@ class TuneJob:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateJob:
-    """Measure probes beside zero-shot: accuracy, calibration, corruptions, natural shifts, foreign images."""
+    """Measure probes beside zero-shot: accuracy, calibration, corruptions, natural shifts, foreign images; and how well
+    an encoder finds the texts of images, and images of texts."""
 
-    probe: tuple[str, ...]
+    probe: tuple[str, ...] = ()
     """Folders of saved probes of one encoder (OUT/probe, OUT/supervised of selftrain.py), or NAME=FOLDER."""
-    data: str
+    data: str | None = None
     """Labelled images: folder, Parquet, WebDataset tar, manifest, named data set (its test part) or feature store."""
+    retrieval: tuple[str, ...] = ()
+    """NAME=PATH or PATH of image-text pairs, to find texts of images and images of texts: as pretrain.py's --data."""
+    encoder: str | None = None
+    """The encoder of --retrieval without --probe: lite, an open_clip model name or hf-hub:OWNER/NAME."""
     out: str = "runs/evaluate"
     """Output folder."""
     limit: int | None = None
@@ -332,8 +337,12 @@ class EvaluateJob:
     """NAME=PATH of images of other classes, which a classifier should not be sure about."""
     classes: str | None = None
     """Text file with lines `label<TAB>name`, where the data calls the probe's classes otherwise."""
+    caption_templates: str | None = None
+    """Make --retrieval's texts of the names of labels: default, simple, openai, or a text file with one a line, {} for
+    the name. Named data sets have simple without it."""
     pretrained: str | None = None
-    """Where the encoder's local checkpoint lies now, if it has moved since training."""
+    """Where the probes' encoder's local checkpoint lies now, if it has moved since training; or the weights of
+    --encoder: open_clip's tag or a local checkpoint."""
     batch_size: int = 64
     """Images in one forward pass."""
     num_actors: int | None = None
@@ -342,7 +351,7 @@ class EvaluateJob:
     """Folder that holds the feature stores, to share them between evaluations; OUT/features by default."""
     seed: int = 0
     """Seed of the corruptions and of the bootstrap."""
-    source: SourceConfig = field(default_factory=SourceConfig)
+    source: PairsConfig = field(default_factory=PairsConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 

@@ -15,6 +15,7 @@ from lpclip.probe import Probe
 from lpclip.prompts import ClassList
 from lpclip.report.evaluation import corruption_table, ood_table, overview_table
 from lpclip.report.sweep import status_line, trials_table
+from lpclip.retrieval import RECALLS
 from lpclip.spaces import Space
 from lpclip.views import base_views, parse_views
 from lpclip.zero_shot import Head
@@ -150,7 +151,8 @@ def print_evaluation_plan(
             num_bytes = 2 * info.identity["dim"] * num_views * data.source.num_rows
             size = f", {num_views * data.source.num_rows:,} features, {num_bytes / 1e6:,.0f} MB"
         print(f"{kind:<9} {data.describe()}: {num_views} views{size}")
-    print(f"probes    {', '.join(probes)}")
+    if probes:
+        print(f"probes    {', '.join(probes)}")
     print(f"encoder   {info.name}, {info.preprocess.size} px, {info.identity['precision']}")
     if info.name == "lite":
         print(f"          ({LITE_NOTE})")
@@ -177,8 +179,33 @@ def print_evaluation(summary: dict[str, Any], *, out: str, run: tracking.Run) ->
             f"WORSE than zero-shot: {cell['probe']} on {where} by {-100 * cell['value']:.1f} points "
             f"({low:+.1f} to {high:+.1f})"
         )
+    if summary["retrieval"]:
+        print(f"\n{report.table(retrieval_table(summary['retrieval']))}")
     print()
     _print_places(out, run, report="report.html", summary="summary.json")
+
+
+def print_retrieval(summary: dict[str, Any], *, out: str, run: tracking.Run) -> None:
+    """The table of an evaluation of retrieval alone, and where everything lies."""
+    print(f"\n{report.table(retrieval_table(summary['retrieval']))}\n")
+    _print_places(out, run, summary="summary.json")
+
+
+def retrieval_table(sets: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Two rows a set, one for each direction."""
+    return [
+        {
+            "retrieval": item["set"],
+            "query": query,
+            "images": item["images"],
+            "texts": item["texts"],
+            "quarantined": item["quarantined"],
+            **{f"recall@{k} %": item[direction][f"recall_{k}"] for k in RECALLS},
+            "median rank": f"{item[direction]['median_rank']:g}",
+        }
+        for item in sets
+        for query, direction in (("image", "image_to_text"), ("text", "text_to_image"))
+    ]
 
 
 def print_sweep_plan(job: TuneJob, space: Space, *, classes: ClassList, count: int, concurrent: int) -> None:

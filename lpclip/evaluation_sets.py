@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lpclip.config import ClassConfig, EvaluateJob
+from lpclip.config import ClassConfig, EvaluateJob, to_dict
 from lpclip.features import Data, open_data
 from lpclip.labels import map_labels, resolve_classes
 from lpclip.probe import Probe
 from lpclip.prompts import ClassList
 from lpclip.robustness import Cell, Kind
+from lpclip.sources.captions import images_config
 from lpclip.sources.corrupted import Published, published_sets
 from lpclip.views import CORRUPTIONS, base_views, mirror_view
 
@@ -37,6 +38,32 @@ class EvaluationSet:
     def views(self) -> tuple[str, ...]:
         """All views that are needed."""
         return tuple(dict.fromkeys(view for views in self.cells.values() for view in views))
+
+
+def check_evaluation(job: EvaluateJob) -> None:
+    """ValueError for flags that do not go together."""
+    if job.probe and job.encoder is not None:
+        raise ValueError(
+            "--encoder is for --retrieval without --probe: with it, the encoder is the probes' own"
+        )
+    if job.data is not None and not job.probe:
+        raise ValueError("--data has the images that probes are measured on: it needs --probe")
+    if job.data is None and not job.retrieval:
+        raise ValueError(
+            "there is nothing to measure: give --probe and --data, or --retrieval, or all of them"
+        )
+    if job.retrieval and not job.probe and job.encoder is None:
+        raise ValueError("--retrieval needs an encoder: give --encoder, or --probe to take its own")
+    measured = ("corruptions", "corrupted", "shift", "ood", "classes")
+    needs = {
+        "--probe and --data": () if job.data is not None else measured,
+        "--retrieval": () if job.retrieval else ("caption_templates", "text_column"),
+    }
+    given, default = to_dict(job), to_dict(EvaluateJob())
+    for flags, names in needs.items():
+        for name in names:
+            if given.get(name) != default[name]:
+                raise ValueError(f"--{name.replace('_', '-')} needs {flags}")
 
 
 def parse_corruptions(job: EvaluateJob) -> list[tuple[str, int]]:
@@ -64,6 +91,7 @@ def parse_corruptions(job: EvaluateJob) -> list[tuple[str, int]]:
 def open_sets(job: EvaluateJob, probe: Probe, corruptions: list[tuple[str, int]]) -> Iterator[EvaluationSet]:
     """All sets, opened but not read, --data's first."""
     base = base_views(probe.encoder["views"])
+    config = images_config(job.source)
     taken = set()
 
     def one(
@@ -85,7 +113,8 @@ def open_sets(job: EvaluateJob, probe: Probe, corruptions: list[tuple[str, int]]
             taken.add(name)
             yield name, path
 
-    data = open_data(job.data, config=job.source, split="test", limit=job.limit)
+    assert job.data is not None
+    data = open_data(job.data, config=config, split="test", limit=job.limit)
     taken.add(data.name)
     cells = {Cell(set=data.name, kind="clean"): base}
     for name, severity in corruptions:
@@ -94,9 +123,9 @@ def open_sets(job: EvaluateJob, probe: Probe, corruptions: list[tuple[str, int]]
         cells[Cell(set=data.name, kind="corrupted", corruption=name, severity=severity)] = views
     yield one(data.name, "clean", data, cells)
     for name, path in named(job.shift, "shift"):
-        yield one(name, "shift", open_data(path, config=job.source, split="test", limit=job.limit))
+        yield one(name, "shift", open_data(path, config=config, split="test", limit=job.limit))
     for name, path in named(job.ood, "ood"):
-        yield one(name, "ood", open_data(path, config=job.source, split="test", limit=job.limit))
+        yield one(name, "ood", open_data(path, config=config, split="test", limit=job.limit))
     for name, path in named(job.corrupted, "corrupted"):
         published, notes = published_sets(path)
         for item in published:
@@ -107,7 +136,7 @@ def open_sets(job: EvaluateJob, probe: Probe, corruptions: list[tuple[str, int]]
 def _published(
     name: str, item: Published, job: EvaluateJob, base: tuple[str, ...], *, notes: tuple[str, ...]
 ) -> EvaluationSet:
-    source = item.open(config=job.source, limit=job.limit)
+    source = item.open(config=images_config(job.source), limit=job.limit)
     source = replace(source, notes=(*source.notes, *notes))
     data = Data(name=source.name, label_names=source.label_names, has_labels=source.has_labels, source=source)
     cell = Cell(set=name, kind="published corruption", corruption=item.corruption, severity=item.severity)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lpclip import files, store
-from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
+from lpclip.config import EncodeConfig, EncoderConfig, PairsConfig, SourceConfig
 from lpclip.describe import EncoderInfo
 from lpclip.encode import encode, plan_actors, store_identity
 from lpclip.images import Source, open_source
@@ -33,8 +33,10 @@ class Data:
         if self.source is None:
             return f"{self.name} (feature store)"
         count = f"{self.source.num_rows:,}" if self.source.num_rows is not None else "an unknown number of"
-        labels = "labelled" if self.has_labels else "unlabelled"
-        return f"{self.name}: {count} images ({self.source.kind}, {labels})"
+        kind = "labelled" if self.has_labels else "unlabelled"
+        if isinstance(self.source.config, PairsConfig):
+            kind = "with texts"
+        return f"{self.name}: {count} images ({self.source.kind}, {kind})"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,18 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """Counts images against the clock. `total` is None where it is unknown until the end."""
+    """Counts images, or another unit, against the clock. `total` is None where it is unknown until the end."""
 
-    def __init__(self, what: str, *, total: int | None, done: int = 0, stream: TextIO | None = None) -> None:
-        self._what, self._total, self._first = what, total, done
+    def __init__(
+        self,
+        what: str,
+        *,
+        total: int | None,
+        done: int = 0,
+        unit: str = "images",
+        stream: TextIO | None = None,
+    ) -> None:
+        self._what, self._total, self._first, self._unit = what, total, done, unit
         self._stream = stream or sys.stderr
         self._tty = self._stream.isatty()
         self._start = self._shown = time.monotonic()
@@ -57,7 +65,7 @@ class Progress:
             if self.rate > 0 and self.done < self._total:
                 eta = f", {clock((self._total - self.done) / self.rate)} left"
         bad = f", {self.bad:,} quarantined" if self.bad else ""
-        line = f"{self._what}: {self.done:,}{share} images, {self.rate:.0f} a second{bad}{eta}"
+        line = f"{self._what}: {self.done:,}{share} {self._unit}, {self.rate:.0f} a second{bad}{eta}"
         print(
             f"\r{line:<100}" if self._tty else line,
             end="" if self._tty else "\n",

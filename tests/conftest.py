@@ -22,10 +22,19 @@ import torch
 from PIL import Image, ImageDraw
 
 from lpclip.cli import main
-from lpclip.config import EncodeJob, EncoderConfig, PredictJob, PretrainJob, SelftrainJob, TuneJob
+from lpclip.config import (
+    EncodeJob,
+    EncoderConfig,
+    EvaluateJob,
+    PredictJob,
+    PretrainJob,
+    SelftrainJob,
+    TuneJob,
+)
 from lpclip.encoders import load_encoder
 from lpclip.runtime import start_ray
 from lpclip.workflows.encode import encode_job
+from lpclip.workflows.evaluate import evaluate_job
 from lpclip.workflows.predict import predict_job
 from lpclip.workflows.pretrain import pretrain_job
 from lpclip.workflows.selftrain import selftrain_job
@@ -76,6 +85,7 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     job, *flags = shlex.split(command)
     jobs: dict[str, Any] = {
         "encode.py": (encode_job, EncodeJob),
+        "evaluate.py": (evaluate_job, EvaluateJob),
         "predict.py": (predict_job, PredictJob),
         "pretrain.py": (pretrain_job, PretrainJob),
         "selftrain.py": (selftrain_job, SelftrainJob),

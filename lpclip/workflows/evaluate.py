@@ -20,6 +20,7 @@ from lpclip.console import print_evaluation, print_evaluation_plan
 from lpclip.describe import EncoderInfo, describe_probes_encoder
 from lpclip.evaluation_sets import (
     EvaluationSet,
+    check_evaluation,
     check_label_names,
     evaluation_classes,
     open_sets,
@@ -44,6 +45,12 @@ from lpclip.robustness import (
 )
 from lpclip.runtime import claim, output_folder, start_ray, versions
 from lpclip.views import base_views, decode_image
+from lpclip.workflows.retrieval import (
+    measure_retrieval,
+    open_pair_sets,
+    retrieval_identity,
+    retrieval_job,
+)
 
 EXAMPLES = 12
 # Images that the examples are looked for among: more would be read for pictures alone.
@@ -68,12 +75,20 @@ class _Found:
 
 
 def evaluate_job(job: EvaluateJob) -> dict[str, Any]:
-    """Measure probes and zero-shot on everything that was asked for; rows, a page and MLflow runs come of it."""
-    probes, digests = _load_probes(job.probe)
-    reference = next(iter(probes.values()))
+    """Measure probes and zero-shot on everything that was asked for; rows, a page and MLflow runs come of it.
+
+    Retrieval alone has no page. Raises ValueError for flags that do not go together, and whatever cannot be read.
+    """
+    check_evaluation(job)
+    probes, digests = _load_probes(job.probe) if job.probe else ({}, {})
+    reference = next(iter(probes.values()), None)
+    if job.data is None:
+        return retrieval_job(job, reference)
+    assert reference is not None
     corruptions = parse_corruptions(job)
     with output_folder(job.out) as out:
         sets = list(open_sets(job, reference, corruptions))
+        pairs = open_pair_sets(job, reference)
         classes = evaluation_classes(job, reference)
         for item in sets:
             check_label_names(item, classes)
@@ -84,10 +99,12 @@ def evaluate_job(job: EvaluateJob) -> dict[str, Any]:
             torch.tensor(info.head), temperature=1 / info.logit_scale, class_names=reference.class_names
         )
         shown = {ZERO_SHOT: zero_shot, **probes}
-        print_evaluation_plan(
-            [(item.kind, item.data, len(item.views)) for item in sets], shown, info=info, out=out
-        )
-        identity = _identity(job, digests, sets)
+        plan = [
+            *((item.kind, item.data, len(item.views)) for item in sets),
+            *(("retrieval", item.data, len(item.views)) for item in pairs),
+        ]
+        print_evaluation_plan(plan, shown, info=info, out=out)
+        identity = {**_identity(job, digests, sets), "retrieval": retrieval_identity(pairs)}
         claim(out, identity, mark=False)
         params = {k: v for k, v in to_dict(job).items() if v is not None}
         with tracking.track(
@@ -96,6 +113,7 @@ def evaluate_job(job: EvaluateJob) -> dict[str, Any]:
             run.set_tags({"encoder": info.name, "data": sets[0].name, "out": out})
             found = _evaluate(job, out, sets, shown, classes, info, encoder)
             summary = _summary(job, found, sets, shown, info, run)
+            summary["retrieval"] = measure_retrieval(job, out, pairs, info, encoder, run)
             begin = time.monotonic()
             claim(out, identity)
             files.write_json(files.join(out, "summary.json"), summary)

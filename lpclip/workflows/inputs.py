@@ -1,4 +1,4 @@
-"""What selftrain and tune have in common: the images and classes that a job names, as features and class indices."""
+"""What jobs have in common: the images, classes and image-text pairs that they name, as features and class indices."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 
 from lpclip import files
-from lpclip.config import SelftrainJob, TuneJob, to_dict
+from lpclip.config import PairsConfig, SelftrainJob, TuneJob, to_dict
 from lpclip.describe import EncoderInfo
 from lpclip.features import Data, Encoded, encode_data, encode_views, load_labelled, open_data
+from lpclip.images import Source, open_source
 from lpclip.labels import map_labels, resolve_classes
 from lpclip.prompts import ClassList, templates
+from lpclip.sources.captions import images_config, with_captions
+from lpclip.sources.named import CLASSES
 from lpclip.store import Features
 from lpclip.views import base_views
 from lpclip.zero_shot import Head
@@ -54,6 +57,22 @@ def open_inputs(job: SelftrainJob | TuneJob) -> Inputs:
     test = _open_test(job)
     _check_label_names(data, test, classes)
     return Inputs(data=data, test=test, classes=classes)
+
+
+def open_pairs(
+    data: str, *, config: PairsConfig, caption_templates: str | None, split: str, limit: int | None
+) -> Source:
+    """The source of image-text pairs that `data` names; texts are made of labels where templates are given.
+
+    Named data sets have simple templates without any. Raises ValueError when there are no texts.
+    """
+    spec = caption_templates
+    if spec is None and data.partition(":")[0] in CLASSES and not files.exists(data):
+        spec = "simple"
+    if spec is None:
+        return open_source(data, config=config, split=split, limit=limit)
+    source = open_source(data, config=images_config(config), split=split, limit=limit)
+    return with_captions(source, templates=templates(spec), config=config)
 
 
 def encode_inputs(

@@ -12,17 +12,15 @@ from lpclip.console import shown
 from lpclip.describe import has_gpus
 from lpclip.encoders import weights_digest
 from lpclip.encoders.open_clip import Trainable, load_trainable
-from lpclip.images import Source, open_source
+from lpclip.images import Source
 from lpclip.pairs import PairStore, pairs_identity, prepare_pairs
 from lpclip.pipeline import check_manifest
 from lpclip.pretrainer import WEIGHTS, Pretraining, followed, pretrain, read_metrics
 from lpclip.pretraining import check_pretraining, num_steps
 from lpclip.progress import Progress
-from lpclip.prompts import templates
 from lpclip.runtime import claim, output_folder, start_ray, versions
-from lpclip.sources.captions import images_config, with_captions
-from lpclip.sources.named import CLASSES
 from lpclip.store import fingerprint, read_manifest
+from lpclip.workflows.inputs import open_pairs
 
 # Of the texts, more are not counted: their tokens take a minute.
 COUNTED_TEXTS = 200_000
@@ -32,7 +30,13 @@ def pretrain_job(job: PretrainJob) -> dict[str, Any]:
     """Train on pairs; the model goes to OUT/model, metrics to MLflow. Returns the summary."""
     check_pretraining(job.training)
     with output_folder(job.out) as out:
-        source = open_pairs(job)
+        source = open_pairs(
+            job.data,
+            config=job.source,
+            caption_templates=job.caption_templates,
+            split="train",
+            limit=job.limit,
+        )
         check_pretraining(job.training, num_pairs=source.num_rows)
         trainable = load_trainable(job.model, seed=job.training.seed)
         start_ray()
@@ -45,17 +49,6 @@ def pretrain_job(job: PretrainJob) -> dict[str, Any]:
         ) as run:
             run.set_tags({"encoder": trainable.name, "data": source.name, "out": out})
             return _pretrain(job, out, source, trainable, run)
-
-
-def open_pairs(job: PretrainJob) -> Source:
-    """The source of pairs that a job names. Raises ValueError when there are no texts."""
-    spec = job.caption_templates
-    if spec is None and job.data.partition(":")[0] in CLASSES and not files.exists(job.data):
-        spec = "simple"
-    if spec is None:
-        return open_source(job.data, config=job.source, limit=job.limit)
-    source = open_source(job.data, config=images_config(job.source), limit=job.limit)
-    return with_captions(source, templates=templates(spec), config=job.source)
 
 
 def _pretrain(
