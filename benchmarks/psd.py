@@ -16,7 +16,6 @@ is a reconstruction: no code of it is public. Each number is the mean over the s
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -50,6 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "infonce": {"method": "infonce"},
     "smoothed": {"method": "infonce", "label_smoothing": 0.1},
     "psd": {"method": "psd"},
+    "psd, swapped": {"method": "psd", "targets": "swapped"},
 }
 BATCH = 500
 
@@ -62,20 +62,20 @@ class Options:
     """Labelled images to train on."""
     test: str = "cifar10:test"
     """Labelled images to measure on."""
-    num_train: int = 4000
+    num_train: int = 2000
     """Images to train on, chosen by a hash of their ids."""
     num_test: int = 5000
     """Images to measure on."""
     noise: str = "0,20,40,60"
     """Shares of shuffled captions in percent, by comma."""
-    methods: str = ",".join(METHODS)
-    """Methods, by comma."""
+    methods: str = ";".join(METHODS)
+    """Methods, by semicolon."""
     seeds: int = 3
     """Seeds of the captions, the shuffling, the weights and the training."""
     quick: bool = False
     """One seed, no and 40% noise, a quarter of the epochs: whether it runs."""
     training: PretrainConfig = field(
-        default_factory=lambda: PretrainConfig(batch_size=128, epochs=40, learning_rate=2e-3, mirror=True)
+        default_factory=lambda: PretrainConfig(batch_size=64, epochs=30, mirror=True)
     )
     json: str | None = None
     """File to write the rows to."""
@@ -187,9 +187,9 @@ def main(options: Options) -> None:
     if options.quick:
         fewer = replace(options.training, epochs=max(1, options.training.epochs // 4))
         options = replace(options, seeds=1, noise="0,40", training=fewer)
-    methods = options.methods.split(",")
+    methods = options.methods.split(";")
     if unknown := set(methods) - METHODS.keys():
-        raise ValueError(f"--methods {' '.join(unknown)}: there are {', '.join(METHODS)}")
+        raise ValueError(f"--methods {'; '.join(unknown)}: there are {'; '.join(METHODS)}")
     trainable = load_trainable(ModelConfig(), seed=0)
     images = load(options.train, split="train", limit=options.num_train, trainable=trainable)
     test = load(options.test, split="test", limit=options.num_test, trainable=trainable)
@@ -233,4 +233,4 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options, config=OPTIONS)))
+    main(tyro.cli(Options, config=OPTIONS))

@@ -142,7 +142,10 @@ class PretrainConfig:
     """Share of each batch that psd distils at first."""
     share_end: float = 0.8
     """Share of each batch that psd distils at last; it grows on a cosine."""
-    teacher_sharpness: float = 1.0
+    targets: Literal["images", "swapped", "own"] = "images"
+    """What psd's targets are made of. images: texts of similar images; swapped: the two directions swapped, as
+    published; own: each direction's own alignments."""
+    teacher_sharpness: float = 3.0
     """Factor of the model's own scale in psd's targets: over 1 they are sharper than its own alignments."""
     label_smoothing: float = 0.0
     """infonce's, spread over the batch."""

@@ -2,28 +2,37 @@
 
 Progressive self-distillation (PSD; Andonian, Chen and Hamid, arXiv 2204.04588) is a reconstruction from the paper's
 description; no code of it is public. A growing share of each batch is not told that an image fits its own text alone:
-it is trained toward the model's own alignments of the batch, which a wrong pair does not fit either.
+it is trained toward what the model itself takes for alike in the batch. The student is its own teacher: its embeddings
+serve both.
 
 With unit vectors v_i of images and t_i of texts, s the student's scale and s' the teacher's, pairs i of N:
 
     p_i = softmax_j(s v_i . t_j)      q_i = softmax_j(s t_i . v_j)        the student, from images and from texts
-    a_i = softmax_j(s' t_i . v_j)     b_i = softmax_j(s' v_i . t_j)       the teacher, without gradients
 
     hard pairs       -log p_i[i] - log q_i[i]                             InfoNCE in both directions
-    distilled pairs  -sum_j a_i[j] log p_i[j] - sum_j b_i[j] log q_i[j]   the two directions swapped
+    distilled pairs  -sum_j a_i[j] log p_i[j] - sum_j b_i[j] log q_i[j]   toward a and b, which have no gradients
 
-The loss is half the mean over all pairs. The student is its own teacher: its embeddings serve both.
+    swapped          a_i = softmax_j(s' t_i . v_j)    b_i = softmax_j(s' v_i . t_j)      as published
+    own              a_i = softmax_j(s' v_i . t_j)    b_i = softmax_j(s' t_i . v_j)
+    images           a_i = b_i = softmax_{j != i}(s' v_i . v_j)
+
+The loss is half the mean over all pairs. Swapped, a wrong text t_i tells its image where the images of such texts are:
+it is believed. The last form is not the paper's: an image learns the texts of images like it, and no text is asked.
+docs/pretraining.md has what each is worth.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed
 from torch.distributed.nn.functional import all_gather
+
+Targets = Literal["images", "swapped", "own"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +52,14 @@ def contrastive_loss(
     scale: Tensor | float,
     distilled: Tensor | None = None,
     teacher_scale: Tensor | float | None = None,
-    swapped: bool = True,
+    targets: Targets = "images",
     label_smoothing: float = 0.0,
 ) -> Loss:
     """The loss of N pairs, images and texts (N, d) of unit norm, row i of one being the pair of row i of the other.
 
-    `distilled` (N,) bool marks the pairs that are trained toward the model's own alignments, none by default, when
-    this is InfoNCE; `label_smoothing` is InfoNCE's, spread over the batch as in Szegedy et al. (2016). The teacher's
-    scale is the student's by default.
+    `distilled` (N,) bool marks the pairs that are trained toward `targets`, none by default: then this is InfoNCE, and
+    `label_smoothing` is spread over the batch as in Szegedy et al. (2016). The teacher's scale is the student's by
+    default.
     """
     assert images.shape == texts.shape, (images.shape, texts.shape)
     cosines = images @ texts.T
@@ -61,17 +70,27 @@ def contrastive_loss(
         return Loss(total=sum(losses, torch.zeros(())) / 2, target_entropy=torch.zeros(()))
     assert label_smoothing == 0, "soft targets are smooth already"
     total, entropy = images.new_zeros(()), images.new_zeros(())
-    for student, teacher in zip(directions, directions[::-1] if swapped else directions, strict=True):
+    for student, alignments in zip(directions, _alignments(images, cosines, targets), strict=True):
         with torch.no_grad():
-            targets = torch.softmax(
-                (scale if teacher_scale is None else teacher_scale) * teacher[distilled], dim=1
-            )
-            entropy += torch.special.entr(targets).sum() / (2 * len(targets))
+            teacher = scale if teacher_scale is None else teacher_scale
+            soft_targets = torch.softmax(teacher * alignments[distilled], dim=1)
+            entropy += torch.special.entr(soft_targets).sum() / (2 * len(soft_targets))
         logits = scale * student
         hard = F.cross_entropy(logits[~distilled], own[~distilled], reduction="sum")
-        soft = F.cross_entropy(logits[distilled], targets, reduction="sum")
+        soft = F.cross_entropy(logits[distilled], soft_targets, reduction="sum")
         total = total + (hard + soft) / (2 * len(images))
     return Loss(total=total, target_entropy=entropy)
+
+
+def _alignments(images: Tensor, cosines: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+    """What the teacher takes for similar, from images and from texts, (N, N) each."""
+    if targets == "swapped":
+        return cosines.T, cosines
+    if targets == "own":
+        return cosines, cosines.T
+    with torch.no_grad():
+        among = (images @ images.T).fill_diagonal_(-torch.inf)
+    return among, among
 
 
 def gather(embeddings: Tensor) -> Tensor:

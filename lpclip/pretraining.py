@@ -51,6 +51,8 @@ def check_pretraining(config: PretrainConfig, *, num_pairs: int | None = None) -
     for name in ("epochs", "batch_size", "accumulate"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
+    if config.method == "psd" and size < 2:
+        raise ValueError("--batch-size 1 has no other pair to learn from")
     if size % config.accumulate or size % (config.accumulate * max(1, config.num_workers)):
         raise ValueError(
             f"--batch-size {size} cannot be shared by {max(1, config.num_workers)} workers in {config.accumulate} "
@@ -218,6 +220,7 @@ def _loss(image: Tensor, text: Tensor, scale: Tensor, distilled: Tensor, config:
         scale=scale,
         distilled=distilled.to(image.device),
         teacher_scale=scale.detach() * config.teacher_sharpness,
+        targets=config.targets,
         label_smoothing=config.label_smoothing,
     )
 

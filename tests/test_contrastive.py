@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,10 +41,13 @@ def test_without_distilled_pairs_it_is_open_clips_loss(num: int, scale: float, n
 
 
 @pytest.mark.parametrize("teacher_scale", [None, 3.0])
-def test_distilled_pairs_follow_the_equations(teacher_scale: float | None) -> None:
+@pytest.mark.parametrize("targets", ["swapped", "own", "images"])
+def test_distilled_pairs_follow_the_equations(targets: Any, teacher_scale: float | None) -> None:
     images, texts = pairs(5)
     distilled = torch.tensor([True, False, True, False, False])
-    loss = contrastive_loss(images, texts, scale=10.0, distilled=distilled, teacher_scale=teacher_scale)
+    loss = contrastive_loss(
+        images, texts, scale=10.0, distilled=distilled, teacher_scale=teacher_scale, targets=targets
+    )
     expected, entropy = torch.zeros(()), 0.0
     for i in range(5):
         for here, there in ((images, texts), (texts, images)):
@@ -51,11 +55,15 @@ def test_distilled_pairs_follow_the_equations(teacher_scale: float | None) -> No
             if not distilled[i]:
                 expected = expected - student[i] / 10
                 continue
-            # What the pair's other side makes of this side's batch, as a constant.
-            swapped = torch.stack([(teacher_scale or 10.0) * (there[i] @ here[j]) for j in range(5)])
-            targets = swapped.softmax(0).detach()
-            expected = expected - (targets * student).sum() / 10
-            entropy -= float((targets * targets.log()).sum()) / 4
+            # From whom and among whom the teacher looks, as constants.
+            one, among = {"swapped": (there, here), "own": (here, there), "images": (images, images)}[targets]
+            seen = (
+                torch.stack([(teacher_scale or 10.0) * (one[i] @ among[j]) for j in range(5)]).exp().detach()
+            )
+            seen[i] *= targets != "images"
+            target = seen / seen.sum()
+            expected = expected - (target * student).sum() / 10
+            entropy -= float(torch.special.xlogy(target, target).sum()) / 4
     torch.testing.assert_close(loss.total, expected, atol=1e-6, rtol=1e-6)
     assert float(loss.target_entropy) == pytest.approx(entropy, rel=1e-5)
     for found, own in zip(
@@ -67,7 +75,9 @@ def test_distilled_pairs_follow_the_equations(teacher_scale: float | None) -> No
 def test_a_sharp_teacher_of_right_pairs_says_what_one_hot_targets_say() -> None:
     images, _ = pairs(6, dim=32)
     distilled = torch.ones(6, dtype=torch.bool)
-    soft = contrastive_loss(images, images, scale=5.0, distilled=distilled, teacher_scale=1e4)
+    soft = contrastive_loss(
+        images, images, scale=5.0, distilled=distilled, teacher_scale=1e4, targets="swapped"
+    )
     torch.testing.assert_close(soft.total, contrastive_loss(images, images, scale=5.0).total)
     assert soft.target_entropy < 1e-6
 

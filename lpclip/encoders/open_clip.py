@@ -45,7 +45,7 @@ REACH_SECONDS = 5.0
 SMALL: dict[str, dict[str, Any]] = {
     "tiny-32": {
         "embed_dim": 128,
-        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 24, "head_width": 32},
+        "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32},
         "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
     },
     "tiny-vit-32": {
