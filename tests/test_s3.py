@@ -10,14 +10,17 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, refusal
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
+from safetensors.torch import load as load_tensors
 
 from lpclip import files, store
+from lpclip.pairs import PairStore
 from lpclip.probe import load_probe
 
 SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
@@ -127,6 +130,22 @@ def test_a_job_trains_in_a_bucket_and_its_probe_labels_images_from_there(
     assert len(rows) == 30
     assert {row["label"] for row in rows} <= set(probe.class_names)
     assert not files.exists(files.add_suffix(table, ".features"))
+
+
+def test_a_model_is_trained_on_pairs_in_a_bucket(lake: Path, options: str) -> None:
+    table = pq.read_table(lake / "unlabelled.parquet")
+    table = table.append_column("text", pa.array([f"picture {i % 7}" for i in range(len(table))]))
+    data, out = f"s3://bucket/pairs.parquet{options}", f"s3://bucket/runs/pairs{options}"
+    files.write_parquet(data, table)
+    said = job(f"pretrain.py --data {data} --encoder tiny-vit-32 --batch-size 20 --epochs 2 --out {out}")
+    assert "--encoder tiny-vit-32 --pretrained A-LOCAL-COPY" in said
+    summary = files.read_json(files.join(out, "summary.json"))
+    assert (summary["steps"], summary["pairs"]["read"]) == (6, 60)
+    pairs = PairStore(summary["pairs"]["store"])
+    assert {text for texts in pairs.texts(range(60)) for text in texts} == {f"picture {i}" for i in range(7)}
+    assert len(np.unique(pairs.pixels(range(60)).reshape(60, -1), axis=0)) == 60
+    weights = load_tensors(files.read_bytes(summary["model"]))
+    assert all(weight.isfinite().all() for weight in weights.values())
 
 
 @pytest.mark.parametrize(

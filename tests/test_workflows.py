@@ -253,7 +253,7 @@ def crowd(base: dict[str, Any], work: Path) -> Path:
     path = work / "crowd"
     store.open_store(str(path), identity)
     random = np.random.default_rng(0)
-    for unit in range(9):
+    for unit in range(6):
         columns: dict[str, Any] = {
             "id": [f"{unit}-{i}" for i in range(1000)],
             "label": pa.array(seen.labels[np.arange(1000) % 60], pa.int32()),
@@ -264,7 +264,7 @@ def crowd(base: dict[str, Any], work: Path) -> Path:
             columns[view] = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), 1280)
         part = store.Part(unit=unit, start=0, stop=1000, last=True)
         store.write_part(str(path), part, rows=pa.table(columns), quarantine=[], content_digest=unit)
-    store.finish_store(str(path), identity, num_units=9, rate=0)
+    store.finish_store(str(path), identity, num_units=6, rate=0)
     return path
 
 
@@ -279,7 +279,7 @@ def test_the_probe_does_not_depend_on_the_number_of_workers(
     probe = load_probe(str(work / f"{solver}-0" / "probe"))
     features = store.load(str(crowd)).base
     labels = pq.read_table(work / f"{solver}-0" / "pseudo_labels.parquet")
-    assert len(labels) == 9000
+    assert len(labels) == 6000
     run(f"{command} --num-workers 2 --out {work}/{solver}-2", monkeypatch)
     other = load_probe(str(work / f"{solver}-2" / "probe"))
     limit = 1e-4 * float(probe.weight.abs().max())

@@ -202,5 +202,6 @@ def _print_result(job: PretrainJob, summary: dict[str, Any], run: tracking.Run) 
     }
     print(f"\n{report.table([row])}\n")
     print(f"model    {shown(summary['model'])}")
-    print(f"use it   --encoder {job.model.encoder} --pretrained {shown(summary['model'])}")
+    where = "A-LOCAL-COPY" if "://" in summary["model"] else shown(summary["model"])
+    print(f"use it   --encoder {job.model.encoder} --pretrained {where}")
     print(f"MLflow   {shown(run.uri)}, run {run.run_id}", flush=True)
