@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "infonce": {"method": "infonce"},
     "smoothed": {"method": "infonce", "label_smoothing": 0.1},
     "psd": {"method": "psd"},
-    "psd, swapped": {"method": "psd", "targets": "swapped"},
+    "psd-swapped": {"method": "psd", "targets": "swapped"},
 }
-BATCH = 500
+BATCH, STEPS = 500, 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,8 @@ class Options:
     """Images to measure on."""
     noise: str = "0,20,40,60"
     """Shares of shuffled captions in percent, by comma."""
-    methods: str = ";".join(METHODS)
-    """Methods, by semicolon."""
+    methods: str = ",".join(METHODS)
+    """Methods, by comma."""
     seeds: int = 3
     """Seeds of the captions, the shuffling, the weights and the training."""
     quick: bool = False
@@ -118,11 +118,17 @@ def caption(images: Images, *, noise: float, seed: int) -> list[str]:
 
 def train(images: Images, texts: list[str], config: PretrainConfig) -> tuple[Trainable, float]:
     """A model from scratch, and the seconds that a step took."""
-    trainable = load_trainable(ModelConfig(), seed=config.seed)
+    trainable, begin = load_trainable(ModelConfig(), seed=config.seed), time.perf_counter()
+    total = sum(1 for _ in steps(trainable, images, texts, config))
+    return trainable, (time.perf_counter() - begin) / total
+
+
+def steps(trainable: Trainable, images: Images, texts: list[str], config: PretrainConfig) -> Iterator[int]:
+    """Train, and tell after each step its number."""
     towers = Towers(trainable.model).train()
     optimizer = make_optimizer(towers, config)
     tokens = trainable.tokenizer(texts)
-    total, begin = num_steps(config, num_pairs=len(texts)), time.perf_counter()
+    total = num_steps(config, num_pairs=len(texts))
     for step in range(total):
         drawn = draw(step, num_pairs=len(texts), config=config)
         pixels = to_input(
@@ -138,7 +144,25 @@ def train(images: Images, texts: list[str], config: PretrainConfig) -> tuple[Tra
             config=config,
             dtype=torch.float32,
         )
-    return trainable, (time.perf_counter() - begin) / total
+        yield step
+
+
+def step_cost(images: Images, config: PretrainConfig) -> float:
+    """A step of psd in steps of infonce: the medians of STEPS of each, in turn, after a few to warm up."""
+    texts = caption(images, noise=0.0, seed=0)
+    runs = [
+        steps(load_trainable(ModelConfig(), seed=0), images, texts, replace(config, **METHODS[method]))
+        for method in ("infonce", "psd")
+    ]
+    seconds = np.empty((STEPS, 2))
+    for number in range(-5, STEPS):
+        # The first of two is not always the same.
+        for which in (0, 1) if number % 2 else (1, 0):
+            begin = time.perf_counter()
+            next(runs[which])
+            seconds[number, which] = time.perf_counter() - begin
+    infonce, psd = np.median(seconds, axis=0)
+    return float(psd / infonce)
 
 
 @torch.inference_mode()
@@ -187,9 +211,9 @@ def main(options: Options) -> None:
     if options.quick:
         fewer = replace(options.training, epochs=max(1, options.training.epochs // 4))
         options = replace(options, seeds=1, noise="0,40", training=fewer)
-    methods = options.methods.split(";")
+    methods = options.methods.split(",")
     if unknown := set(methods) - METHODS.keys():
-        raise ValueError(f"--methods {'; '.join(unknown)}: there are {'; '.join(METHODS)}")
+        raise ValueError(f"--methods {','.join(unknown)}: there are {', '.join(METHODS)}")
     trainable = load_trainable(ModelConfig(), seed=0)
     images = load(options.train, split="train", limit=options.num_train, trainable=trainable)
     test = load(options.test, split="test", limit=options.num_test, trainable=trainable)
@@ -215,7 +239,9 @@ def main(options: Options) -> None:
                 if options.json:
                     written = {"options": asdict(options), "versions": versions(), "rows": rows}
                     Path(options.json).write_text(json.dumps(written, indent=1))
+    cost = step_cost(images, options.training)
     print(report.table(summarise(rows)))
+    print(f"a step of psd takes {cost:.3f} times one of infonce (medians of {STEPS} of each, in turn)")
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
