@@ -185,16 +185,21 @@ def track(
     # MLflow reports usage to its makers unless told otherwise before it is first imported.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     uri = tracking_uri()
+    key_tag = {KEY_TAG: digest(resume_key)} if resume_key else {}
+    parent_tag = {PARENT_TAG: parent.run_id} if parent else {}
     with _explained(uri):
         client = _connect(uri)
         experiment_id = _experiment(client, config.experiment, uri)
         run = _resume(client, experiment_id, resume_key, uri, parent=parent) if resume_key else None
         if run is None:
-            info = client.create_run(experiment_id, run_name=(not parent and config.run_name) or name).info
+            # What a resumed job finds the run by is there as soon as the run is: a kill between would leave an orphan.
+            info = client.create_run(
+                experiment_id,
+                run_name=(not parent and config.run_name) or name,
+                tags={**key_tag, **parent_tag},
+            ).info
             run = Run(client, info.run_id, uri=redact(uri), resumed=False)
-    key_tag = {KEY_TAG: digest(resume_key)} if resume_key else {}
-    parent_tag = {PARENT_TAG: parent.run_id} if parent else {}
-    run.set_tags({"mlflow.source.name": Path(sys.argv[0]).name, **(tags or {}), **key_tag, **parent_tag})
+    run.set_tags({"mlflow.source.name": Path(sys.argv[0]).name, **(tags or {})})
     run.log_params(params)
     try:
         yield run
