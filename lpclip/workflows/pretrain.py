@@ -86,7 +86,8 @@ def _pretrain(
     )
     size, per_epoch = job.training.batch_size, total // job.training.epochs
     before = read_metrics(work.folder)
-    progress = Progress("training", total=total * size, done=int(before[-1]["step"]) * size if before else 0)
+    done = int(before[-1]["step"]) * size if before else 0
+    progress = Progress("training", total=total * size, done=done, unit="pairs")
     told, epochs = len(before), int(before[-1]["step"]) // per_epoch if before else 0
 
     def tell(metrics: list[dict[str, float]]) -> None:
