@@ -1,8 +1,8 @@
 """The pair store: images at the size of a model's input, with their texts, to be read in any order.
 
     STORE/
-      pixels-UNIT-START-STOP.u8   (rows, S, S, 3) uint8, of the images of the part with these numbers
-      part-*.parquet              id, label, texts; written after its pixels
+      pixels-*.u8        (rows, S, S, 3) uint8, of the images of the part of that name
+      part-*.parquet     id, label, texts; written after its pixels
       identity.json, quarantine.parquet, manifest.json        as in a feature store: lpclip/store.py
 
 Training wants another order in each epoch, the same for any number of workers: the order of a stream from many readers
@@ -65,11 +65,11 @@ def prepare_pairs(source: Source, *, preprocess: Preprocess, path: str) -> dict[
 
 def _write_pixels(part: store.Part, rows: pa.Table, *, path: str, size: int) -> None:
     pixels = pixel_array(rows[f"pixels:{VIEW}"], size=size)
-    files.write_bytes(files.join(path, _pixels_name(part)), pixels.tobytes())
+    files.write_bytes(files.join(path, _pixels_name(part.name)), pixels.tobytes())
 
 
-def _pixels_name(part: store.Part) -> str:
-    return f"pixels-{part.unit:06d}-{part.start:06d}-{part.stop:06d}.u8"
+def _pixels_name(part: str) -> str:
+    return part.replace("part-", "pixels-").replace(".parquet", ".u8")
 
 
 class PairStore:
@@ -81,12 +81,11 @@ class PairStore:
     def __init__(self, path: str) -> None:
         manifest = store.read_manifest(path)
         assert manifest is not None, path
-        self.fingerprint: str = manifest["fingerprint"]
         self.size: int = manifest["identity"]["pixels"]["size"]
         self._row_bytes = self.size * self.size * 3
         ids: list[str] = []
         self._texts: list[pa.Array] = []
-        self._files = [files.join(path, _pixels_name(part)) for part in store.list_parts(path)]
+        self._files = [files.join(path, _pixels_name(name)) for name in manifest["parts"]]
         places = []
         for number, table in enumerate(store.read_parts(path, ["id", "texts"])):
             ids += table["id"].to_pylist()

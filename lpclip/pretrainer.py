@@ -9,13 +9,10 @@ OUT/training/finished.json           written last
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import threading
 import time
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -49,6 +46,7 @@ from lpclip.pretraining import (
 )
 
 KEPT_METRICS = 1000
+MAX_HEADER = 100 << 20  # of a safetensors file, by its own definition
 TOKEN_CACHE = 1 << 17
 STATE, METRICS, FINISHED = "state.safetensors", "metrics.json", "finished.json"
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
@@ -100,29 +98,16 @@ def read_metrics(folder: str) -> list[dict[str, float]]:
         return []
 
 
-@contextlib.contextmanager
-def followed(folder: str, tell: Any) -> Iterator[None]:
-    """Call `tell` with the metrics, as often as there are new ones: workers' own output passes through Ray's logs."""
-    done = threading.Event()
-
-    def follow() -> None:
-        told = 0
-        while True:
-            last = done.wait(1.0)
-            found = read_metrics(folder)
-            if found and found[-1]["step"] > told:
-                told = int(found[-1]["step"])
-                tell(found)
-            if last:
-                return
-
-    follower = threading.Thread(target=follow, daemon=True)
-    follower.start()
+def go_on(folder: str) -> int:
+    """Steps of the last checkpoint, 0 without one; what was measured beyond it is dropped, to be measured again."""
     try:
-        yield
-    finally:
-        done.set()
-        follower.join()
+        step = int(_read_metadata(files.join(folder, STATE))["step"])
+    except FileNotFoundError:
+        step = 0
+    found = read_metrics(folder)
+    if found and found[-1]["step"] > step:
+        files.write_json(files.join(folder, METRICS), [entry for entry in found if entry["step"] <= step])
+    return step
 
 
 def _pretrain_worker(arguments: dict[str, Any]) -> None:
@@ -239,7 +224,7 @@ class _Training:
         except FileNotFoundError:
             return 0
         try:
-            tensors, step = load_tensors(data), int(_metadata(data)["step"])
+            tensors = load_tensors(data)
             model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
             self.inner.model.load_state_dict(model)
             state = self.optimizer.state_dict()
@@ -250,14 +235,20 @@ class _Training:
             self.optimizer.load_state_dict(state)
         except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}); remove it to begin again") from error
+        step = int(_read_metadata(path)["step"])
         self.metrics = [entry for entry in read_metrics(self.work.folder) if entry["step"] <= step]
         return step
 
 
-def _metadata(data: bytes) -> dict[str, str]:
-    """What a safetensors file says beside its tensors."""
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length])["__metadata__"]
+def _read_metadata(path: str) -> dict[str, str]:
+    """What a safetensors file says beside its tensors. Raises ValueError when it is damaged."""
+    filesystem, inner = files.resolve(path)
+    with filesystem.open_input_file(inner) as file:
+        try:
+            length = int.from_bytes(file.read(8), "little")
+            return json.loads(file.read(min(length, MAX_HEADER)))["__metadata__"]
+        except (ValueError, KeyError, OSError) as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it to begin again") from error
 
 
 def resolve_training_precision(precision: str, device: torch.device) -> torch.dtype:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 
@@ -86,3 +89,25 @@ class TrialProgress:
         each = (time.monotonic() - self._start) / (self._done - self._first)
         left = f"; {clock((self._total - self._done) * each)} left" if self._done < self._total else ""
         print(f"trial {self._done} of {self._total}: {text}{left}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def watched(look: Callable[[], object], *, seconds: float) -> Iterator[None]:
+    """Call `look` every so many seconds beside the work inside, and once at its end.
+
+    It is for work whose own output would pass through Ray's logs, and twice.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(seconds):
+            look()
+        look()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()

@@ -9,10 +9,8 @@ OUT/rounds/finished.json            written last
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import uuid
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +30,7 @@ from lpclip.config import SelfTrainingConfig
 from lpclip.encoders import resolve_precision
 from lpclip.neighbours import nearest
 from lpclip.probe import Space
+from lpclip.progress import watched
 from lpclip.pseudo_labels import Prior
 from lpclip.self_training import (
     CHUNK_ROWS,
@@ -116,11 +115,8 @@ def fit(work: Work, *, storage: str) -> list[State]:
 
 def read_rounds(folder: str) -> list[State]:
     """The rounds that are there, oldest first."""
-    names = [
-        name for name in files.list_names(folder) if name.startswith("round-") and name.endswith(".json")
-    ]
     states = []
-    for name in names:
+    for name in _round_names(folder):
         text = files.read_json(files.join(folder, name))
         tensors = load_tensors(files.read_bytes(files.join(folder, name.replace(".json", ".safetensors"))))
         weight, bias, factors = tensors["weight"], tensors["bias"], tensors["factors"]
@@ -216,29 +212,18 @@ def _write_round(folder: str, state: State) -> None:
     files.write_json(files.join(folder, f"{name}.json"), text)
 
 
-@contextlib.contextmanager
-def _shown_rounds(folder: str) -> Iterator[None]:
-    """Print rounds as they come to the folder: workers' own output passes through Ray's logs, and twice."""
-    seen, done = len(_round_names(folder)), threading.Event()
+def _shown_rounds(folder: str) -> AbstractContextManager[None]:
+    """Print rounds as they come to the folder."""
+    seen = len(_round_names(folder))
 
-    def follow() -> None:
+    def look() -> None:
         nonlocal seen
-        while True:
-            last = done.wait(0.5)
-            names = _round_names(folder)
-            for name in names[seen:]:
-                _show_round(files.read_json(files.join(folder, name)))
-            seen = max(seen, len(names))
-            if last:
-                return
+        names = _round_names(folder)
+        for name in names[seen:]:
+            _show_round(files.read_json(files.join(folder, name)))
+        seen = max(seen, len(names))
 
-    follower = threading.Thread(target=follow, daemon=True)
-    follower.start()
-    try:
-        yield
-    finally:
-        done.set()
-        follower.join()
+    return watched(look, seconds=0.5)
 
 
 def _round_names(folder: str) -> list[str]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 
 from lpclip import files, report, tracking
-from lpclip.config import EncodeConfig, EncoderConfig, EvaluateJob, to_dict
+from lpclip.config import EncoderConfig, EvaluateJob, to_dict
 from lpclip.console import print_evaluation, print_evaluation_plan
 from lpclip.describe import EncoderInfo, describe_probes_encoder
 from lpclip.evaluation_sets import (
@@ -26,7 +26,7 @@ from lpclip.evaluation_sets import (
     open_sets,
     parse_corruptions,
 )
-from lpclip.features import Data, Encoded, Views, encode_views
+from lpclip.features import Data, Encoded, Views
 from lpclip.labels import map_labels
 from lpclip.probe import Probe, load_probe, zero_shot_probe
 from lpclip.prompts import ClassList
@@ -45,6 +45,7 @@ from lpclip.robustness import (
 )
 from lpclip.runtime import claim, output_folder, start_ray, versions
 from lpclip.views import base_views, decode_image
+from lpclip.workflows.inputs import encode_evaluated
 from lpclip.workflows.retrieval import (
     measure_retrieval,
     open_pair_sets,
@@ -206,15 +207,7 @@ def _evaluate(
     found = _Found()
     for item in sets:
         begin = time.monotonic()
-        views = encode_views(
-            item.data,
-            views=item.views,
-            info=info,
-            encoder=encoder,
-            config=EncodeConfig(batch_size=job.batch_size, num_actors=job.num_actors),
-            seed=job.seed,
-            folder=job.features or files.join(out, "features"),
-        )
+        views = encode_evaluated(job, item.data, views=item.views, info=info, encoder=encoder, out=out)
         found.encoded[item.key] = views.stores
         found.timings["encode"] = found.timings.get("encode", 0.0) + time.monotonic() - begin
         begin = time.monotonic()

@@ -8,9 +8,17 @@ from typing import Any
 import numpy as np
 
 from lpclip import files
-from lpclip.config import PairsConfig, SelftrainJob, TuneJob, to_dict
+from lpclip.config import (
+    EncodeConfig,
+    EncoderConfig,
+    EvaluateJob,
+    PairsConfig,
+    SelftrainJob,
+    TuneJob,
+    to_dict,
+)
 from lpclip.describe import EncoderInfo
-from lpclip.features import Data, Encoded, encode_data, encode_views, load_labelled, open_data
+from lpclip.features import Data, Encoded, Views, encode_data, encode_views, load_labelled, open_data
 from lpclip.images import Source, open_source
 from lpclip.labels import map_labels, resolve_classes
 from lpclip.prompts import ClassList, templates
@@ -117,6 +125,27 @@ def encode_inputs(
             "features": encoded.manifest["fingerprint"],
         },
         seconds=seconds,
+    )
+
+
+def encode_evaluated(
+    job: EvaluateJob,
+    data: Data,
+    *,
+    views: tuple[str, ...],
+    info: EncoderInfo,
+    encoder: EncoderConfig,
+    out: str,
+) -> Views:
+    """Views of images that are evaluated on, found or made. Raises ValueError when too many images are bad."""
+    return encode_views(
+        data,
+        views=views,
+        info=info,
+        encoder=encoder,
+        config=EncodeConfig(batch_size=job.batch_size, num_actors=job.num_actors),
+        seed=job.seed,
+        folder=job.features or files.join(out, "features"),
     )
 
 

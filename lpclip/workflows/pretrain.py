@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 from lpclip import files, report, tracking
-from lpclip.config import PretrainJob, digest, to_dict
+from lpclip.config import PretrainConfig, PretrainJob, digest, to_dict
 from lpclip.console import shown
 from lpclip.describe import has_gpus
 from lpclip.encoders import weights_digest
@@ -15,9 +15,9 @@ from lpclip.encoders.open_clip import Trainable, load_trainable
 from lpclip.images import Source
 from lpclip.pairs import PairStore, pairs_identity, prepare_pairs
 from lpclip.pipeline import check_manifest
-from lpclip.pretrainer import WEIGHTS, Pretraining, followed, pretrain, read_metrics
+from lpclip.pretrainer import WEIGHTS, Pretraining, go_on, pretrain, read_metrics
 from lpclip.pretraining import check_pretraining, num_steps
-from lpclip.progress import Progress
+from lpclip.progress import Progress, watched
 from lpclip.runtime import claim, output_folder, start_ray, versions
 from lpclip.store import fingerprint, read_manifest
 from lpclip.workflows.inputs import open_pairs
@@ -84,28 +84,9 @@ def _pretrain(
         folder=files.join(out, "training"),
         model_folder=files.join(out, "model"),
     )
-    size, per_epoch = job.training.batch_size, total // job.training.epochs
-    before = read_metrics(work.folder)
-    done = int(before[-1]["step"]) * size if before else 0
-    progress = Progress("training", total=total * size, done=done, unit="pairs")
-    told, epochs = len(before), int(before[-1]["step"]) // per_epoch if before else 0
-
-    def tell(metrics: list[dict[str, float]]) -> None:
-        nonlocal told, epochs
-        progress.advance(max(0, int(metrics[-1]["step"]) * size - progress.done))
-        for entry in metrics[told:]:
-            run.log({k: v for k, v in entry.items() if k != "step"}, step=int(entry["step"]))
-            if int(entry["step"]) // per_epoch > epochs:
-                epochs = int(entry["step"]) // per_epoch
-                print(
-                    f"epoch {epochs} of {job.training.epochs}: loss {entry['loss']:.3f}, temperature "
-                    f"{entry['temperature']:.3f}, {entry['distilled_share']:.0%} distilled, "
-                    f"{entry['pairs_per_second']:.0f} pairs a second",
-                    flush=True,
-                )
-        told = max(told, len(metrics))
-
-    with followed(work.folder, tell):
+    size = job.training.batch_size
+    progress = Progress("training", total=total * size, done=go_on(work.folder) * size, unit="pairs")
+    with watched(_teller(job.training, work, total=total, progress=progress, run=run), seconds=1.0):
         pretrain(work, storage=files.join(out, "ray"), use_gpu=has_gpus())
     progress.close()
     seconds["training"] = time.monotonic() - begin
@@ -135,16 +116,44 @@ def _pretrain(
     return summary
 
 
+def _teller(
+    config: PretrainConfig, work: Pretraining, *, total: int, progress: Progress, run: tracking.Run
+) -> Callable[[], None]:
+    """Tells what is new in the measurements each time that it is called: progress, epochs, metrics to MLflow."""
+    per_epoch = total // config.epochs
+    # From the first: MLflow may have missed what was measured just before a kill, and takes no step twice.
+    told, epochs = 0, progress.done // config.batch_size // per_epoch
+
+    def tell() -> None:
+        nonlocal told, epochs
+        metrics = read_metrics(work.folder)
+        for entry in metrics[told:]:
+            step = int(entry["step"])
+            run.log({k: v for k, v in entry.items() if k != "step"}, step=step)
+            progress.advance(max(0, step * config.batch_size - progress.done))
+            if step // per_epoch > epochs:
+                epochs = step // per_epoch
+                print(
+                    f"epoch {epochs} of {config.epochs}: loss {entry['loss']:.3f}, temperature "
+                    f"{entry['temperature']:.3f}, {entry['distilled_share']:.0%} distilled, "
+                    f"{entry['pairs_per_second']:.0f} pairs a second",
+                    flush=True,
+                )
+        # A lost worker's measurements beyond the last checkpoint come again.
+        told = max(told, len(metrics))
+
+    return tell
+
+
 def _work_identity(job: PretrainJob, manifest: dict[str, Any], trainable: Trainable) -> dict[str, Any]:
     """Whatever changes the result, by the names of the flags; the number of workers does not."""
-    training = to_dict(replace(job.training, num_workers=0, checkpoint_minutes=0.0))
+    training = to_dict(job.training)
     return {
         "pairs": manifest["fingerprint"],
         "encoder": [trainable.name, digest(trainable.open_clip_config)],
         "pretrained": weights_digest(trainable.model.state_dict()),
         "lock": job.model.lock,
-        **{k: v for k, v in training.items() if k not in ("num_workers", "checkpoint_minutes", "seed")},
-        "seed": job.training.seed,
+        **{k: v for k, v in training.items() if k not in ("num_workers", "checkpoint_minutes")},
     }
 
 

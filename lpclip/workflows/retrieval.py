@@ -15,17 +15,17 @@ import ray
 import torch
 
 from lpclip import files, store, tracking
-from lpclip.config import EncodeConfig, EncoderConfig, EvaluateJob, to_dict
+from lpclip.config import EncoderConfig, EvaluateJob, to_dict
 from lpclip.console import print_evaluation_plan, print_retrieval
 from lpclip.describe import EncoderInfo, describe_encoder, describe_probes_encoder, has_gpus
 from lpclip.encoders import load_encoder
-from lpclip.features import Data, encode_views
+from lpclip.features import Data
 from lpclip.probe import Probe
 from lpclip.progress import Progress
 from lpclip.retrieval import retrieval_metrics
 from lpclip.runtime import claim, output_folder, start_ray, versions
 from lpclip.views import base_views
-from lpclip.workflows.inputs import open_pairs
+from lpclip.workflows.inputs import encode_evaluated, open_pairs
 
 TEXTS_AT_ONCE = 256
 
@@ -123,15 +123,7 @@ def measure_retrieval(
     found = []
     for item in sets:
         begin = time.monotonic()
-        views = encode_views(
-            item.data,
-            views=item.views,
-            info=info,
-            encoder=encoder,
-            config=EncodeConfig(batch_size=job.batch_size, num_actors=job.num_actors),
-            seed=job.seed,
-            folder=job.features or files.join(out, "features"),
-        )
+        views = encode_evaluated(job, item.data, views=item.views, info=info, encoder=encoder, out=out)
         seconds = {"images": time.monotonic() - begin}
         begin = time.monotonic()
         images = views.mean(*item.views)
