@@ -13,9 +13,8 @@ from lpclip.describe import EncoderInfo
 from lpclip.features import Data, Encoded
 from lpclip.probe import Probe
 from lpclip.prompts import ClassList
-from lpclip.report.evaluation import corruption_table, ood_table, overview_table
+from lpclip.report.evaluation import corruption_table, ood_table, overview_table, retrieval_table
 from lpclip.report.sweep import status_line, trials_table
-from lpclip.retrieval import RECALLS
 from lpclip.spaces import Space
 from lpclip.views import base_views, parse_views
 from lpclip.zero_shot import Head
@@ -168,7 +167,7 @@ def print_evaluation(summary: dict[str, Any], *, out: str, run: tracking.Run) ->
     results = summary["results"]
     rates = summary["rates"]
     if rates["features"]:
-        print(f"\nencoded {rates['images']:.1f} images, {rates['features']:.0f} features a second")
+        print(f"\nencoded {rates['images']:,.0f} images, {rates['features']:,.0f} features a second")
     for rows in (corruption_table(results), ood_table(results), overview_table(results)):
         if rows:
             print(f"\n{report.table(rows)}")
@@ -189,23 +188,6 @@ def print_retrieval(summary: dict[str, Any], *, out: str, run: tracking.Run) -> 
     """The table of an evaluation of retrieval alone, and where everything lies."""
     print(f"\n{report.table(retrieval_table(summary['retrieval']))}\n")
     _print_places(out, run, summary="summary.json")
-
-
-def retrieval_table(sets: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Two rows a set, one for each direction."""
-    return [
-        {
-            "retrieval": item["set"],
-            "query": query,
-            "images": item["images"],
-            "texts": item["texts"],
-            "quarantined": item["quarantined"],
-            **{f"recall@{k} %": item[direction][f"recall_{k}"] for k in RECALLS},
-            "median rank": f"{item[direction]['median_rank']:g}",
-        }
-        for item in sets
-        for query, direction in (("image", "image_to_text"), ("text", "text_to_image"))
-    ]
 
 
 def print_sweep_plan(job: TuneJob, space: Space, *, classes: ClassList, count: int, concurrent: int) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
+
+from lpclip.metrics import bootstrap_blocks
 
 RECALLS = (1, 5, 10)
 # Scores that are held at once: 64 MB.
@@ -20,8 +23,8 @@ def retrieval_metrics(
     text_index: np.ndarray,
     max_scores: int = MAX_SCORES,
     advance: Callable[[int], object] = lambda count: None,
-) -> dict[str, dict[str, float]]:
-    """Recall at 1, 5 and 10 and the median rank in both directions.
+) -> dict[str, dict[str, Any]]:
+    """Recall at 1, 5 and 10 and the median rank in both directions, and the recalls' 95% intervals.
 
     Images (N, d) and texts (M, d) are unit-norm features, float16 or float32. Pair p is the image image_index[p] and
     the text text_index[p], both (P,) int64; an image may have several texts and a text several images, and each is
@@ -29,12 +32,15 @@ def retrieval_metrics(
     the other way round. recall_k is the share of queries whose rank, as `ranks` says, is k at most.
     `advance` is called with the number of queries that were ranked now. Raises ValueError as `ranks` does.
     """
+    # An image's texts say much the same of it: they are drawn with it. A text of several is drawn with the first.
+    order = np.argsort(text_index, kind="stable")
+    first = image_index[order][np.searchsorted(text_index[order], np.arange(len(texts)))]
     directions = {
-        "image_to_text": (images, texts, image_index, text_index),
-        "text_to_image": (texts, images, text_index, image_index),
+        "image_to_text": (images, texts, image_index, text_index, np.arange(len(images))),
+        "text_to_image": (texts, images, text_index, image_index, first),
     }
     found = {}
-    for direction, (queries, candidates, query_index, candidate_index) in directions.items():
+    for direction, (queries, candidates, query_index, candidate_index, drawn_with) in directions.items():
         place = ranks(
             queries,
             candidates,
@@ -43,11 +49,31 @@ def retrieval_metrics(
             max_scores=max_scores,
             advance=advance,
         )
+        hits = np.stack([place <= k for k in RECALLS], axis=1)
+        intervals = recall_intervals(hits, drawn_with=drawn_with, num_images=len(images))
+        names = [f"recall_{k}" for k in RECALLS]
         found[direction] = {
-            **{f"recall_{k}": float((place <= k).mean()) for k in RECALLS},
+            **dict(zip(names, hits.mean(axis=0).tolist(), strict=True)),
             "median_rank": float(np.median(place)),
+            "intervals": dict(zip(names, intervals.T.tolist(), strict=True)),
         }
     return found
+
+
+def recall_intervals(
+    hits: np.ndarray, *, drawn_with: np.ndarray, num_images: int, resamples: int = 1000, seed: int = 0
+) -> np.ndarray:
+    """The 95% percentile bootstrap intervals (2, R) of the means of hits (Q, R) bool, the first row the lower ends.
+
+    Images are resampled: each of the Q queries is drawn as often as the image drawn_with (Q,) int64 of it.
+    """
+    columns = np.column_stack([hits, np.ones(len(hits))])
+    sums = np.stack([np.bincount(drawn_with, column, minlength=num_images) for column in columns.T], axis=1)
+    blocks = bootstrap_blocks(num_images, resamples=resamples, seed=seed)
+    drawn = torch.cat([counts @ torch.from_numpy(sums).float() for counts in blocks]).double().numpy()
+    # Images without a query of their own may be all that is drawn.
+    drawn = drawn[drawn[:, -1] > 0]
+    return np.percentile(drawn[:, :-1] / drawn[:, -1:], [2.5, 97.5], axis=0)
 
 
 def ranks(

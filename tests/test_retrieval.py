@@ -22,9 +22,10 @@ from lpclip.config import EncoderConfig, ModelConfig, to_dict
 from lpclip.describe import describe_encoder
 from lpclip.encoders import load_encoder
 from lpclip.encoders.open_clip import load_trainable
+from lpclip.metrics import mean_interval
 from lpclip.pretrainer import WEIGHTS, save_model
 from lpclip.probe import Probe
-from lpclip.retrieval import ranks, retrieval_metrics
+from lpclip.retrieval import ranks, recall_intervals, retrieval_metrics
 from lpclip.workflows.retrieval import encode_texts, read_pairs
 
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -77,7 +78,7 @@ def test_ranks_are_those_of_a_plain_program(seed: int, num_images: int, num_text
     found = retrieval_metrics(images, texts, image_index=pairs[:, 0], text_index=pairs[:, 1])
     expected = plain_metrics(images, texts, [(int(i), int(t)) for i, t in pairs])
     for direction in DIRECTIONS:
-        assert found[direction] == pytest.approx(expected[direction], abs=1e-12)
+        assert without_intervals(found[direction]) == pytest.approx(expected[direction], abs=1e-12)
 
 
 def test_the_random_cases_have_whatever_is_hard() -> None:
@@ -114,7 +115,12 @@ def test_identical_features_have_the_middle_of_all_ranks() -> None:
     each = np.arange(9)
     found = retrieval_metrics(same, same, image_index=each, text_index=each)
     for direction in DIRECTIONS:
-        assert found[direction] == {"recall_1": 0, "recall_5": 1, "recall_10": 1, "median_rank": 5}
+        assert without_intervals(found[direction]) == {
+            "recall_1": 0,
+            "recall_5": 1,
+            "recall_10": 1,
+            "median_rank": 5,
+        }
 
 
 def test_what_belongs_together_is_found_and_what_is_turned_round_is_last() -> None:
@@ -124,7 +130,32 @@ def test_what_belongs_together_is_found_and_what_is_turned_round_is_last() -> No
     wrong = {"recall_1": 0, "recall_5": 0, "recall_10": 0, "median_rank": 12}
     for texts, expected in ((images, right), (-images, wrong)):
         found = retrieval_metrics(images, texts, image_index=each, text_index=each)
-        assert found == dict.fromkeys(DIRECTIONS, expected)
+        # All queries alike: whatever is drawn.
+        intervals = {name: [expected[name]] * 2 for name in NAMES[:3]}
+        assert found == {key: {**expected, "intervals": intervals} for key in DIRECTIONS}
+
+
+def test_intervals_are_those_of_a_mean_where_each_image_has_one_text() -> None:
+    hits = np.random.default_rng(0).random((60, 3)) < [0.2, 0.5, 0.9]
+    found = recall_intervals(hits, drawn_with=np.arange(60), num_images=60)
+    np.testing.assert_allclose(found, mean_interval(torch.from_numpy(hits).double()), atol=1e-6)
+    assert (found[0] < hits.mean(axis=0)).all()
+    assert (found[1] > hits.mean(axis=0)).all()
+
+
+def test_texts_of_one_image_are_drawn_together() -> None:
+    hits = np.random.default_rng(0).random((60, 1)) < 0.5
+    once = recall_intervals(hits, drawn_with=np.arange(60), num_images=60)
+    # Five texts of an image that say the same tell no more than one.
+    five = recall_intervals(hits.repeat(5, axis=0), drawn_with=np.arange(60).repeat(5), num_images=60)
+    np.testing.assert_allclose(five, once, atol=1e-12)
+    # Images without a text of their own, as all but one here, are drawn without effect.
+    alone = recall_intervals(hits[:2], drawn_with=np.array([7, 7]), num_images=60)
+    assert alone.tolist() == [[hits[:2].mean()]] * 2
+
+
+def without_intervals(direction: dict[str, Any]) -> dict[str, float]:
+    return {name: direction[name] for name in NAMES}
 
 
 @pytest.mark.parametrize("max_scores", [1, 26, 60, 149, 1 << 24])
@@ -210,7 +241,8 @@ def test_an_encoder_is_measured_without_a_probe(alone: dict[str, Any], work: Wor
     )
     for direction in DIRECTIONS:
         # Another order of sums may turn two neighbours round.
-        assert entry[direction] == pytest.approx(expected[direction], abs=0.03, rel=0.03)
+        found = without_intervals(entry[direction])
+        assert found == pytest.approx(without_intervals(expected[direction]), abs=0.03, rel=0.03)
 
 
 def test_texts_are_read_in_the_order_of_the_images(alone: dict[str, Any], work: Work) -> None:
@@ -252,7 +284,10 @@ def test_again_nothing_is_encoded_and_the_table_comes_last(
     assert rows[0][:5] == ["retrieval", "query", "images", "texts", "quarantined"]
     for row, direction in zip(rows[2:], DIRECTIONS, strict=True):
         assert row[:5] == ["small", direction.partition("_")[0], "39", str(entry["texts"]), "1"]
-        shares = [f"{100 * entry[direction][name]:.1f}" for name in NAMES[:3]]
+        shares = [
+            f"{100 * entry[direction][name]:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+            for name, (low, high) in entry[direction]["intervals"].items()
+        ]
         assert row[5:] == [*shares, f"{entry[direction]['median_rank']:g}"]
     refused = f"{command} --limit 9 --out {work.folder}/alone"
     assert "holds the results of other work (it differs in retrieval)" in refusal(
@@ -287,7 +322,8 @@ def test_probes_and_their_encoder_are_measured_together(
     assert [entry[key] for key in ("images", "texts", "pairs", "quarantined")] == [30, 6, 60, 0]
     expected = recomputed(entry, config)
     for direction in DIRECTIONS:
-        assert entry[direction] == pytest.approx(expected[direction], abs=0.04)
+        found = without_intervals(entry[direction])
+        assert found == pytest.approx(without_intervals(expected[direction]), abs=0.04)
     assert entry["image_to_text"]["recall_1"] > 0.5, "an encoder that knows them finds the classes' names"
 
     capsys.readouterr()
@@ -299,6 +335,7 @@ def test_probes_and_their_encoder_are_measured_together(
     assert {name: same[name] for name in DIRECTIONS} == {name: entry[name] for name in DIRECTIONS}
     assert {row["metric"] for row in both["results"]} >= {"accuracy", "ece"}
     assert both["sets"][0]["images"] == 30
+    assert ">Retrieval<" in (tmp_path / "both" / "report.html").read_text()
     tables = capsys.readouterr().out.split("\n\n")
     assert "zero-shot acc %" in tables[-3]
     assert tables[-2].startswith("retrieval  query")

@@ -21,6 +21,7 @@ from lpclip.report.robustness import (
     severity_figures,
 )
 from lpclip.report.style import colours
+from lpclip.retrieval import RECALLS
 from lpclip.robustness import ZERO_SHOT, Outcomes, Row
 from lpclip.shift import FITS
 
@@ -138,6 +139,28 @@ def ood_table(results: Sequence[Row]) -> list[dict[str, Any]]:
     return sorted(places.values(), key=lambda place: scores.index(place["score"]))
 
 
+def retrieval_table(sets: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Two rows a set, one for each direction, recalls in per cent with their 95% intervals."""
+
+    def recall(direction: Mapping[str, Any], k: int) -> str:
+        value, (low, high) = direction[f"recall_{k}"], direction["intervals"][f"recall_{k}"]
+        return f"{100 * value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+    return [
+        {
+            "retrieval": item["set"],
+            "query": query,
+            "images": item["images"],
+            "texts": item["texts"],
+            "quarantined": item["quarantined"],
+            **{f"recall@{k}": recall(direction, k) for k in RECALLS},
+            "median rank": f"{direction['median_rank']:g}",
+        }
+        for item in sets
+        for query, direction in (("image", item["image_to_text"]), ("text", item["text_to_image"]))
+    ]
+
+
 def evaluation_page(summary: Mapping[str, Any], evidence: Evidence) -> str:
     """The report as one HTML page."""
     results = summary["results"]
@@ -162,6 +185,7 @@ def evaluation_page(summary: Mapping[str, Any], evidence: Evidence) -> str:
         *_shifted(results),
         _calibration(evidence, first["set"]),
         *_detection(results, evidence, first["set"]),
+        *_retrieval(summary["retrieval"]),
         *_classes(evidence),
         *_examples(evidence),
     ]
@@ -393,6 +417,18 @@ def _detection(results: Sequence[Row], evidence: Evidence, clean: str) -> Iterat
         tables=[("Detection", ood_table(results))],
         pictures=pictures,
     )
+
+
+def _retrieval(sets: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
+    if sets:
+        yield Section(
+            title="Retrieval",
+            text=(
+                "The encoder alone, no classifier: the share of queries whose best own candidate is among the first "
+                "1, 5 and 10 of all, and its median rank; half of the foreign candidates that tie with it are ahead."
+            ),
+            tables=[("Recall in per cent, with 95% bootstrap intervals over images", retrieval_table(sets))],
+        )
 
 
 def _classes(evidence: Evidence) -> Iterator[Section]:

@@ -148,6 +148,7 @@ def measure_retrieval(
                 f"retrieval/{item.name}/{direction}_{metric}": value
                 for direction, values in metrics.items()
                 for metric, value in values.items()
+                if metric != "intervals"
             },
             step=0,
         )
