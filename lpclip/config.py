@@ -138,10 +138,10 @@ class PretrainConfig:
     """Share of all steps in which the learning rate rises."""
     weight_decay: float = 0.1
     """AdamW's."""
-    share_start: float = 0.2
-    """Share of each batch that psd distils at first."""
-    share_end: float = 0.8
-    """Share of each batch that psd distils at last; it grows on a cosine."""
+    share_start: float = 0.0
+    """Share of each batch that psd distils at first, when there is little to distil yet; published: 0.2."""
+    share_end: float = 0.5
+    """Share of each batch that psd distils at last; it grows on a cosine. Published: 0.8."""
     targets: Literal["images", "swapped", "own"] = "images"
     """What psd's targets are made of. images: texts of similar images; swapped: the two directions swapped, as
     published; own: each direction's own alignments."""

@@ -189,7 +189,7 @@ def test_first_weights_follow_the_seed_alone() -> None:
         ({"batch_size": 30, "num_workers": 4}, "--batch-size 30 cannot be shared by 4 workers"),
         (
             {"share_start": 0.9},
-            "--share-start 0.9 and --share-end 0.8 must lie between 0 and 1, in this order",
+            "--share-start 0.9 and --share-end 0.5 must lie between 0 and 1, in this order",
         ),
         ({"learning_rate": 0.0}, "--learning-rate must be over 0, not 0"),
         ({"teacher_sharpness": -1.0}, "--teacher-sharpness must be over 0, not -1"),
