@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from matplotlib.figure import Figure
 
 from lpclip import report
 from lpclip.cli import OPTIONS
@@ -37,6 +38,7 @@ from lpclip.images import open_source
 from lpclip.pretraining import Towers, crop, draw, learning_rate, make_optimizer, num_steps, train_step
 from lpclip.probe import zero_shot_probe
 from lpclip.progress import TrialProgress
+from lpclip.report.style import grid, new_figure
 from lpclip.retrieval import retrieval_metrics
 from lpclip.runtime import versions
 from lpclip.views import decode_image, weak_view
@@ -52,6 +54,13 @@ METHODS: dict[str, dict[str, Any]] = {
     # The targets and the schedule as published.
     "psd-swapped": {"method": "psd", "targets": "swapped", "share_start": 0.2, "share_end": 0.8},
 }
+NAMES = {
+    "infonce": "InfoNCE",
+    "smoothed": "InfoNCE, smoothed labels",
+    "psd": "PSD, similar images (default)",
+    "psd-swapped": "PSD, swapped (reconstruction)",
+}
+COLOURS = {"infonce": "#8a9099", "smoothed": "#e59f3c", "psd": "#1f6fb4", "psd-swapped": "#9b3fe0"}
 BATCH, STEPS = 500, 40
 
 
@@ -80,6 +89,8 @@ class Options:
     )
     json: str | None = None
     """File to write the rows to."""
+    figure: str | None = None
+    """PNG file to draw zero-shot accuracy to, against the share of shuffled captions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +253,8 @@ def main(options: Options) -> None:
                     Path(options.json).write_text(json.dumps(written, indent=1))
     cost = step_cost(images, options.training)
     print(report.table(summarise(rows)))
+    if options.figure:
+        report.save(noise_figure(rows), options.figure)
     print(f"a step of psd takes {cost:.3f} times one of infonce (medians of {STEPS} of each, in turn)")
 
 
@@ -257,6 +270,35 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             shown[name.replace("_", " ")] = f"{np.mean(values):.1f}{spread}"
         table.append(shown | {"ms a step": f"{np.mean([row['step_ms'] for row in mine]):.0f}"})
     return table
+
+
+def noise_figure(rows: list[dict[str, Any]]) -> Figure:
+    """Zero-shot accuracy against the share of shuffled captions: means over the seeds and standard deviations."""
+    figure = new_figure(6.4, 3.6)
+    axes = figure.subplots()
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    shares = sorted({row["noise"] for row in rows})
+    for place, method in enumerate(methods):
+        values = [
+            [row["zero_shot"] for row in rows if (row["method"], row["noise"]) == (method, share)]
+            for share in shares
+        ]
+        # Beside one another, or bars of the same height would hide each other.
+        across = [share + 1.2 * (place - (len(methods) - 1) / 2) for share in shares]
+        axes.errorbar(
+            across,
+            [np.mean(one) for one in values],
+            [np.std(one, ddof=1) if len(one) > 1 else 0.0 for one in values],
+            label=NAMES[method],
+            color=COLOURS[method],
+            marker="o",
+            linewidth=1.8,
+            capsize=3,
+        )
+    axes.set(xticks=shares, xlabel="captions shuffled, %", ylabel="zero-shot accuracy, %")
+    grid(axes)
+    axes.legend(frameon=False)
+    return figure
 
 
 if __name__ == "__main__":

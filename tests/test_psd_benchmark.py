@@ -49,12 +49,14 @@ def test_it_runs_from_images_to_a_table(tmp_path: Path, capsys: pytest.CaptureFi
             seeds=1,
             training=training,
             json=str(tmp_path / "rows.json"),
+            figure=str(tmp_path / "rows.png"),
         )
     )
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [row["method"] for row in rows] == list(METHODS)
     assert all(0 <= row[name] <= 100 for row in rows for name in ("zero_shot", "linear_probe"))
     assert max(row["linear_probe"] for row in rows) > 60
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert all(f"40  {method}" in printed for method in METHODS)
     assert "a step of psd takes" in printed
