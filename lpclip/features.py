@@ -99,7 +99,7 @@ def encode_data(
         print(f"features of {data.name}: {manifest['num_rows']:,} images, as given", flush=True)
         return Encoded(path=data.path, manifest=manifest, seconds=0.0, reused=True, rate=None)
     identity = store_identity(data.source, info, parse_views(config.views), seed=seed)
-    path = files.join(folder, f"{data.name}-{store.fingerprint(identity)[:12]}")
+    path = files.join(files.absolute(folder), f"{data.name}-{store.fingerprint(identity)[:12]}")
     manifest = store.read_manifest(path)
     if manifest is not None:
         check_manifest(data.source, path, manifest)
@@ -202,7 +202,7 @@ def _find_views(data: Data, *, info: EncoderInfo, seed: int, folder: str) -> dic
         store.check_store(data.path, {key: wanted[key] for key in ("encoder", "preprocessing")})
     else:
         names = [name for name in files.list_folders(folder) if name.startswith(f"{data.name}-")]
-        paths = [files.join(folder, name) for name in names]
+        paths = [files.join(files.absolute(folder), name) for name in names]
     found: dict[str, Encoded] = {}
     for path in paths:
         manifest = store.read_manifest(path)

@@ -71,6 +71,11 @@ def split_options(uri: str) -> tuple[str, str]:
     return (uri[: match.start()], match.group()) if match else (uri, "")
 
 
+def absolute(path: str) -> str:
+    """A local path made absolute, with ~ spelled out: a worker may run in another folder. A URI stays as it is."""
+    return path if "://" in path else os.path.abspath(Path(path).expanduser())
+
+
 def join(path: str, *names: str) -> str:
     """A path below another, for local paths and URIs alike: a URI's options stay at its end."""
     base, options = split_options(path)

@@ -28,7 +28,7 @@ from lpclip.images import Source
 from lpclip.pipeline import TABLES_AHEAD, decode_units, fill_store
 from lpclip.views import REDUCING_GAP, Pixels, Preprocess
 
-FORMAT = 1
+FORMAT = 2
 VIEW = "weak"
 OPEN_FILES = 128
 READERS = 8

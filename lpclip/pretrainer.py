@@ -72,7 +72,7 @@ def pretrain(work: Pretraining, *, storage: str, use_gpu: bool) -> None:
     """
     files.make_folder(work.folder)
     files.make_folder(work.model_folder)
-    if files.exists(files.join(work.folder, FINISHED)):
+    if is_finished(work):
         return
     workers = work.config.num_workers
     trainer = TorchTrainer(
@@ -88,6 +88,15 @@ def pretrain(work: Pretraining, *, storage: str, use_gpu: bool) -> None:
         ),
     )
     trainer.fit()
+
+
+def is_finished(work: Pretraining) -> bool:
+    """Whether all is done. A model that was moved away is written again, from the last checkpoint."""
+    done = files.join(work.folder, FINISHED)
+    return all(
+        files.exists(path)
+        for path in (done, *(files.join(work.model_folder, name) for name in (WEIGHTS, CONFIG)))
+    )
 
 
 def read_metrics(folder: str) -> list[dict[str, float]]:
@@ -233,6 +242,11 @@ class _Training:
                     _, index, key = name.split(".")
                     state["state"].setdefault(int(index), {})[key] = tensor
             self.optimizer.load_state_dict(state)
+            for weight, moments in self.optimizer.state.items():
+                for key, moment in moments.items():
+                    if moment.shape == weight.shape:
+                        # The fused step takes memory as it lies: moments must lie as their weights do.
+                        moments[key] = torch.empty_like(weight).copy_(moment)
         except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}); remove it to begin again") from error
         step = int(_read_metadata(path)["step"])

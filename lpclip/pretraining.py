@@ -74,6 +74,8 @@ def check_pretraining(config: PretrainConfig, *, num_pairs: int | None = None) -
         raise ValueError("--label-smoothing is for --method infonce: psd's targets are soft already")
     if not 0 <= config.warmup < 1:
         raise ValueError(f"--warmup must be at least 0 and under 1, not {config.warmup:g}")
+    if not 0 <= config.checkpoint_minutes < math.inf:
+        raise ValueError(f"--checkpoint-minutes must be at least 0, not {config.checkpoint_minutes:g}")
     if config.weight_decay < 0:
         raise ValueError(f"--weight-decay must be at least 0, not {config.weight_decay:g}")
     if num_pairs is not None and num_pairs < size:
@@ -198,6 +200,9 @@ def train_step(
             f"the loss is {loss.total.item()}: the training has come apart; try a smaller --learning-rate, or more "
             "--warmup"
         )
+    for group in optimizer.param_groups:
+        # The fused step takes memory as it lies.
+        assert all(p.grad is None or p.grad.stride() == p.stride() for p in group["params"])
     optimizer.step()
     logit_scale = _inner(towers).model.logit_scale
     with torch.no_grad():

@@ -71,7 +71,7 @@ def output_folder(out: str) -> Iterator[str]:
             f"--out {out} is relative to the job's temporary copy of the working directory: give an absolute "
             "path, or a URI that all nodes reach"
         )
-    path = os.path.abspath(Path(out).expanduser())
+    path = files.absolute(out)
     files.make_folder(path)
     lock = filelock.FileLock(Path(path) / ".lock")
     try:
@@ -84,8 +84,11 @@ def output_folder(out: str) -> Iterator[str]:
         lock.release()
 
 
-def claim(out: str, identity: dict[str, Any], *, mark: bool = True) -> None:
-    """Mark the output folder as this work's, if wanted. Raises ValueError when it holds another work's results."""
+def claim(out: str, identity: dict[str, Any], *, mark: bool = True, shared: str = "features") -> None:
+    """Mark the output folder as this work's, if wanted. Raises ValueError when it holds another work's results.
+
+    `shared` is the folder in it, and the flag, by which other work saves itself reading the images again.
+    """
     path = files.join(out, "job.json")
     if not files.exists(path):
         if mark:
@@ -96,7 +99,7 @@ def claim(out: str, identity: dict[str, Any], *, mark: bool = True) -> None:
     if changed:
         raise ValueError(
             f"{out} holds the results of other work (it differs in {', '.join(changed)}); choose another --out. "
-            f"--features {files.join(out, 'features')} shares the features"
+            f"--{shared} {files.join(out, shared)} shares the {shared}"
         )
 
 

@@ -68,6 +68,22 @@ def test_texts_come_with_their_images(write: Any, tmp_path: Path) -> None:
     assert found["c"]["image"] is None
 
 
+def test_texts_are_utf8_with_or_without_a_mark_of_it_or_no_texts(tmp_path: Path) -> None:
+    texts = {"a": b"\xef\xbb\xbfcaf\xc3\xa9\r\nsign\r\n", "b": b"fine\ncaf\xe9", "c": b"\xef\xbb\xbf"}
+    write_tar(
+        tmp_path / "0.tar",
+        {f"{name}.{kind}": data[name] for name in IMAGES for kind, data in (("png", IMAGES), ("txt", texts))},
+    )
+    folder = write_folder(tmp_path)
+    (folder / "b.TXT").unlink()
+    for name, data in texts.items():
+        (folder / f"{name}.txt").write_bytes(data)
+    for found in (pairs(tmp_path / "0.tar"), pairs(folder)):
+        assert [row["texts"] for row in found.values()] == [["café", "sign"], [], []]
+        errors = [None, "text is not UTF-8: byte 8 is 0xe9", "no text"]
+        assert [row["error"] for row in found.values()] == errors
+
+
 @pytest.mark.parametrize("write", [write_folder, write_tars, write_parquet, write_jsonl])
 def test_other_jobs_read_the_images_alone(write: Any, tmp_path: Path) -> None:
     source = open_source(str(write(tmp_path)), config=SourceConfig())

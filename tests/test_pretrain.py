@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -18,8 +19,10 @@ import pytest
 import torch
 from conftest import CLASSES, draw, refusal, run, start
 from mlflow import MlflowClient
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from lpclip.config import ModelConfig
+from lpclip.encoders.open_clip import load_trainable
 from lpclip.pairs import PairStore
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -126,14 +129,22 @@ def history(summary: dict[str, Any]) -> list[dict[str, float]]:
     return found
 
 
+def write_model(path: Path) -> None:
+    """The first weights of a tiny-vit-32."""
+    save_file(load_trainable(ModelConfig(encoder="tiny-vit-32"), seed=0).model.state_dict(), path)
+
+
 def test_two_workers_follow_the_curve_of_one(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = []
+    # Paths are taken from this folder, wherever workers run.
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("first.safetensors"))
     for workers in (0, 2):
         found = run(
-            f"pretrain.py --data {pairs} --out {tmp_path}/{workers} --encoder tiny-vit-32 --batch-size 32 --epochs 17 "
-            f"--pairs {pairs.parent}/stores --num-workers {workers}",
+            f"pretrain.py --data {pairs} --out {workers} --encoder tiny-vit-32 --batch-size 32 --epochs 17 "
+            f"--pretrained first.safetensors --pairs stores --num-workers {workers}",
             monkeypatch,
         )
         losses.append([entry["loss"] for entry in history(found)])
@@ -160,7 +171,9 @@ def test_bad_pairs_are_counted_and_quarantined(
     assert errors["pair-3"] == errors["pair-4"] == ("read", "no text")
     assert errors["pair-6"] == ("decode", "not an image that can be decoded")
     assert (found["pairs"]["read"], found["pairs"]["quarantined"], found["pairs"]["texts_cut"]) == (56, 4, 1)
-    assert "1 of 7 texts fill the model's context, or are cut to it" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "1 of 7 texts fill the model's context, or are cut to it" in output
+    assert re.search(r"^bad +\S+/quarantine.parquet$", output, re.MULTILINE)
 
 
 def test_a_labelled_folder_becomes_pairs(
@@ -237,10 +250,27 @@ def test_other_work_is_not_continued(
     same = f"pretrain.py --data {pairs} --out {out} {SMALL} --pairs {pairs.parent}/stores"
     told = refusal(f"{same} --learning-rate 0.5", monkeypatch, capsys)
     assert "holds the results of other work (it differs in learning_rate)" in told
+    assert f"--pairs {out}/pairs shares the pairs" in told
+    capsys.readouterr()
     assert run(same, monkeypatch)["last"] == undisturbed["last"]
+    assert "finished before" in capsys.readouterr().out
+    told = refusal(f"{same} --limit 64", monkeypatch, capsys)
+    assert "it differs in pairs" in told
+    assert len(list((pairs.parent / "stores").iterdir())) == 1, "refused before images are read"
     other = f"pretrain.py --data {pairs} --out {tmp_path} --encoder tiny-32 --batch-size 32"
     told = refusal(f"{other} --pretrained {undisturbed['model']}", monkeypatch, capsys)
-    assert "the weights do not fit the model" in told
+    assert "the weights do not fit the model (Error(s) in loading state_dict for CLIP: Missing key(s)" in told
+
+
+def test_a_model_that_was_moved_away_is_written_again(
+    pairs: Path, undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(Path(undisturbed["model"]).parent.parent, out)
+    shutil.rmtree(out / "model")
+    again = run(f"pretrain.py --data {pairs} --out {out} {SMALL} --pairs {pairs.parent}/stores", monkeypatch)
+    assert Path(again["model"]).read_bytes() == Path(undisturbed["model"]).read_bytes()
+    assert again["last"] == undisturbed["last"]
 
 
 def test_a_damaged_checkpoint_or_store_is_told(

@@ -192,6 +192,7 @@ def test_first_weights_follow_the_seed_alone() -> None:
             "--share-start 0.9 and --share-end 0.5 must lie between 0 and 1, in this order",
         ),
         ({"learning_rate": 0.0}, "--learning-rate must be over 0, not 0"),
+        ({"checkpoint_minutes": -1.0}, "--checkpoint-minutes must be at least 0, not -1"),
         ({"teacher_sharpness": -1.0}, "--teacher-sharpness must be over 0, not -1"),
         ({"label_smoothing": 0.1}, "--label-smoothing is for --method infonce"),
         ({"warmup": 1.0}, "--warmup must be at least 0 and under 1, not 1"),

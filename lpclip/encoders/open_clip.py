@@ -236,7 +236,7 @@ def _load_model(name: str, pretrained: str | None) -> Any:
     _warn_activation(name, quick_gelu, weights=pretrained)
     overrides = {key: config[key] for key in PREPROCESS_KEYS if key in config}
     return _create(
-        name, what=f"{name} from {path.name}", pretrained=str(path), force_preprocess_cfg=overrides
+        name, what=f"{name} from {pretrained}", pretrained=str(path), force_preprocess_cfg=overrides
     )
 
 
@@ -435,6 +435,6 @@ def reachable(url: str, *, seconds: float) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[
-        :300
-    ]
+    """What an error says first; a line that ends with a colon says nothing without the next."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]

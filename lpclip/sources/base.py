@@ -218,9 +218,21 @@ def _is_list(dtype: pa.DataType) -> bool:
     return pa.types.is_list(dtype) or pa.types.is_large_list(dtype) or pa.types.is_fixed_size_list(dtype)
 
 
-def lines(data: bytes | Exception) -> list[str]:
-    """The texts in a .txt file, one a line; none in one that cannot be read."""
-    return [] if isinstance(data, Exception) else data.decode("utf-8", "replace").splitlines()
+def make_pair(
+    name: str, image: bytes | Exception, label: int | None, text_files: Sequence[bytes | Exception]
+) -> Row:
+    """A row of an image and of text files in UTF-8, one text a line, or of the reason why there is none."""
+    texts: list[str] = []
+    for data in text_files:
+        if isinstance(data, Exception):
+            return Row(name, None, label, f"text: {reason(data)}")
+        try:
+            texts += data.decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            return Row(
+                name, None, label, f"text is not UTF-8: byte {error.start} is {data[error.start]:#04x}"
+            )
+    return make_row(name, image, label, texts)
 
 
 def _table(rows: list[Row], schema: pa.Schema) -> pa.Table:

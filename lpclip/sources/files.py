@@ -28,8 +28,8 @@ from lpclip.sources.base import (
     Source,
     as_texts,
     choose,
-    lines,
     make_identity,
+    make_pair,
     make_row,
     pick_column,
     pick_texts,
@@ -58,12 +58,15 @@ class FilesReader(Reader):
         texts = work.get("texts") or [[]] * len(paths)
         for start in range(0, len(paths), FETCH_ROWS):
             part = slice(start, start + FETCH_ROWS)
-            images, own = self._fetch(paths[part]), texts[part]
+            rows = zip(ids[part], self._fetch(paths[part]), labels[part], strict=True)
             if "text_paths" in work:
-                read = iter(self._fetch([path for path in work["text_paths"][part] if path]))
-                own = [lines(next(read)) if path else [] for path in work["text_paths"][part]]
-            for name, image, label, found in zip(ids[part], images, labels[part], own, strict=True):
-                yield make_row(name, image, label, found)
+                beside = work["text_paths"][part]
+                read = iter(self._fetch([path for path in beside if path]))
+                for row, path in zip(rows, beside, strict=True):
+                    yield make_pair(*row, [next(read)] if path else [])
+            else:
+                for row, own in zip(rows, texts[part], strict=True):
+                    yield make_row(*row, own)
 
     def _fetch(self, paths: list[str]) -> list[bytes | Exception]:
         return fetch_all(

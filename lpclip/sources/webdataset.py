@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from lpclip.config import PairsConfig, SourceConfig
 from lpclip.files import locate
-from lpclip.sources.base import IMAGE_SUFFIXES, Listing, Reader, Row, Source, lines, make_identity, make_row
+from lpclip.sources.base import IMAGE_SUFFIXES, Listing, Reader, Row, Source, make_identity, make_pair
 from lpclip.sources.fetch import join, reason
 
 TAR_ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error)
@@ -75,8 +75,8 @@ class TarReader(Reader):
             return
         seen.add(name)
         label = next((class_label(member.data) for member in members if member.extension == "cls"), None)
-        texts = [text for member in members if member.extension == "txt" for text in lines(member.data)]
-        yield make_row(name, images[0].data, label, texts)
+        texts = [member.data for member in members if member.extension == "txt"]
+        yield make_pair(name, images[0].data, label, texts)
         if any(member.extension == images[0].extension for member in images[1:]):
             yield Row(name, None, error="duplicate id")
 

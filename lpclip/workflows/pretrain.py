@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lpclip import files, report, tracking
-from lpclip.config import PretrainConfig, PretrainJob, digest, to_dict
+from lpclip.config import ModelConfig, PretrainConfig, PretrainJob, digest, to_dict
 from lpclip.console import shown
 from lpclip.describe import has_gpus
 from lpclip.encoders import weights_digest
@@ -15,7 +17,7 @@ from lpclip.encoders.open_clip import Trainable, load_trainable
 from lpclip.images import Source
 from lpclip.pairs import PairStore, pairs_identity, prepare_pairs
 from lpclip.pipeline import check_manifest
-from lpclip.pretrainer import WEIGHTS, Pretraining, go_on, pretrain, read_metrics
+from lpclip.pretrainer import WEIGHTS, Pretraining, go_on, is_finished, pretrain, read_metrics
 from lpclip.pretraining import check_pretraining, num_steps
 from lpclip.progress import Progress, watched
 from lpclip.runtime import claim, output_folder, start_ray, versions
@@ -57,7 +59,10 @@ def _pretrain(
     begin = time.monotonic()
     identity = pairs_identity(source, trainable.preprocess)
     name = f"{source.name}-{fingerprint(identity)[:12]}"
-    path = files.join(job.pairs or files.join(out, "pairs"), name)
+    # Ray Train's workers run in folders of their own.
+    path = files.join(files.absolute(job.pairs or files.join(out, "pairs")), name)
+    work_identity = _work_identity(job, fingerprint(identity), trainable)
+    claim(out, work_identity, mark=False, shared="pairs")
     manifest = read_manifest(path)
     if manifest is None:
         print(f"pairs: reading to {shown(path)}", flush=True)
@@ -68,7 +73,7 @@ def _pretrain(
     pairs = PairStore(path)
     check_pretraining(job.training, num_pairs=len(pairs))
     seconds = {"pairs": time.monotonic() - begin}
-    claim(out, _work_identity(job, manifest, trainable))
+    claim(out, work_identity, shared="pairs")
     cut, counted = _count_cut_texts(pairs, trainable)
     if cut:
         print(
@@ -79,13 +84,18 @@ def _pretrain(
     total = num_steps(job.training, num_pairs=len(pairs))
     work = Pretraining(
         store_path=path,
-        model=job.model,
+        model=_reachable(job.model),
         config=job.training,
         folder=files.join(out, "training"),
         model_folder=files.join(out, "model"),
     )
     size = job.training.batch_size
-    progress = Progress("training", total=total * size, done=go_on(work.folder) * size, unit="pairs")
+    done = go_on(work.folder)
+    if is_finished(work):
+        print("training: finished before, nothing is left to do", flush=True)
+    elif done:
+        print(f"training: goes on after step {done:,} of {total:,}", flush=True)
+    progress = Progress("training", total=total * size, done=done * size, unit="pairs")
     with watched(_teller(job.training, work, total=total, progress=progress, run=run), seconds=1.0):
         pretrain(work, storage=files.join(out, "ray"), use_gpu=has_gpus())
     progress.close()
@@ -133,8 +143,9 @@ def _teller(
             progress.advance(max(0, step * config.batch_size - progress.done))
             if step // per_epoch > epochs:
                 epochs = step // per_epoch
+                losses = [one["loss"] for one in metrics if step - per_epoch < one["step"] <= step]
                 print(
-                    f"epoch {epochs} of {config.epochs}: loss {entry['loss']:.3f}, temperature "
+                    f"epoch {epochs} of {config.epochs}: mean loss {sum(losses) / len(losses):.3f}, temperature "
                     f"{entry['temperature']:.3f}, {entry['distilled_share']:.0%} distilled, "
                     f"{entry['pairs_per_second']:.0f} pairs a second",
                     flush=True,
@@ -145,16 +156,28 @@ def _teller(
     return tell
 
 
-def _work_identity(job: PretrainJob, manifest: dict[str, Any], trainable: Trainable) -> dict[str, Any]:
+def _work_identity(job: PretrainJob, pairs: str, trainable: Trainable) -> dict[str, Any]:
     """Whatever changes the result, by the names of the flags; the number of workers does not."""
     training = to_dict(job.training)
     return {
-        "pairs": manifest["fingerprint"],
+        "pairs": pairs,
         "encoder": [trainable.name, digest(trainable.open_clip_config)],
         "pretrained": weights_digest(trainable.model.state_dict()),
         "lock": job.model.lock,
         **{k: v for k, v in training.items() if k not in ("num_workers", "checkpoint_minutes")},
     }
+
+
+def _reachable(model: ModelConfig) -> ModelConfig:
+    """The model, its files named such that any worker on this machine finds them."""
+
+    is_json = model.encoder.endswith(".json")
+    weights = model.pretrained
+    return replace(
+        model,
+        encoder=files.absolute(model.encoder) if is_json else model.encoder,
+        pretrained=files.absolute(weights) if weights and Path(weights).is_file() else weights,
+    )
 
 
 def _count_cut_texts(pairs: PairStore, trainable: Trainable) -> tuple[int, int]:
@@ -205,12 +228,14 @@ def _print_result(job: PretrainJob, summary: dict[str, Any], run: tracking.Run) 
         "pairs": summary["pairs"]["read"],
         "quarantined": summary["pairs"]["quarantined"],
         "steps": summary["steps"],
-        "loss": round(last["loss"], 3),
+        "last batch's loss": round(last["loss"], 3),
         "temperature": round(last["temperature"], 3),
         "pairs/s": round(last["pairs_per_second"]),
         "seconds": round(summary["timings"]["training"]),
     }
     print(f"\n{report.table([row])}\n")
+    if summary["pairs"]["quarantined"]:
+        print(f"bad      {shown(files.join(summary['pairs']['store'], 'quarantine.parquet'))}")
     print(f"model    {shown(summary['model'])}")
     where = "A-LOCAL-COPY" if "://" in summary["model"] else shown(summary["model"])
     print(f"use it   --encoder {job.model.encoder} --pretrained {where}")
