@@ -41,6 +41,9 @@ def pretrain_job(job: PretrainJob) -> dict[str, Any]:
         )
         check_pretraining(job.training, num_pairs=source.num_rows)
         trainable = load_trainable(job.model, seed=job.training.seed)
+        stored = pairs_identity(source, trainable.preprocess)
+        identity = _work_identity(job, fingerprint(stored), trainable)
+        claim(out, identity, mark=False, shared="pairs")
         start_ray()
         _print_plan(job, source, trainable, out)
         with tracking.track(
@@ -50,19 +53,22 @@ def pretrain_job(job: PretrainJob) -> dict[str, Any]:
             resume_key=f"pretrain {out}",
         ) as run:
             run.set_tags({"encoder": trainable.name, "data": source.name, "out": out})
-            return _pretrain(job, out, source, trainable, run)
+            return _pretrain(job, out, source, trainable, run, identity=identity)
 
 
 def _pretrain(
-    job: PretrainJob, out: str, source: Source, trainable: Trainable, run: tracking.Run
+    job: PretrainJob,
+    out: str,
+    source: Source,
+    trainable: Trainable,
+    run: tracking.Run,
+    *,
+    identity: dict[str, Any],
 ) -> dict[str, Any]:
     begin = time.monotonic()
-    identity = pairs_identity(source, trainable.preprocess)
-    name = f"{source.name}-{fingerprint(identity)[:12]}"
+    name = f"{source.name}-{identity['pairs'][:12]}"
     # Ray Train's workers run in folders of their own.
     path = files.join(files.absolute(job.pairs or files.join(out, "pairs")), name)
-    work_identity = _work_identity(job, fingerprint(identity), trainable)
-    claim(out, work_identity, mark=False, shared="pairs")
     manifest = read_manifest(path)
     if manifest is None:
         print(f"pairs: reading to {shown(path)}", flush=True)
@@ -73,7 +79,7 @@ def _pretrain(
     pairs = PairStore(path)
     check_pretraining(job.training, num_pairs=len(pairs))
     seconds = {"pairs": time.monotonic() - begin}
-    claim(out, work_identity, shared="pairs")
+    claim(out, identity, shared="pairs")
     cut, counted = _count_cut_texts(pairs, trainable)
     if cut:
         print(
