@@ -246,12 +246,14 @@ def server(database: str, folder: Path) -> Iterator[tuple[str, subprocess.Popen[
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
     try:
-        for _ in range(300):
+        deadline, answered = time.monotonic() + 180, False
+        while not answered:
+            assert process.poll() is None, (folder / "server.log").read_text()
+            assert time.monotonic() < deadline, (folder / "server.log").read_text()
+            time.sleep(0.1)
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            assert process.poll() is None, (folder / "server.log").read_text()
-            time.sleep(0.1)
+                answered = True
         yield f"http://127.0.0.1:{port}", process
     finally:
         with contextlib.suppress(ProcessLookupError):
