@@ -68,7 +68,7 @@ class EncodeConfig:
     """Views of each image, by comma: weak (always first) and mirror, whose mean is the image's feature; strong,
     strong2, ..., and corruption:severity, which students are fitted to as well. Any but weak has VIEW+mirror."""
     batch_size: int = 64
-    """Images in one forward pass."""
+    """Images in one forward pass on a GPU. On CPUs a pass always takes 8."""
     num_actors: int | None = None
     """Encoder actors; by default one for each GPU, or one for every eight CPUs."""
     features: str | None = None
@@ -347,7 +347,7 @@ class EvaluateJob:
     """Where the probes' encoder's local checkpoint lies now, if it has moved since training; or the weights of
     --encoder: open_clip's tag or a local checkpoint."""
     batch_size: int = 64
-    """Images in one forward pass."""
+    """Images in one forward pass on a GPU. On CPUs a pass always takes 8."""
     num_actors: int | None = None
     """Encoder actors; by default one for each GPU, or one for every eight CPUs."""
     features: str | None = None
@@ -375,7 +375,7 @@ class PredictJob:
     pretrained: str | None = None
     """Where the encoder's local checkpoint lies now, if it has moved since training."""
     batch_size: int = 64
-    """Images in one forward pass."""
+    """Images in one forward pass on a GPU. On CPUs a pass always takes 8."""
     features: str | None = None
     """Folder of feature stores to find and to leave features in; by default they are removed at the end."""
     source: SourceConfig = field(default_factory=SourceConfig)

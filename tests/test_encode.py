@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
-from conftest import CLASSES, draw, write_tar
+from conftest import CLASSES, ROOT, draw, write_tar
 from PIL import Image
 
 from lpclip import store
@@ -25,7 +26,8 @@ from lpclip.cli import users_mistake
 from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
 from lpclip.decode import decode_unit
 from lpclip.describe import EncoderInfo, describe_encoder
-from lpclip.encode import _Encode, encode, plan_actors
+from lpclip.encode import CPU_BATCH, _Encode, encode, plan_actors
+from lpclip.encoders import load_encoder
 from lpclip.features import encode_data, open_data
 from lpclip.images import open_source
 from lpclip.prompts import DEFAULT_TEMPLATES
@@ -140,26 +142,91 @@ def test_a_table_is_cut_where_its_pixels_would_be_too_many(
     assert pa.concat_tables(pieces) == whole
 
 
+def table_of_pixels(pixels: dict[str, np.ndarray], errors: list[str | None]) -> pa.Table:
+    """What a decode task hands on: a row an image, its pixels (N, S, S, 3) by view."""
+    dtype = pa.binary(next(iter(pixels.values()))[0].size)
+    columns = {"id": [str(row) for row in range(len(errors))], "error": pa.array(errors, pa.string())}
+    for view, images in pixels.items():
+        columns[f"pixels:{view}"] = pa.array([image.tobytes() for image in images], dtype)
+    return pa.table(columns)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_features_are_the_same_bits_for_any_batch_size_number_of_threads_and_company(
+    precision: Literal["float32", "bfloat16"],
+) -> None:
+    encoder = replace(LITE, precision=precision)
+    made = load_encoder(encoder)
+    identity = {**made.identity, "dim": made.dim}
+    size = made.preprocess.size
+    pixels = np.random.default_rng(0).integers(0, 256, (9, size, size, 3), np.uint8)
+    views = ("weak", "mirror")
+
+    def bits(batch_size: int, num_threads: int, rows: slice) -> list[bytes]:
+        stage = _Encode(encoder, identity, views, batch_size, num_threads)
+        found = stage(table_of_pixels({"weak": pixels[rows]}, [None] * len(pixels[rows])))
+        features = np.concatenate([store.matrix(found, view, made.dim) for view in views], axis=1)
+        return [row.tobytes() for row in features]
+
+    whole = bits(64, 1, slice(None))
+    assert len(set(whole)) == 9
+    assert bits(5, 3, slice(None)) == whole
+    assert bits(64, 2, slice(3, 5)) == whole[3:5]
+
+
+OTHER_CPU = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}
+"""An x86-64 CPU that computes as one without AVX would. An arm64 CPU knows neither variable, and computes as ever."""
+
+
+def test_another_kind_of_cpu_gives_features_within_the_documented_tolerance_and_equal_predictions(
+    tmp_path: Path,
+) -> None:
+    code = f"""
+import sys, numpy as np, torch
+from conftest import CLASSES, draw
+from lpclip.config import EncoderConfig
+from lpclip.encoders import load_encoder
+from lpclip.prompts import DEFAULT_TEMPLATES, zero_shot_head
+from lpclip.views import decode_image, weak_view
+encoder = load_encoder(EncoderConfig(precision="float32"))
+options = dict(max_pixels=10**6, max_bytes=10**6, size=encoder.preprocess.size)
+images = [weak_view(decode_image(draw(i % 3, i), **options), encoder.preprocess) for i in range({CPU_BATCH})]
+torch.set_num_threads(1)
+features = encoder.encode_image(torch.from_numpy(np.stack(images))).numpy()
+head = zero_shot_head(encoder, CLASSES, templates=DEFAULT_TEMPLATES).numpy()
+np.savez(sys.argv[1], features=features, predicted=(features @ head.T).argmax(axis=1))
+"""
+    found = []
+    for name, variables in (("this", {}), ("other", OTHER_CPU)):
+        environment = {
+            **os.environ,
+            **variables,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        }
+        subprocess.run([sys.executable, "-c", code, f"{tmp_path}/{name}.npz"], env=environment, check=True)
+        found.append(np.load(tmp_path / f"{name}.npz"))
+    # docs/method.md, "What is the same, and how far".
+    np.testing.assert_allclose(found[0]["features"], found[1]["features"], atol=2.5e-4)
+    assert found[0]["predicted"].tolist() == found[1]["predicted"].tolist()
+
+
 @pytest.mark.parametrize("batch_size", [2, 5, 64])
 def test_batches_run_on_from_view_to_view(info: EncoderInfo, batch_size: int) -> None:
     views = ("weak", "mirror", "gaussian_noise:3", "gaussian_noise:3+mirror")
-    encode_table = _Encode(LITE, info.identity, views, batch_size, 1)
+    stage = _Encode(LITE, info.identity, views, batch_size, 1)
+    stage.batch_size = batch_size  # as on a GPU: a CPU has its own
     sizes: list[int] = []
-    encode_image = encode_table.encoder.encode_image
+    encode_image = stage.encoder.encode_image
     size = info.preprocess.size
     random = np.random.default_rng(0)
     pixels = {view: random.integers(0, 256, (3, size, size, 3), np.uint8) for view in views[::2]}
-    columns = {"id": ["a", "b", "c"], "error": pa.array([None, "damaged", None], pa.string())}
-    dtype = pa.binary(size * size * 3)
-    for view, images in pixels.items():
-        columns[f"pixels:{view}"] = pa.array([image.tobytes() for image in images], dtype)
 
     def counted(batch: torch.Tensor) -> torch.Tensor:
         sizes.append(len(batch))
         return encode_image(batch)
 
-    encode_table.encoder.encode_image = counted  # type: ignore[method-assign]
-    found = encode_table(pa.table(columns))
+    stage.encoder.encode_image = counted  # type: ignore[method-assign]
+    found = stage(table_of_pixels(pixels, [None, "damaged", None]))
     # Two good images in four views; every batch has one shape.
     assert sizes == [batch_size] * -(-8 // batch_size)
     assert found.column_names == ["id", "error", *views]

@@ -176,14 +176,12 @@ def _work_identity(job: PretrainJob, pairs: str, trainable: Trainable) -> dict[s
 
 def _reachable(model: ModelConfig) -> ModelConfig:
     """The model, its files named such that any worker on this machine finds them."""
-
-    is_json = model.encoder.endswith(".json")
-    weights = model.pretrained
-    return replace(
-        model,
-        encoder=files.absolute(model.encoder) if is_json else model.encoder,
-        pretrained=files.absolute(weights) if weights and Path(weights).is_file() else weights,
-    )
+    encoder, weights = model.encoder, model.pretrained
+    if encoder.endswith(".json"):
+        encoder = files.absolute(encoder)
+    if weights is not None and Path(weights).is_file():
+        weights = files.absolute(weights)
+    return replace(model, encoder=encoder, pretrained=weights)
 
 
 def _count_cut_texts(pairs: PairStore, trainable: Trainable) -> tuple[int, int]:
