@@ -37,20 +37,21 @@ from methods import STORES, Images, find_stores, load_encoder_of, long_tailed, p
 from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 
-from lpclip import report, store
-from lpclip.cli import OPTIONS
+from lpclip import report
 from lpclip.config import ClassConfig, SelfTrainingConfig, digest
-from lpclip.confirmation import Sample, choose_prior
-from lpclip.encoders import resolve_precision
-from lpclip.labels import map_labels, resolve_classes
+from lpclip.encoders.encoder import resolve_precision
+from lpclip.encoders.head import Head
+from lpclip.encoders.prompts import DEFAULT_TEMPLATES, zero_shot_head
+from lpclip.features import store
+from lpclip.images.classes import map_labels, resolve_classes
+from lpclip.jobs.cli import OPTIONS
+from lpclip.jobs.runtime import start_ray
+from lpclip.method.confirmation import Sample, choose_prior
+from lpclip.method.criteria import CRITERIA, make_yardstick, measure_all, predict
+from lpclip.method.self_training import PRIORS
 from lpclip.progress import TrialProgress
-from lpclip.prompts import DEFAULT_TEMPLATES, zero_shot_head
-from lpclip.runtime import start_ray
-from lpclip.selection import CRITERIA, make_yardstick, measure_all, predict
-from lpclip.self_training import PRIORS
-from lpclip.spaces import draw, read_space, trial_config
-from lpclip.sweep import prepare, read_candidate, run_trials, trial_name
-from lpclip.zero_shot import Head
+from lpclip.training.search_space import draw, read_space, trial_config
+from lpclip.training.trials import prepare, read_candidate, run_trials, trial_name
 
 RATIOS = (1, 10, 100)
 LIMIT = 10_000

@@ -13,7 +13,7 @@ within a turn. An image counts once, however many views it has.
 - bare: the forward pass alone, on batches that lie ready, on all cores.
 - loop, N workers: torch's DataLoader with this project's decoding, views and encoder. The fastest is the best loop.
 - autocast loop: as CLIP_benchmark runs open_clip: its own transform, float32 weights under bfloat16 autocast.
-- pipeline: lpclip.encode.
+- pipeline: lpclip.features.encode_stage.
 
 "images/s" leaves the start out. A loop's clock begins after its first batch, the pipeline's with the encoder's first;
 what the pipeline has decoded ahead by then is charged to it, as if all cores had done it. "from start" has all but
@@ -63,17 +63,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lpclip import encode as pipeline
 from lpclip import report
-from lpclip.cli import OPTIONS
 from lpclip.config import ClassConfig, EncodeConfig, EncoderConfig, SourceConfig
-from lpclip.describe import describe_encoder
-from lpclip.encoders import Encoder, load_encoder
-from lpclip.images import open_source
-from lpclip.labels import resolve_classes
-from lpclip.prompts import templates, zero_shot_head
-from lpclip.runtime import ENCODER_ENV, start_ray, versions
-from lpclip.views import decode_image, parse_views, render
+from lpclip.encoders.encoder import Encoder, load_encoder
+from lpclip.encoders.prompts import templates, zero_shot_head
+from lpclip.features import encode_stage as pipeline
+from lpclip.features.describe import describe_encoder
+from lpclip.images.classes import resolve_classes
+from lpclip.images.open import open_source
+from lpclip.images.views import decode_image, parse_views, render
+from lpclip.jobs.cli import OPTIONS
+from lpclip.jobs.runtime import ENCODER_ENV, start_ray, versions
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 BARE_IMAGES = 512
@@ -383,7 +383,7 @@ def encode_once(setting: Setting) -> dict[str, list[Block]]:
 
 @contextlib.contextmanager
 def _kept_datasets() -> Iterator[list[Any]]:
-    """Keep hold of the datasets that lpclip.encode runs: their statistics are in no file."""
+    """Keep hold of the datasets that lpclip.features.encode_stage runs: their statistics are in no file."""
     fill, kept = pipeline.fill_store, []
 
     def keep(*args: Any, stages: Callable[..., Any], **options: Any) -> Any:

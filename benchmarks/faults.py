@@ -45,9 +45,10 @@ from encoding import generate, psutil
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors, list_tasks
 
-from lpclip import report, store
-from lpclip.cli import OPTIONS
-from lpclip.runtime import versions
+from lpclip import report
+from lpclip.features import store
+from lpclip.jobs.cli import OPTIONS
+from lpclip.jobs.runtime import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_TARS, TAR_IMAGES = 32, 32

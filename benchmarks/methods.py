@@ -45,17 +45,18 @@ from baselines import METHODS, NUM_NEIGHBOURS, Problem, cosine_neighbours, super
 from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 
-from lpclip import report, store
-from lpclip.cli import OPTIONS
+from lpclip import report
 from lpclip.config import ClassConfig, EncoderConfig, SelfTrainingConfig
-from lpclip.confirmation import Sample, choose_prior, with_neighbours
-from lpclip.encoders import Encoder, load_encoder
-from lpclip.evaluation import CALIBRATION_ROWS, expected_accuracy, mean_confidence, temperature_at
-from lpclip.labels import map_labels, resolve_classes
-from lpclip.metrics import classification_metrics
-from lpclip.probe import Probe, zero_shot_probe
-from lpclip.prompts import DEFAULT_TEMPLATES, zero_shot_head
-from lpclip.self_training import PRIORS, Shard, fit_space, self_train
+from lpclip.encoders.encoder import Encoder, load_encoder
+from lpclip.encoders.prompts import DEFAULT_TEMPLATES, zero_shot_head
+from lpclip.evaluation.metrics import classification_metrics
+from lpclip.features import store
+from lpclip.images.classes import map_labels, resolve_classes
+from lpclip.jobs.cli import OPTIONS
+from lpclip.method.calibration import CALIBRATION_ROWS, expected_accuracy, mean_confidence, temperature_at
+from lpclip.method.confirmation import Sample, choose_prior, with_neighbours
+from lpclip.method.probe import Probe, zero_shot_probe
+from lpclip.method.self_training import PRIORS, Shard, fit_space, self_train
 
 # Unlabelled and test images: one store of both is cut into halves of its row order, which is that of a hash.
 STORES = {

@@ -29,19 +29,27 @@ import tyro
 from matplotlib.figure import Figure
 
 from lpclip import report
-from lpclip.cli import OPTIONS
 from lpclip.config import ModelConfig, PretrainConfig, SourceConfig
-from lpclip.encoders import to_input
+from lpclip.encoders.encoder import to_input
 from lpclip.encoders.open_clip import Trainable, load_trainable
-from lpclip.evaluation import supervised_probe
-from lpclip.images import open_source
-from lpclip.pretraining import Towers, crop, draw, learning_rate, make_optimizer, num_steps, train_step
-from lpclip.probe import zero_shot_probe
+from lpclip.evaluation.ranking import retrieval_metrics
+from lpclip.images.open import open_source
+from lpclip.images.views import decode_image, weak_view
+from lpclip.jobs.cli import OPTIONS
+from lpclip.jobs.runtime import versions
+from lpclip.method.calibration import supervised_probe
+from lpclip.method.contrastive_step import (
+    Towers,
+    crop,
+    draw,
+    learning_rate,
+    make_optimizer,
+    num_steps,
+    train_step,
+)
+from lpclip.method.probe import zero_shot_probe
 from lpclip.progress import TrialProgress
 from lpclip.report.style import grid, new_figure
-from lpclip.retrieval import retrieval_metrics
-from lpclip.runtime import versions
-from lpclip.views import decode_image, weak_view
 
 TEMPLATES = (
     *("a photo of a {}.", "a picture of the {}.", "one {}.", "a small {} in a photo."),

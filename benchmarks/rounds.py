@@ -22,9 +22,9 @@ import torch
 
 from lpclip import report
 from lpclip.config import SelfTrainingConfig
-from lpclip.neighbours import nearest
-from lpclip.pseudo_labels import Prior
-from lpclip.self_training import Shard, fit_space, self_train
+from lpclip.method.neighbours import nearest
+from lpclip.method.pseudo_labels import Prior
+from lpclip.method.self_training import Shard, fit_space, self_train
 
 CASES = (
     ("50000", "1280", "10", "--rounds", "10"),

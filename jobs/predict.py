@@ -3,13 +3,13 @@
 python jobs/predict.py --probe runs/selftrain/probe --data photos/ --out labels.parquet
 """
 
-from lpclip.cli import main
 from lpclip.config import PredictJob
+from lpclip.jobs.cli import main
 
 
 def run(job: PredictJob) -> None:
     """Run the job. The libraries are imported here: --help and wrong flags need not wait for them."""
-    from lpclip.workflows.predict import predict_job
+    from lpclip.jobs.predict import predict_job
 
     predict_job(job)
 

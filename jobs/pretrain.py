@@ -3,13 +3,13 @@
 python jobs/pretrain.py --data pairs/ --encoder ViT-B-32 --pretrained laion2b_s34b_b79k --learning-rate 1e-5
 """
 
-from lpclip.cli import main
 from lpclip.config import PretrainJob
+from lpclip.jobs.cli import main
 
 
 def run(job: PretrainJob) -> None:
     """Run the job. The libraries are imported here: --help and wrong flags need not wait for them."""
-    from lpclip.workflows.pretrain import pretrain_job
+    from lpclip.jobs.pretrain import pretrain_job
 
     pretrain_job(job)
 

@@ -3,13 +3,13 @@
 python jobs/tune.py --space tune_spaces/default.py --data photos/ --classes cat,dog --trials 64
 """
 
-from lpclip.cli import main
 from lpclip.config import TuneJob
+from lpclip.jobs.cli import main
 
 
 def run(job: TuneJob) -> None:
     """Run the job. The libraries are imported here: --help and wrong flags need not wait for them."""
-    from lpclip.workflows.tune import tune_job
+    from lpclip.jobs.tune import tune_job
 
     tune_job(job)
 

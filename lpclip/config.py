@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# Label-free criteria that choose between trainings: lpclip/selection.py.
+# Label-free criteria that choose between trainings: lpclip/method/criteria.py.
 Criterion = Literal["structure", "class_ami", "neighbours", "views", "folds", "consensus"]
 
 

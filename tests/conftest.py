@@ -21,7 +21,6 @@ import ray
 import torch
 from PIL import Image, ImageDraw
 
-from lpclip.cli import main
 from lpclip.config import (
     EncodeJob,
     EncoderConfig,
@@ -31,14 +30,15 @@ from lpclip.config import (
     SelftrainJob,
     TuneJob,
 )
-from lpclip.encoders import load_encoder
-from lpclip.runtime import start_ray
-from lpclip.workflows.encode import encode_job
-from lpclip.workflows.evaluate import evaluate_job
-from lpclip.workflows.predict import predict_job
-from lpclip.workflows.pretrain import pretrain_job
-from lpclip.workflows.selftrain import selftrain_job
-from lpclip.workflows.tune import tune_job
+from lpclip.encoders.encoder import load_encoder
+from lpclip.jobs.cli import main
+from lpclip.jobs.encode import encode_job
+from lpclip.jobs.evaluate import evaluate_job
+from lpclip.jobs.predict import predict_job
+from lpclip.jobs.pretrain import pretrain_job
+from lpclip.jobs.runtime import start_ray
+from lpclip.jobs.selftrain import selftrain_job
+from lpclip.jobs.tune import tune_job
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ("tennis ball", "stop sign", "traffic cone")

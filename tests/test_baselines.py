@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from baselines import METHODS, Problem, cosine_neighbours, fit_probe, sinkhorn, supervised
 
-from lpclip.probe import zero_shot_probe
+from lpclip.method.probe import zero_shot_probe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from lpclip.cli import main, users_mistake
 from lpclip.config import EncodeJob, EvaluateJob, PredictJob, SelftrainJob, to_dict
+from lpclip.jobs.cli import main, users_mistake
 
 
 def parse(flags: str, config_type: type, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
@@ -97,7 +97,7 @@ def test_help_explains_every_flag(
 JOB = """
 import os, signal, sys
 from dataclasses import dataclass
-from lpclip.cli import main
+from lpclip.jobs.cli import main
 
 @dataclass(frozen=True, kw_only=True)
 class Job:

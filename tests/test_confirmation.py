@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lpclip.config import SelfTrainingConfig
-from lpclip.confirmation import MIN_IMAGES_PER_CLASS, MIN_KAPPA, Confirmation, Sample, choose_prior
-from lpclip.pseudo_labels import Prior
-from lpclip.self_training import PRIORS
+from lpclip.method.confirmation import MIN_IMAGES_PER_CLASS, MIN_KAPPA, Confirmation, Sample, choose_prior
+from lpclip.method.pseudo_labels import Prior
+from lpclip.method.self_training import PRIORS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 from torch import Tensor, distributed, multiprocessing
 
-from lpclip.contrastive import choose_distilled, contrastive_loss, distilled_share, gather
+from lpclip.method.contrastive_loss import choose_distilled, contrastive_loss, distilled_share, gather
 
 
 def pairs(num: int, *, dim: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from lpclip.config import SourceConfig
-from lpclip.images import ROWS, UNIT_ROWS, Source
-from lpclip.sources import corrupted
-from lpclip.sources.corrupted import Published, published_sets
+from lpclip.images import corrupted
+from lpclip.images.open import ROWS, UNIT_ROWS, Source
+from lpclip.images.published import Published, published_sets
 
 CONFIG = SourceConfig()
 N = 40

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from lpclip.cli import main
 from lpclip.config import SelftrainJob
+from lpclip.jobs.cli import main
 
 ROOT = Path(__file__).parent.parent
 

@@ -21,17 +21,17 @@ import torch
 from conftest import CLASSES, ROOT, draw, write_tar
 from PIL import Image
 
-from lpclip import store
-from lpclip.cli import users_mistake
 from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
-from lpclip.decode import decode_unit
-from lpclip.describe import EncoderInfo, describe_encoder
-from lpclip.encode import CPU_BATCH, _Encode, encode, plan_actors
-from lpclip.encoders import load_encoder
-from lpclip.features import encode_data, open_data
-from lpclip.images import open_source
-from lpclip.prompts import DEFAULT_TEMPLATES
-from lpclip.zero_shot import Head, make_head, pseudo_label
+from lpclip.encoders.encoder import load_encoder
+from lpclip.encoders.head import Head, make_head, pseudo_label
+from lpclip.encoders.prompts import DEFAULT_TEMPLATES
+from lpclip.features import store
+from lpclip.features.decode_stage import decode_unit
+from lpclip.features.describe import EncoderInfo, describe_encoder
+from lpclip.features.encode_stage import CPU_BATCH, _Encode, encode, plan_actors
+from lpclip.features.find_or_encode import encode_data, open_data
+from lpclip.images.open import open_source
+from lpclip.jobs.cli import users_mistake
 
 pytestmark = pytest.mark.usefixtures("cluster", "lite_map")
 LITE = EncoderConfig()
@@ -136,7 +136,7 @@ def test_a_table_is_cut_where_its_pixels_would_be_too_many(
     assert whole["row"].to_pylist() == list(range(8))
     assert whole["last"].to_pylist() == [False] * 7 + [True]
     image_bytes = len(views) * info.preprocess.size**2 * 3
-    monkeypatch.setattr("lpclip.decode.PIXEL_BYTES", (rows_at_once + 1) * image_bytes - 1)
+    monkeypatch.setattr("lpclip.features.decode_stage.PIXEL_BYTES", (rows_at_once + 1) * image_bytes - 1)
     pieces = decode()
     assert max(len(piece) for piece in pieces) == rows_at_once
     assert pa.concat_tables(pieces) == whole
@@ -185,9 +185,9 @@ def test_another_kind_of_cpu_gives_features_within_the_documented_tolerance_and_
 import sys, numpy as np, torch
 from conftest import CLASSES, draw
 from lpclip.config import EncoderConfig
-from lpclip.encoders import load_encoder
-from lpclip.prompts import DEFAULT_TEMPLATES, zero_shot_head
-from lpclip.views import decode_image, weak_view
+from lpclip.encoders.encoder import load_encoder
+from lpclip.encoders.prompts import DEFAULT_TEMPLATES, zero_shot_head
+from lpclip.images.views import decode_image, weak_view
 encoder = load_encoder(EncoderConfig(precision="float32"))
 options = dict(max_pixels=10**6, max_bytes=10**6, size=encoder.preprocess.size)
 images = [weak_view(decode_image(draw(i % 3, i), **options), encoder.preprocess) for i in range({CPU_BATCH})]
@@ -247,7 +247,7 @@ def test_a_node_with_another_encoder_is_refused(tars: Path, info: EncoderInfo, t
 
 
 def test_processes_that_decode_and_commit_do_without_torch() -> None:
-    code = "import sys, lpclip.decode, lpclip.commit; sys.exit('torch' in sys.modules)"
+    code = "import sys, lpclip.features.decode_stage, lpclip.features.commit_stage; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

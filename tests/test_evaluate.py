@@ -25,7 +25,6 @@ from mlflow import MlflowClient
 from PIL import Image
 from test_page import Page
 
-from lpclip import store
 from lpclip.config import (
     ClassConfig,
     EncodeConfig,
@@ -35,12 +34,13 @@ from lpclip.config import (
     SourceConfig,
     TrackingConfig,
 )
-from lpclip.metrics import mean_interval
-from lpclip.probe import Probe, load_probe
-from lpclip.robustness import ZERO_SHOT
-from lpclip.shift import ALEXNET_ERROR, effective_robustness
-from lpclip.workflows.evaluate import EXAMPLES, evaluate_job
-from lpclip.workflows.selftrain import selftrain_job
+from lpclip.evaluation.judge import ZERO_SHOT
+from lpclip.evaluation.metrics import mean_interval
+from lpclip.evaluation.shift import ALEXNET_ERROR, effective_robustness
+from lpclip.features import store
+from lpclip.jobs.evaluate import EXAMPLES, evaluate_job
+from lpclip.jobs.selftrain import selftrain_job
+from lpclip.method.probe import Probe, load_probe
 
 pytestmark = pytest.mark.usefixtures("cluster", "lite_map")
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lpclip.evaluation import (
+from lpclip.evaluation.metrics import classification_metrics
+from lpclip.method.calibration import (
     evaluate,
     expected_accuracy,
     label_free_temperature,
@@ -16,8 +17,7 @@ from lpclip.evaluation import (
     pictures,
     supervised_probe,
 )
-from lpclip.metrics import classification_metrics
-from lpclip.probe import Probe
+from lpclip.method.probe import Probe
 
 DIM = 8
 

@@ -21,12 +21,12 @@ import pytest
 import ray
 from conftest import descendants, draw, write_tar
 
-from lpclip import store
 from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
-from lpclip.describe import EncoderInfo, describe_encoder
-from lpclip.encode import encode
-from lpclip.images import Source, open_source
-from lpclip.sources.base import Reader, Row
+from lpclip.features import store
+from lpclip.features.describe import EncoderInfo, describe_encoder
+from lpclip.features.encode_stage import encode
+from lpclip.images.open import Source, open_source
+from lpclip.images.source import Reader, Row
 
 pytestmark = pytest.mark.usefixtures("lite_map")
 LITE = EncoderConfig()

@@ -16,11 +16,11 @@ import ray
 from conftest import draw
 from PIL import Image
 
-from lpclip import store
 from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
-from lpclip.describe import EncoderInfo, describe_encoder
-from lpclip.features import Data, Encoded, Views, encode_views, open_data
-from lpclip.views import CORRUPTIONS, Preprocess, render
+from lpclip.features import store
+from lpclip.features.describe import EncoderInfo, describe_encoder
+from lpclip.features.find_or_encode import Data, Encoded, Views, encode_views, open_data
+from lpclip.images.views import CORRUPTIONS, Preprocess, render
 
 pytestmark = pytest.mark.usefixtures("cluster", "lite_map")
 BASE = ("weak", "mirror")

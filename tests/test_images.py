@@ -21,9 +21,9 @@ import pytest
 from PIL import Image
 
 from lpclip.config import SourceConfig
-from lpclip.images import ROWS, UNIT_ROWS, Source, open_source
-from lpclip.sources.fetch import fetch_all, followed
-from lpclip.sources.webdataset import MAX_HEADER_BYTES, MAX_MEMBERS
+from lpclip.images.fetch import fetch_all, followed
+from lpclip.images.open import ROWS, UNIT_ROWS, Source, open_source
+from lpclip.images.tars import MAX_HEADER_BYTES, MAX_MEMBERS
 
 CONFIG = SourceConfig()
 

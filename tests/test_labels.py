@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lpclip.config import ClassConfig
-from lpclip.labels import map_labels, resolve_classes
-from lpclip.prompts import ClassList, read_classes
+from lpclip.encoders.prompts import ClassList, read_classes
+from lpclip.images.classes import map_labels, resolve_classes
 
 ANIMALS = ClassList(names=("cat", "dog", "aquarium fish"))
 

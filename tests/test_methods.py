@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from baselines import METHODS
 from methods import Data, Images, Row, Setting, Trial
 
-from lpclip.confirmation import Confirmation
-from lpclip.metrics import classification_metrics
+from lpclip.evaluation.metrics import classification_metrics
+from lpclip.method.confirmation import Confirmation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,7 @@ import sklearn.metrics
 import torch
 from torch_uncertainty.metrics import classification as torch_uncertainty
 
-from lpclip.metrics import (
+from lpclip.evaluation.metrics import (
     METRICS,
     NUM_BINS,
     bootstrap_blocks,

@@ -10,9 +10,9 @@ import torch
 from test_self_training import Workers, assert_same_probe, planted
 
 from lpclip.config import SelfTrainingConfig
-from lpclip.neighbours import nearest
-from lpclip.pseudo_labels import Prior
-from lpclip.self_training import CHUNK_ROWS, Shard, State, fit_space, neighbour_count, self_train
+from lpclip.method.neighbours import nearest
+from lpclip.method.pseudo_labels import Prior
+from lpclip.method.self_training import CHUNK_ROWS, Shard, State, fit_space, neighbour_count, self_train
 
 FEATURES, LABELS, HEAD = planted(2_000)
 SPACE = fit_space(Shard(features=FEATURES, num_rows=len(FEATURES)))

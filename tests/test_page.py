@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lpclip.images.views import CORRUPTIONS
 from lpclip.report import (
     Example,
     Picture,
@@ -20,7 +21,6 @@ from lpclip.report import (
     render_page,
     severity_figures,
 )
-from lpclip.views import CORRUPTIONS
 
 VOID = {"meta", "link", "img", "br"}
 NASTY = ("<b>x</b>", "a & b", "$x$", "\"quoted\" 'name'", "</style><script>alert(1)</script>", "{{ 7 * 7 }}")

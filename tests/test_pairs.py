@@ -12,8 +12,8 @@ import pytest
 from conftest import draw, write_tar
 
 from lpclip.config import PairsConfig, SourceConfig
-from lpclip.images import open_source
-from lpclip.sources.base import PAIRS, ROWS
+from lpclip.images.open import open_source
+from lpclip.images.source import PAIRS, ROWS
 
 TEXTS = {"a": ["one ball"], "b": ["a sign", "two words"], "c": []}
 IMAGES = {name: draw(place, 0) for place, name in enumerate(TEXTS)}

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from lpclip.config import ModelConfig
 from lpclip.encoders.open_clip import load_trainable
-from lpclip.pairs import PairStore
+from lpclip.features.pairs import PairStore
 
 pytestmark = pytest.mark.usefixtures("cluster")
 SMALL = "--encoder tiny-vit-32 --batch-size 32 --epochs 3"

@@ -11,7 +11,7 @@ import torch
 
 from lpclip.config import ModelConfig, PretrainConfig
 from lpclip.encoders.open_clip import load_trainable
-from lpclip.pretraining import (
+from lpclip.method.contrastive_step import (
     MIN_SCALE,
     Towers,
     check_pretraining,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from lpclip import files
-from lpclip.probe import (
+from lpclip.method.probe import (
     Probe,
     feature_space,
     gaussian_probe,

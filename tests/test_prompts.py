@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lpclip.prompts import ClassList, read_classes, templates, zero_shot_head
+from lpclip.encoders.prompts import ClassList, read_classes, templates, zero_shot_head
 
 
 class LetterEncoder:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from lpclip.pseudo_labels import (
+from lpclip.method.pseudo_labels import (
     MAX_FACTOR,
     SMALLEST_TARGET,
     Prior,

@@ -11,6 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from lpclip.images.views import CORRUPTIONS
 from lpclip.report import (
     COLOURS,
     MORE_COLOURS,
@@ -28,7 +29,6 @@ from lpclip.report import (
     severity_figures,
     table,
 )
-from lpclip.views import CORRUPTIONS
 
 PROBES = {"zero-shot": 0.57, "probe": 0.72, "supervised": 0.8}
 CURVES = {

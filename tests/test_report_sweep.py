@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from lpclip.report import COLOURS, png, table
-from lpclip.report.sweep import (
+from lpclip.report.sweep_page import (
     criterion_figure,
     parallel_coordinates_figure,
     status_line,

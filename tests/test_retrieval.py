@@ -17,16 +17,16 @@ import pytest
 import torch
 from conftest import CLASSES, draw, refusal, run
 
-from lpclip import store
 from lpclip.config import EncoderConfig, ModelConfig, to_dict
-from lpclip.describe import describe_encoder
-from lpclip.encoders import load_encoder
+from lpclip.encoders.encoder import load_encoder
 from lpclip.encoders.open_clip import load_trainable
-from lpclip.metrics import mean_interval
-from lpclip.pretrainer import WEIGHTS, save_model
-from lpclip.probe import Probe
-from lpclip.retrieval import ranks, recall_intervals, retrieval_metrics
-from lpclip.workflows.retrieval import encode_texts, read_pairs
+from lpclip.evaluation.metrics import mean_interval
+from lpclip.evaluation.ranking import ranks, recall_intervals, retrieval_metrics
+from lpclip.features import store
+from lpclip.features.describe import describe_encoder
+from lpclip.jobs.evaluate_retrieval import encode_texts, read_pairs
+from lpclip.method.probe import Probe
+from lpclip.training.contrastive import WEIGHTS, save_model
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 NAMES = ("recall_1", "recall_5", "recall_10", "median_rank")

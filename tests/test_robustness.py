@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lpclip.probe import Probe
-from lpclip.robustness import (
+from lpclip.evaluation.judge import (
     MEAN_METRICS,
     ZERO_SHOT,
     Cell,
@@ -24,7 +23,8 @@ from lpclip.robustness import (
     ood_rows,
     shift_rows,
 )
-from lpclip.shift import ALEXNET_ERROR, effective_robustness
+from lpclip.evaluation.shift import ALEXNET_ERROR, effective_robustness
+from lpclip.method.probe import Probe
 
 CLEAN = Cell(set="photos", kind="clean")
 

@@ -19,9 +19,10 @@ from moto.server import ThreadedMotoServer
 from pyarrow import fs
 from safetensors.torch import load as load_tensors
 
-from lpclip import files, store
-from lpclip.pairs import PairStore
-from lpclip.probe import load_probe
+from lpclip import files
+from lpclip.features import store
+from lpclip.features.pairs import PairStore
+from lpclip.method.probe import load_probe
 
 SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
 

@@ -12,7 +12,7 @@ import torch
 from sklearn.metrics import adjusted_mutual_info_score, cohen_kappa_score
 
 from lpclip.config import Criterion
-from lpclip.selection import (
+from lpclip.method.criteria import (
     ALONE,
     CLUSTERS_PER_CLASS,
     COMPONENTS,

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from lpclip.config import SelfTrainingConfig
-from lpclip.pseudo_labels import AllReduce, Prior
-from lpclip.self_training import (
+from lpclip.method.pseudo_labels import AllReduce, Prior
+from lpclip.method.self_training import (
     CHUNK_ROWS,
     LAST_ZERO_SHOT_SHARE,
     STOP_FLIP_RATE,

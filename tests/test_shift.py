@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from scipy.special import expit, logit
 
-from lpclip.shift import ALEXNET_ERROR, ALEXNET_ERRORS, FITS, corruption_error, effective_robustness
+from lpclip.evaluation.shift import (
+    ALEXNET_ERROR,
+    ALEXNET_ERRORS,
+    FITS,
+    corruption_error,
+    effective_robustness,
+)
 
 
 def test_zero_shot_is_more_robust_than_models_of_its_accuracy():

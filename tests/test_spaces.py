@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import tyro
 
-from lpclip.cli import OPTIONS
 from lpclip.config import (
     ClassConfig,
     EncodeConfig,
@@ -30,7 +29,8 @@ from lpclip.config import (
     TuneJob,
     flags,
 )
-from lpclip.spaces import SEARCHABLE, Space, check_space, draw, read_space, trial_config
+from lpclip.jobs.cli import OPTIONS
+from lpclip.training.search_space import SEARCHABLE, Space, check_space, draw, read_space, trial_config
 
 BASE = SelfTrainingConfig()
 OWN = 0.01

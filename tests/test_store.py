@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lpclip import store
-from lpclip.store import Part
+from lpclip.features import store
+from lpclip.features.store import Part
 
 DIM = 8
 IDENTITY: dict[str, Any] = {

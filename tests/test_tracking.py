@@ -18,7 +18,7 @@ import pytest
 from mlflow import MlflowClient
 
 from lpclip.config import TrackingConfig
-from lpclip.tracking import Run, metric_name, redact, track, tracking_uri
+from lpclip.jobs.tracking import Run, metric_name, redact, track, tracking_uri
 
 CONFIG = TrackingConfig(experiment="tests")
 
@@ -203,7 +203,7 @@ def test_a_deleted_experiment_is_a_sentence(client: MlflowClient) -> None:
 DRIVER = """
 import sys
 from lpclip.config import TrackingConfig
-from lpclip.tracking import track
+from lpclip.jobs.tracking import track
 with track(TrackingConfig(experiment="race"), name=sys.argv[1], params={"n": sys.argv[1]}) as run:
     for step in range(5):
         run.log({"x": step}, step=step)

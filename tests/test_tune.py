@@ -30,18 +30,18 @@ from mlflow.entities import Run as MlflowRun
 from test_page import Page
 from test_tracking import server
 
-from lpclip import store
 from lpclip.config import EncoderConfig, TrackingConfig
-from lpclip.console import shown
-from lpclip.describe import EncoderInfo, describe_encoder
-from lpclip.encode import store_identity
-from lpclip.probe import load_probe
-from lpclip.prompts import templates
-from lpclip.selection import CRITERIA, predict
-from lpclip.spaces import draw, read_space
-from lpclip.sweep import GRACE_ROUNDS, METRICS, read_candidate, read_outcomes, trial_name
-from lpclip.tracking import track
-from lpclip.workflows.tune import ALIAS
+from lpclip.encoders.prompts import templates
+from lpclip.features import store
+from lpclip.features.describe import EncoderInfo, describe_encoder
+from lpclip.features.encode_stage import store_identity
+from lpclip.jobs.console import shown
+from lpclip.jobs.tracking import track
+from lpclip.jobs.tune import ALIAS
+from lpclip.method.criteria import CRITERIA, predict
+from lpclip.method.probe import load_probe
+from lpclip.training.search_space import draw, read_space
+from lpclip.training.trials import GRACE_ROUNDS, METRICS, read_candidate, read_outcomes, trial_name
 
 pytestmark = pytest.mark.usefixtures("cluster", "lite_map", "one_thread")
 NAMES = (*CLASSES, "fire truck")
@@ -787,7 +787,7 @@ def test_images_are_decoded_once_and_a_server_holds_the_sweep(
 SWEEP = """
 import sys
 from lpclip.config import TrackingConfig
-from lpclip.tracking import track
+from lpclip.jobs.tracking import track
 driver = sys.argv[1]
 config = TrackingConfig(experiment="crowd")
 with track(config, name=driver, params={"driver": driver}, resume_key=f"tune {driver}") as parent:

@@ -13,8 +13,8 @@ import pytest
 from open_clip.transform import image_transform
 from PIL import Image
 
-from lpclip import views
-from lpclip.views import (
+from lpclip.images import views
+from lpclip.images.views import (
     Preprocess,
     base_views,
     decode_image,

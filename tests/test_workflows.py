@@ -20,11 +20,11 @@ from conftest import CLASSES, draw, refusal, run, start, write_tar
 from mlflow import MlflowClient
 from safetensors.torch import save_file
 
-from lpclip import store
 from lpclip.config import SelftrainJob
-from lpclip.metrics import METRICS
-from lpclip.probe import load_probe
-from lpclip.runtime import output_folder
+from lpclip.evaluation.metrics import METRICS
+from lpclip.features import store
+from lpclip.jobs.runtime import output_folder
+from lpclip.method.probe import load_probe
 
 pytestmark = pytest.mark.usefixtures("cluster", "lite_map")
 NAMES = ",".join(CLASSES)
@@ -117,7 +117,7 @@ def test_rounds_that_nothing_confirms_are_not_believed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("lpclip.confirmation.MIN_KAPPA", 1.1)
+    monkeypatch.setattr("lpclip.method.confirmation.MIN_KAPPA", 1.1)
     found = run(
         f"selftrain.py --data {lake}/labelled.parquet --classes {WORDS} --features {work}/features "
         f"--rounds 2 --prior weak --out {work}/doubted",

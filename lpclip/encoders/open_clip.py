@@ -30,8 +30,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lpclip.config import ModelConfig
-from lpclip.encoders import preprocess_identity, to_input, weights_digest
-from lpclip.views import Preprocess
+from lpclip.encoders.encoder import preprocess_identity, to_input, weights_digest
+from lpclip.images.views import Preprocess
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

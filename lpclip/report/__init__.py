@@ -1,21 +1,21 @@
 """What people look at: tables for the terminal, pictures for MLflow and the README, a page for the browser."""
 
-from lpclip.report.figures import (
-    comparison_figure,
-    confusion_matrix_figure,
-    reliability_figure,
-    rounds_figure,
-)
-from lpclip.report.page import Example, Picture, Section, render_page
-from lpclip.report.robustness import (
+from lpclip.report.evaluation_figures import (
     corruption_figure,
     effective_robustness_figure,
     ood_figure,
     risk_coverage_figure,
     severity_figures,
 )
+from lpclip.report.page import Example, Picture, Section, render_page
 from lpclip.report.style import COLOURS, MORE_COLOURS, colours, png, save
 from lpclip.report.tables import table
+from lpclip.report.training_figures import (
+    comparison_figure,
+    confusion_matrix_figure,
+    reliability_figure,
+    rounds_figure,
+)
 
 __all__ = [
     "COLOURS",

@@ -1,0 +1,89 @@
+"""Frozen dual encoders: images and texts into one space, where a cosine times `logit_scale` is a logit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lpclip.config import EncoderConfig
+from lpclip.images.views import Preprocess
+
+
+class Encoder(Protocol):
+    """A frozen image tower and a frozen text tower that share one space.
+
+    `identity` is JSON-able, free of paths, and differs whenever image features do.
+    """
+
+    name: str
+    preprocess: Preprocess
+    dim: int
+    logit_scale: float
+    identity: dict[str, Any]
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, S, S, 3) to float32 (B, dim) of unit norm, on the encoder's device."""
+        ...
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """B texts to float32 (B, dim) of unit norm, on the encoder's device."""
+        ...
+
+
+def load_encoder(config: EncoderConfig, *, device: torch.device | str = "cpu") -> Encoder:
+    """The encoder that `config` names, frozen and on `device`.
+
+    Raises ValueError when the model, its weights or an optional package cannot be had.
+    """
+    dtype = resolve_precision(config.precision, device=torch.device(device))
+    if config.encoder == "lite":
+        if config.pretrained is not None:
+            raise ValueError("the lite encoder carries its own weights: drop --pretrained")
+        from lpclip.encoders.lite import LiteEncoder
+
+        return LiteEncoder(dtype=dtype, device=device)
+    from lpclip.encoders.open_clip import OpenClipEncoder
+
+    return OpenClipEncoder(config.encoder, pretrained=config.pretrained, dtype=dtype, device=device)
+
+
+def resolve_precision(precision: str, *, device: torch.device) -> torch.dtype:
+    """The weights' dtype; `auto` takes half precision only where the hardware computes in it."""
+    if precision != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+        return torch.bfloat16
+    return torch.float32
+
+
+def to_input(pixels: Tensor, preprocess: Preprocess, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """uint8 (B, S, S, 3) to normalised (B, 3, S, S); NHWC bytes seen as NCHW are channels-last already."""
+    assert pixels.dtype == torch.uint8, pixels.dtype
+    assert pixels.shape[1:] == (preprocess.size, preprocess.size, 3), pixels.shape
+    mean, std = (torch.tensor(values, device=device) for values in (preprocess.mean, preprocess.std))
+    return (pixels.to(device).float().div_(255).sub_(mean).div_(std)).permute(0, 3, 1, 2).to(dtype)
+
+
+def preprocess_identity(preprocess: Preprocess) -> dict[str, Any]:
+    """The preprocessing as JSON gives it back, lists for tuples."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(preprocess).items()
+    }
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """Hash of every weight's name, dtype, shape and bytes: the same for any file format."""
+    total = blake2b(digest_size=16)
+    for name in sorted(state):
+        weight = state[name].detach().cpu().contiguous()
+        total.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        total.update(weight.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()

@@ -1,0 +1,1 @@
+"""Ray Data: every image is read, decoded and encoded once, into a store."""

@@ -1,0 +1,120 @@
+"""A unit of a source to tables of uint8 pixels at the encoder's input size.
+
+Without torch: the processes that decode stay small and start fast.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from lpclip.config import PairsConfig, SourceConfig
+from lpclip.images.source import PAIRS, ROWS
+from lpclip.images.views import Preprocess, decode_image, render
+
+# Pixels of the tables that travel from the decoding tasks to the encoder: many views make few rows.
+PIXEL_BYTES = 64 << 20
+
+
+def decode_unit(
+    index: dict[str, Any],
+    *,
+    units: Any,
+    reader: Any,
+    limits: SourceConfig,
+    views: tuple[str, ...],
+    preprocess: Preprocess,
+    seed: int,
+) -> Iterator[pa.Table]:
+    """One unit to tables with a row an image: id, label, error, place in the unit, digest, a pixel column a view.
+
+    A source of pairs has a column of texts as well.
+    """
+    (position,) = index["id"]
+    row = ray.get(units).slice(int(position), 1)
+    unit, start = row["unit"][0].as_py(), 0
+    step = rows_at_once(views, preprocess)
+    held: pa.Table | None = None
+    schema = PAIRS if isinstance(limits, PairsConfig) else ROWS
+    for rows in _pieces(reader.tables(row["spec"][0].as_py(), schema=schema), step):
+        if held is not None:
+            yield held
+        held = _decode_rows(rows, unit, start, limits=limits, views=views, preprocess=preprocess, seed=seed)
+        start += len(rows)
+    if held is None:
+        return
+    last = pa.array([False] * (len(held) - 1) + [True])
+    yield held.set_column(held.schema.get_field_index("last"), "last", last)
+
+
+def rows_at_once(views: tuple[str, ...], preprocess: Preprocess) -> int:
+    """How many images, in all these views, fit into PIXEL_BYTES; one at least."""
+    return max(1, PIXEL_BYTES // (len(views) * preprocess.size**2 * 3))
+
+
+def _pieces(tables: Iterator[pa.Table], step: int) -> Iterator[pa.Table]:
+    for table in tables:
+        for start in range(0, len(table), step):
+            yield table.slice(start, step)
+
+
+def _decode_rows(
+    rows: pa.Table,
+    unit: int,
+    start: int,
+    *,
+    limits: SourceConfig,
+    views: tuple[str, ...],
+    preprocess: Preprocess,
+    seed: int,
+) -> pa.Table:
+    ids, errors = rows["id"].to_pylist(), rows["error"].to_pylist()
+    stages = [None if error is None else "read" for error in errors]
+    texts = rows["texts"].to_pylist() if "texts" in rows.column_names else [()] * len(ids)
+    size = preprocess.size
+    pixels = {view: np.zeros((len(ids), size, size, 3), np.uint8) for view in views}
+    digests = []
+    for i, data in enumerate(rows["image"]):
+        image = data.as_py()
+        content = ids[i].encode() + b"\0" + (image or b"") + b"".join(b"\0" + t.encode() for t in texts[i])
+        digests.append(hashlib.blake2b(content, digest_size=16).digest())
+        if image is None:
+            continue
+        try:
+            decoded = decode_image(image, max_pixels=limits.max_pixels, max_bytes=limits.max_bytes, size=size)
+            for view in views:
+                pixels[view][i] = render(decoded, id=ids[i], view=view, preprocess=preprocess, seed=seed)
+        except ValueError as error:
+            errors[i], stages[i] = str(error), "decode"
+    columns = {
+        "id": rows["id"],
+        **{name: rows[name] for name in ("label", "texts") if name in rows.column_names},
+        "error": pa.array(errors, pa.string()),
+        "stage": pa.array(stages, pa.string()),
+        "digest": pa.array(digests, pa.binary(16)),
+        "unit": pa.array(np.full(len(ids), unit, np.int32)),
+        "row": pa.array(np.arange(start, start + len(ids), dtype=np.int32)),
+        "last": pa.array([False] * len(ids)),
+    }
+    for view in views:
+        dtype = pa.binary(size * size * 3)
+        buffer = pa.py_buffer(np.ascontiguousarray(pixels[view]))
+        columns[f"pixels:{view}"] = pa.FixedSizeBinaryArray.from_buffers(dtype, len(ids), [None, buffer])
+    return pa.table(columns)
+
+
+def pixel_array(column: pa.ChunkedArray, *, size: int) -> np.ndarray:
+    """A pixel column as uint8 (N, S, S, 3)."""
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
+    width = size * size * 3
+    if not len(array):
+        return np.empty((0, size, size, 3), np.uint8)
+    flat = np.frombuffer(array.buffers()[1], np.uint8, count=len(array) * width, offset=array.offset * width)
+    return flat.reshape(-1, size, size, 3)

@@ -1,0 +1,95 @@
+"""What the driver must know of an encoder: its identity, its preprocessing, the weights of class names."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from lpclip.config import EncoderConfig
+from lpclip.encoders import prompts
+from lpclip.encoders.encoder import load_encoder
+from lpclip.images.views import Preprocess
+from lpclip.method.probe import Probe
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderInfo:
+    """What the driver must know of an encoder."""
+
+    name: str
+    identity: dict[str, Any]
+    preprocess: Preprocess
+    logit_scale: float
+    head: np.ndarray | None
+    """(K, d) float32 zero-shot weights of the class names that were asked for."""
+    notes: tuple[str, ...] = ()
+    """Warnings that came with loading it."""
+
+
+def _describe(
+    config: EncoderConfig, names: tuple[str, ...], templates: tuple[str, ...], *, device: str | None = None
+) -> EncoderInfo:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        encoder = load_encoder(config, device=device)
+    head = prompts.zero_shot_head(encoder, names, templates=templates).numpy() if names else None
+    return EncoderInfo(
+        name=encoder.name,
+        identity={**encoder.identity, "dim": encoder.dim},
+        preprocess=encoder.preprocess,
+        logit_scale=encoder.logit_scale,
+        head=head,
+        # A worker's warnings end in Ray's logs, where nobody looks: these belong into the plan.
+        notes=tuple(dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning)),
+    )
+
+
+def has_gpus() -> bool:
+    """Whether the cluster has GPUs."""
+    return ray.cluster_resources().get("GPU", 0) >= 1
+
+
+def describe_encoder(
+    config: EncoderConfig, *, class_names: tuple[str, ...] = (), templates: tuple[str, ...] = ()
+) -> EncoderInfo:
+    """An encoder's identity, preprocessing and, for class names, zero-shot weights, computed where GPUs are.
+
+    Raises ValueError when the encoder cannot be loaded.
+    """
+    if not has_gpus():
+        # Another process would cost its start and torch's import for nothing. On the CPU, as the encoders will be,
+        # even if this process sees a GPU that Ray was not given.
+        return _describe(config, class_names, templates, device="cpu")
+    task = ray.remote(num_cpus=1, num_gpus=1, max_retries=1)(_describe)
+    try:
+        return ray.get(task.remote(config, class_names, templates))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+
+
+def describe_probes_encoder(
+    probe: Probe, *, pretrained: str | None, with_head: bool
+) -> tuple[EncoderConfig, EncoderInfo]:
+    """The encoder that a probe was trained with, `pretrained` being where its checkpoint lies now, if it has moved.
+
+    With the zero-shot head of the probe's classes, if asked. Raises ValueError when the encoder has changed.
+    """
+    made = probe.encoder["config"]
+    encoder = EncoderConfig(
+        encoder=made["encoder"], pretrained=pretrained or made["pretrained"], precision=made["precision"]
+    )
+    names = probe.class_names if with_head else ()
+    templates = tuple(probe.encoder["templates"]) if with_head else ()
+    info = describe_encoder(encoder, class_names=names, templates=templates)
+    if info.identity != probe.encoder["identity"]:
+        raise ValueError(
+            f"the probe was trained on features of another encoder than {encoder.encoder} as it is now: "
+            "the weights, the precision or the preprocessing differ"
+        )
+    return encoder, info

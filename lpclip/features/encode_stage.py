@@ -1,0 +1,225 @@
+"""From images to features: a Ray Data pipeline that reads, decodes, encodes and commits, unit by unit.
+
+    unit ──► read + decode (CPU tasks) ──► encode (one actor a GPU) ──► commit a part (CPU task) ──► progress
+
+A decode task hands on uint8 pixels at the encoder's input size; encoded bytes never leave it. The driver sees
+counts only. Requested CPUs differ from stage to stage so that Ray keeps the stages apart.
+"""
+
+from __future__ import annotations
+
+import platform
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+
+from lpclip import files
+from lpclip.config import EncodeConfig, EncoderConfig
+from lpclip.encoders.encoder import load_encoder, preprocess_identity
+from lpclip.encoders.head import Head
+from lpclip.features.commit_stage import commit, write_scores
+from lpclip.features.decode_stage import pixel_array, rows_at_once
+from lpclip.features.describe import EncoderInfo, has_gpus
+from lpclip.features.pipeline import TABLES_AHEAD, decode_units, fill_store
+from lpclip.images.open import Source
+from lpclip.images.views import (
+    BASE_VIEWS,
+    REDUCING_GAP,
+    STRONG_VERSION,
+    parse_views,
+    pixel_views,
+    split_mirror,
+)
+from lpclip.jobs.runtime import ENCODER_ENV
+
+# Images in one forward pass on a CPU. Kernels, and so roundings, may differ with the shape of a batch and with the
+# number of threads that share it. So every pass has this shape and one thread, and threads share the passes instead:
+# features are the same bits for any --batch-size and any number of CPUs, and lite is nearly twice as fast.
+CPU_BATCH = 8
+
+
+def store_identity(
+    source: Source | None, info: EncoderInfo, views: tuple[str, ...], *, seed: int
+) -> dict[str, Any]:
+    """Whatever changes a feature; without a source, whatever features of any source must have in common.
+
+    The seed counts only where a view draws random numbers.
+    """
+    identity: dict[str, Any] = {
+        "encoder": info.identity,
+        "preprocessing": preprocess_identity(info.preprocess),
+        "reducing_gap": REDUCING_GAP,
+        "views": list(views),
+        "seed": seed if any(view not in BASE_VIEWS for view in views) else None,
+    }
+    if any(view.startswith("strong") for view in views):
+        identity["strong_version"] = STRONG_VERSION
+    if source is not None:
+        identity["source"] = {**source.identity, "label_names": list(source.label_names or ()) or None}
+    return identity
+
+
+class _Encode:
+    """The actor that holds the encoder: pixel columns to feature columns."""
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        identity: dict[str, Any],
+        views: tuple[str, ...],
+        batch_size: int,
+        num_threads: int,
+    ) -> None:
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.batch_size = batch_size
+        self.map: Callable[[Callable[[int], None], Iterable[int]], Iterator[None]] = map
+        if self.device == "cpu":
+            torch.set_num_threads(1)
+            self.batch_size, self.map = CPU_BATCH, ThreadPoolExecutor(num_threads).map
+        # `auto` may mean another precision on this node.
+        config = replace(config, precision=identity["precision"])
+        self.encoder = load_encoder(config, device=self.device)
+        self.is_other = {**self.encoder.identity, "dim": self.encoder.dim} != identity
+        self.views = views
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        if self.is_other:
+            # Not where it is loaded: Ray would start a failing actor again.
+            raise ValueError(
+                f"another encoder was found on {platform.node()} than where the job began: its weights, its "
+                "precision or its preprocessing differ; all nodes must have the same checkpoint"
+            )
+        good = table.filter(table["error"].is_null())
+        kept = table.drop_columns([name for name in table.column_names if name.startswith("pixels:")])
+        is_good = table["error"].is_null().to_numpy()
+        features = self._features(good)
+        for place, view in enumerate(self.views):
+            found = np.zeros((len(table), self.encoder.dim), np.float16)
+            found[is_good] = features[place * len(good) : (place + 1) * len(good)]
+            flat = pa.FixedSizeListArray.from_arrays(pa.array(found.reshape(-1)), self.encoder.dim)
+            kept = kept.append_column(view, flat)
+        return kept
+
+    def _features(self, good: pa.Table) -> np.ndarray:
+        """Features (views x rows, d) float16, one view after the other.
+
+        Batches run on from view to view, and all have one shape.
+        """
+        size = self.encoder.preprocess.size
+        names = [split_mirror(view) for view in self.views]
+        pixels = [pixel_array(good[f"pixels:{name}"], size=size) for name, _ in names]
+        total = len(names) * len(good)
+        out = np.empty((total, self.encoder.dim), np.float16)
+
+        def encode_batch(start: int) -> None:
+            batch = np.zeros((self.batch_size, size, size, 3), np.uint8)
+            stop = min(start + self.batch_size, total)
+            place = start
+            while place < stop:
+                view, row = divmod(place, len(good))
+                run = pixels[view][row : row + stop - place]
+                batch[place - start :][: len(run)] = run[:, :, ::-1] if names[view][1] else run
+                place += len(run)
+            found = self.encoder.encode_image(torch.from_numpy(batch).to(self.device, non_blocking=True))
+            out[start:stop] = found[: stop - start].to(torch.float16).cpu().numpy()
+
+        for _ in self.map(encode_batch, range(0, total, self.batch_size)):
+            pass
+        return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How the pipeline lies on the machine."""
+
+    num_actors: int
+    cpus_per_actor: float
+    gpus_per_actor: float
+    num_threads: int
+
+    def __str__(self) -> str:
+        place = "1 GPU each" if self.gpus_per_actor else f"{self.num_threads} CPU threads each"
+        return f"{self.num_actors} encoder actor{'s' * (self.num_actors != 1)}, {place}"
+
+
+def plan_actors(num_actors: int | None) -> Plan:
+    """One actor for each GPU, else one for every eight CPUs of a node. Half of a node's CPUs stay for decoding.
+
+    Actors that held all CPUs would starve the tasks that feed them, and the pipeline would wait for ever. So all
+    of them fit into half of the smallest node, whatever others are lost, and hold nothing of a single CPU.
+    """
+    if num_actors is not None and num_actors < 1:
+        raise ValueError(f"--num-actors must be at least 1, not {num_actors}")
+    if has_gpus():
+        count = num_actors or int(ray.cluster_resources()["GPU"])
+        return Plan(num_actors=count, cpus_per_actor=0, gpus_per_actor=1, num_threads=1)
+    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    nodes = [cpus for cpus in nodes if cpus >= 1]
+    count = num_actors or sum(max(1, int(cpus) // 8) for cpus in nodes)
+    share = min(nodes) / max(1, -(-count // len(nodes)))
+    cpus = 0.45 * min(nodes) / count if min(nodes) >= 2 else 0.0
+    # Never a whole CPU: stages with the same request would be fused into one process.
+    cpus = 0.9 if cpus == 1 else cpus
+    return Plan(num_actors=count, cpus_per_actor=cpus, gpus_per_actor=0, num_threads=max(1, int(share)))
+
+
+def encode(
+    source: Source,
+    *,
+    info: EncoderInfo,
+    encoder: EncoderConfig,
+    config: EncodeConfig,
+    seed: int,
+    path: str,
+    head: Head | None = None,
+    scores_path: str = "",
+) -> dict[str, Any]:
+    """Encode a source into the feature store at `path`, going on from what is there. Returns its manifest.
+
+    With a head, zero-shot pseudo-labels of the images that are encoded now go to `scores_path`, part by part.
+    Raises ValueError when too many images are bad, or the folder is another store's.
+    """
+    views = parse_views(config.views)
+    if head is not None:
+        files.make_folder(scores_path)
+
+    def stages(todo: list[int], name: str) -> ray.data.Dataset:
+        plan = plan_actors(config.num_actors)
+        decoded = decode_units(
+            source,
+            todo,
+            views=pixel_views(views),
+            preprocess=info.preprocess,
+            seed=seed,
+            tables_ahead=plan.num_actors * TABLES_AHEAD,
+        )
+        # Ray Data insists on a number of rows where GPUs are asked for; tables of small units are put together to it.
+        rows = min(config.batch_size, rows_at_once(pixel_views(views), info.preprocess))
+        encoded = decoded.map_batches(
+            _Encode,
+            batch_size=rows if plan.gpus_per_actor else None,
+            batch_format="pyarrow",
+            fn_constructor_args=(encoder, info.identity, views, config.batch_size, plan.num_threads),
+            compute=ray.data.ActorPoolStrategy(size=min(plan.num_actors, len(todo))),
+            num_cpus=plan.cpus_per_actor,
+            num_gpus=plan.gpus_per_actor,
+            max_restarts=0,
+            max_task_retries=0,
+            runtime_env={"env_vars": ENCODER_ENV},
+            ray_remote_args_fn=lambda: {"name": f"{name}-{uuid.uuid4().hex}"},
+        )
+        scores = partial(write_scores, head=head, path=scores_path) if head is not None else None
+        commit_parts = partial(commit, path=path, columns=("id", "label", "texts", *views), beside=scores)
+        # Not a share of a CPU: decoding would take it again and again, and commits would wait.
+        return encoded.map_batches(commit_parts, batch_size=None, batch_format="pyarrow", num_cpus=0)
+
+    identity = store_identity(source, info, views, seed=seed)
+    return fill_store(source, identity=identity, path=path, what="encoding", stages=stages)

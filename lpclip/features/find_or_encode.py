@@ -1,0 +1,230 @@
+"""Data as features: find the feature stores that fit, or encode what is missing."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lpclip import files
+from lpclip.config import EncodeConfig, EncoderConfig, PairsConfig, SourceConfig
+from lpclip.encoders.head import Head
+from lpclip.features import store
+from lpclip.features.describe import EncoderInfo
+from lpclip.features.encode_stage import encode, plan_actors, store_identity
+from lpclip.features.pipeline import check_manifest
+from lpclip.images.open import Source, open_source
+from lpclip.images.views import BASE_VIEWS, STRONG_VERSION, parse_views
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Images to use: a source that may have to be encoded, or a feature store that is given as it is."""
+
+    name: str
+    label_names: tuple[str, ...] | None
+    has_labels: bool
+    source: Source | None = None
+    path: str | None = None
+
+    def describe(self) -> str:
+        """One line for the plan."""
+        if self.source is None:
+            return f"{self.name} (feature store)"
+        count = f"{self.source.num_rows:,}" if self.source.num_rows is not None else "an unknown number of"
+        kind = "labelled" if self.has_labels else "unlabelled"
+        if isinstance(self.source.config, PairsConfig):
+            kind = "with texts"
+        return f"{self.name}: {count} images ({self.source.kind}, {kind})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """A complete feature store and how it was come by."""
+
+    path: str
+    manifest: dict[str, Any]
+    seconds: float
+    reused: bool
+    rate: float | None
+    """Images a second, None when nothing was encoded."""
+
+
+def open_data(data: str, *, config: SourceConfig, split: str, limit: int | None = None) -> Data:
+    """The images, or the feature store, that `data` names. Raises ValueError when it is neither."""
+    if files.exists(files.join(data, "manifest.json")):
+        manifest = store.read_manifest(data)
+        assert manifest is not None
+        if limit is not None:
+            raise ValueError(f"{data} is a feature store: --limit works on images, before they are encoded")
+        names = manifest["identity"]["source"]["label_names"]
+        labels = store.read_ids(data)[1]
+        return Data(
+            name=files.split(data)[1],
+            label_names=tuple(names) if names else None,
+            has_labels=bool((labels >= 0).any()),
+            path=data,
+        )
+    if files.exists(files.join(data, "identity.json")):
+        raise ValueError(
+            f"{data} is a feature store that is not complete; run the job that made it again, it goes on there"
+        )
+    source = open_source(data, config=config, split=split, limit=limit)
+    return Data(name=source.name, label_names=source.label_names, has_labels=source.has_labels, source=source)
+
+
+def encode_data(
+    data: Data,
+    *,
+    info: EncoderInfo,
+    encoder: EncoderConfig,
+    config: EncodeConfig,
+    seed: int,
+    folder: str,
+    head: Head | None = None,
+    scores_path: str = "",
+) -> Encoded:
+    """The feature store of the data under `folder`: found there by its fingerprint, or encoded.
+
+    Raises ValueError when a given store was made by another encoder or preprocessing, or too many images are bad.
+    """
+    begin = time.monotonic()
+    if data.source is None:
+        assert data.path is not None
+        wanted = store_identity(None, info, parse_views(config.views), seed=seed)
+        store.check_store(data.path, wanted)
+        manifest = store.read_manifest(data.path)
+        assert manifest is not None
+        print(f"features of {data.name}: {manifest['num_rows']:,} images, as given", flush=True)
+        return Encoded(path=data.path, manifest=manifest, seconds=0.0, reused=True, rate=None)
+    identity = store_identity(data.source, info, parse_views(config.views), seed=seed)
+    path = files.join(files.absolute(folder), f"{data.name}-{store.fingerprint(identity)[:12]}")
+    manifest = store.read_manifest(path)
+    if manifest is not None:
+        check_manifest(data.source, path, manifest)
+        print(f"features of {data.name}: found in {path}", flush=True)
+        return Encoded(path=path, manifest=manifest, seconds=time.monotonic() - begin, reused=True, rate=None)
+    print(f"features of {data.name}: encoding to {path}, {plan_actors(config.num_actors)}", flush=True)
+    manifest = encode(
+        data.source,
+        info=info,
+        encoder=encoder,
+        config=config,
+        seed=seed,
+        path=path,
+        head=head,
+        scores_path=scores_path,
+    )
+    seconds = time.monotonic() - begin
+    return Encoded(
+        path=path, manifest=manifest, seconds=seconds, reused=False, rate=manifest["images_per_second"]
+    )
+
+
+class Views:
+    """Views of one set of images, spread over complete stores; a view is read when it is asked for.
+
+    `ids` (N,) str and `labels` (N,) int32, -1 for none, are in row order. `stores` is what the views lie in.
+    Raises ValueError when the stores do not hold the same images.
+    """
+
+    def __init__(self, encoded: dict[str, Encoded]) -> None:
+        self.stores = list({item.path: item for item in encoded.values()}.values())
+        self._paths = {view: item.path for view, item in encoded.items()}
+        self._orders: dict[str, np.ndarray] = {}
+        for item in self.stores:
+            ids, labels = store.read_ids(item.path)
+            order = self._orders[item.path] = store.row_order(ids)
+            if item is self.stores[0]:
+                self.ids, self.labels = ids[order], labels[order]
+            elif not np.array_equal(ids[order], self.ids):
+                raise ValueError(
+                    f"{self.stores[0].path} and {item.path} do not hold the same images; remove one of them, it is "
+                    "encoded again"
+                )
+
+    @property
+    def latest(self) -> Encoded:
+        """The store that was encoded now, or the first of those that were found."""
+        return next((item for item in self.stores if not item.reused), self.stores[0])
+
+    def mean(self, *views: str) -> np.ndarray:
+        """Unit-norm mean of some views, (N, d) float16."""
+        return store.mean_view([self._read(view) for view in views])
+
+    def _read(self, view: str) -> np.ndarray:
+        path = self._paths[view]
+        manifest = store.read_manifest(path)
+        assert manifest is not None, path
+        dim = manifest["identity"]["encoder"]["dim"]
+        pieces = [store.matrix(table, view, dim) for table in store.read_parts(path, [view])]
+        return np.concatenate(pieces)[self._orders[path]]
+
+
+def encode_views(
+    data: Data,
+    *,
+    views: tuple[str, ...],
+    info: EncoderInfo,
+    encoder: EncoderConfig,
+    config: EncodeConfig,
+    seed: int,
+    folder: str,
+) -> Views:
+    """All these views of the data: those that stores under `folder` hold, the missing ones encoded in one pass.
+
+    `config.views` plays no part. Raises ValueError when a given store lacks a view, and as `encode_data` does.
+    """
+    found = _find_views(data, info=info, seed=seed, folder=folder)
+    missing = tuple(view for view in views if view not in found)
+    if data.source is None and missing:
+        raise ValueError(
+            f"{data.path} is a feature store without the view {missing[0]}: name the images, or encode them with "
+            f"--views {','.join(views)}"
+        )
+    if missing:
+        options = replace(config, views=",".join(dict.fromkeys(("weak", *missing))))
+        now = encode_data(data, info=info, encoder=encoder, config=options, seed=seed, folder=folder)
+        found |= dict.fromkeys(missing, now)
+    else:
+        where = data.path or folder
+        print(f"features of {data.name}: {len(views)} views found in {where}", flush=True)
+    return Views({view: found[view] for view in views})
+
+
+def _find_views(data: Data, *, info: EncoderInfo, seed: int, folder: str) -> dict[str, Encoded]:
+    """The complete stores of this data under the folder, by view."""
+    wanted = store_identity(data.source, info, (), seed=seed)
+    if data.source is None:
+        assert data.path is not None
+        paths = [data.path]
+        store.check_store(data.path, {key: wanted[key] for key in ("encoder", "preprocessing")})
+    else:
+        names = [name for name in files.list_folders(folder) if name.startswith(f"{data.name}-")]
+        paths = [files.join(files.absolute(folder), name) for name in names]
+    found: dict[str, Encoded] = {}
+    for path in paths:
+        manifest = store.read_manifest(path)
+        if manifest is None:
+            continue
+        identity = manifest["identity"]
+        if any(identity.get(key) != wanted[key] for key in wanted if key not in ("views", "seed")):
+            continue
+        encoded = Encoded(path=path, manifest=manifest, seconds=0.0, reused=True, rate=None)
+        for view in identity["views"]:
+            if view.startswith("strong") and identity.get("strong_version") != STRONG_VERSION:
+                continue
+            if view in BASE_VIEWS or identity["seed"] == seed:
+                found.setdefault(view, encoded)
+    if data.source is not None:
+        for encoded in found.values():
+            check_manifest(data.source, encoded.path, encoded.manifest)
+    return found
+
+
+def load_labelled(encoded: Encoded) -> tuple[store.Features, np.ndarray]:
+    """All base features of a store in row order, and their raw labels (N,) int32."""
+    found = store.load(encoded.path, views=())
+    return found, found.labels

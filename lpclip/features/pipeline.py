@@ -1,0 +1,188 @@
+"""What Ray Data pipelines over images share: decoding, and going on after losses until a store is whole.
+
+    unit ──► read + decode (CPU tasks) ──► ... ──► commit a part ──► progress
+
+The driver sees counts only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import uuid
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as NodeAffinity
+
+from lpclip import files
+from lpclip.features import store
+from lpclip.features.decode_stage import PIXEL_BYTES, decode_unit
+from lpclip.images.open import Source
+from lpclip.images.views import Preprocess
+from lpclip.progress import Progress
+
+# How often an encoder, a machine, or a process over one unit of work may die.
+MAX_LOSSES = 3
+LOSSES = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+)
+
+# Tables of pixels that may wait for each consumer of them, or be on their way.
+TABLES_AHEAD = 8
+# What a decoding process takes at most but for huge images: three tables of pixels, and the interpreter.
+DECODE_MEMORY = 4 * PIXEL_BYTES
+
+
+def fill_store(
+    source: Source,
+    *,
+    identity: dict[str, Any],
+    path: str,
+    what: str,
+    stages: Callable[[list[int], str], ray.data.Dataset],
+) -> dict[str, Any]:
+    """Run a pipeline until the store at `path` has all units of the source. Returns its manifest.
+
+    `stages` makes the pipeline for the units that are still to do; its rows are the counts of committed parts, and the
+    names of its actors begin with the given one. `what` is the word for the work: "encoding".
+    Raises ValueError when too many images are bad, or the folder is another store's.
+    """
+    done = store.open_store(path, identity)
+    todo = [unit for unit in range(len(source.units)) if unit not in done]
+    progress = Progress(f"{what} {source.name}", total=source.num_rows, done=sum(done.values()))
+    if done and todo:
+        print(f"going on: {progress.done:,} images are there already", flush=True)
+    worked_now, num_losses = bool(todo), 0
+    bad: Counter[int] = Counter()
+    while todo:
+        name = f"lpclip-{uuid.uuid4().hex}"
+        pipeline = stages(todo, name)
+        try:
+            for counts in _follow(pipeline):
+                bad[counts["unit"]] += counts["bad"]
+                progress.advance(counts["images"], bad=counts["bad"])
+                _check_bad(source, path, bad=bad.total(), seen=source.num_rows)
+        except LOSSES as error:
+            # Ray would restart a dying actor for ever; parts that are there need none.
+            num_losses += 1
+            lost = _go_on_after(error, num_losses)
+            print(f"{lost} was lost, going on ({num_losses} of {MAX_LOSSES - 1} times)", flush=True)
+        else:
+            break
+        finally:
+            _end_actors(name)
+        _wait_for_nodes()
+        done = store.open_store(path, identity)
+        todo = [unit for unit in todo if unit not in done]
+        # Units that are done again must not count twice.
+        bad = Counter({unit: count for unit, count in bad.items() if unit in done})
+        progress.done, progress.bad = sum(done.values()), bad.total()
+    progress.close()
+    rate = progress.rate if worked_now else None
+    manifest = store.finish_store(path, identity, num_units=len(source.units), rate=rate)
+    check_manifest(source, path, manifest)
+    return manifest
+
+
+def decode_units(
+    source: Source,
+    todo: list[int],
+    *,
+    views: tuple[str, ...],
+    preprocess: Preprocess,
+    seed: int,
+    tables_ahead: int,
+) -> ray.data.Dataset:
+    """The first stage: units of a source to tables of uint8 pixels, one column a view, of which so many may wait."""
+    units = ray.put(pa.table({"unit": todo, "spec": [source.units[i] for i in todo]}))
+    decode = partial(
+        decode_unit,
+        units=units,
+        reader=source.reader,
+        limits=source.config,
+        views=views,
+        preprocess=preprocess,
+        seed=seed,
+    )
+    # Retries and restarts have no parameter of their own: they go the way that Ray means to close.
+    warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+    blocks = ray.data.range(len(todo), override_num_blocks=len(todo))
+    # Decoded images wait in shared memory: enough to keep the next stage busy, however many are to come.
+    blocks.context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
+        object_store_memory=tables_ahead * PIXEL_BYTES
+    )
+    # Ray Data would try a unit for ever whose images bring the decoder down.
+    return blocks.map_batches(
+        decode, batch_size=1, num_cpus=1, memory=DECODE_MEMORY, max_retries=MAX_LOSSES - 1
+    )
+
+
+def _follow(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    """Run the pipeline; the counts of each part, when it is committed."""
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        assert isinstance(batch, pa.Table)
+        yield from batch.to_pylist()
+
+
+def _end_actors(name: str) -> None:
+    """Actors of a failed pipeline live while anything refers to it, and the next one would miss their CPUs."""
+    for actor in ray.util.list_named_actors():
+        if actor.startswith(name):
+            # It may end by itself meanwhile.
+            with contextlib.suppress(ValueError):
+                ray.kill(ray.get_actor(actor))
+
+
+def _go_on_after(error: BaseException, num_losses: int) -> str:
+    """What was lost, in words; ValueError when it is no use to go on."""
+    cause = str(error).splitlines()[0]
+    kept = f"the last time with: {cause}; what is encoded is kept, the same command goes on"
+    if isinstance(error, ray.exceptions.WorkerCrashedError):
+        raise ValueError(
+            f"a process that reads and decodes images died {MAX_LOSSES} times over the same ones, {kept}; a file "
+            "that brings its decoder down must be taken out, and memory that is short wants fewer CPUs"
+        ) from error
+    what = "an encoder" if isinstance(error, ray.exceptions.RayActorError) else "a machine or its memory"
+    if num_losses == MAX_LOSSES:
+        raise ValueError(
+            f"{what} died {num_losses} times, {kept}; a smaller --batch-size needs less memory"
+        ) from error
+    return what
+
+
+def _wait_for_nodes() -> None:
+    """Until each node has answered or is known to be lost, a minute at most.
+
+    Ray notices late that a machine is gone. Until then it would place encoders there, to be lost once more.
+    """
+    ask = ray.remote(num_cpus=0, max_retries=0)(platform.node)
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    answers = [ask.options(scheduling_strategy=NodeAffinity(node, soft=False)).remote() for node in nodes]
+    ray.wait(answers, num_returns=len(answers), timeout=60)
+
+
+def check_manifest(source: Source, path: str, manifest: dict[str, Any]) -> None:
+    """ValueError when a complete store of this source has too many quarantined images."""
+    bad = manifest["num_quarantined"]
+    _check_bad(source, path, bad=bad, seen=manifest["num_rows"] + bad)
+
+
+def _check_bad(source: Source, path: str, *, bad: int, seen: int | None) -> None:
+    limit = source.config.max_bad_fraction
+    if seen and (bad > limit * seen or bad == seen):
+        first = store.write_quarantine(path)[0]
+        raise ValueError(
+            f"{bad:,} of {seen:,} images of {source.name} cannot be read, more than --max-bad-fraction {limit:g} "
+            f"allows; the first is {first['id']} ({first['error']}), all are in "
+            f"{files.join(path, 'quarantine.parquet')}"
+        )

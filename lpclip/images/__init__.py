@@ -1,0 +1,1 @@
+"""What `--data` names: sources, rows of bytes, pixels, views, class names."""

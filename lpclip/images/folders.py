@@ -1,0 +1,240 @@
+"""Image files: a folder of them, or a manifest that lists their URIs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+from pyarrow import fs
+
+from lpclip.config import PairsConfig, SourceConfig
+from lpclip.files import locate
+from lpclip.images.fetch import fetch_all, followed, join, reason, scheme
+from lpclip.images.source import (
+    ID_COLUMNS,
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
+    TABLE_BYTES,
+    UNIT_ROWS,
+    File,
+    Listing,
+    Reader,
+    Row,
+    Source,
+    as_texts,
+    choose,
+    make_identity,
+    make_pair,
+    make_row,
+    pick_column,
+    pick_texts,
+    refuse_duplicates,
+)
+
+FETCH_ROWS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilesReader(Reader):
+    """Image files. A unit holds their `paths` under root or URIs, and their `ids`, `labels` and `texts` if any;
+    `text_paths` are those of files of texts, null where an image has none."""
+
+    root: str
+    max_bytes: int
+    schemes: tuple[str, ...]
+    timeout: float
+
+    def rows(self, unit: str) -> Iterator[Row]:
+        """The files in order, fetched by several threads."""
+        work = json.loads(unit)
+        paths = work["paths"]
+        ids, labels = work.get("ids") or paths, work.get("labels") or [None] * len(paths)
+        texts = work.get("texts") or [[]] * len(paths)
+        for start in range(0, len(paths), FETCH_ROWS):
+            part = slice(start, start + FETCH_ROWS)
+            rows = zip(ids[part], self._fetch(paths[part]), labels[part], strict=True)
+            if "text_paths" in work:
+                beside = work["text_paths"][part]
+                read = iter(self._fetch([path for path in beside if path]))
+                for row, path in zip(rows, beside, strict=True):
+                    yield make_pair(*row, [next(read)] if path else [])
+            else:
+                for row, own in zip(rows, texts[part], strict=True):
+                    yield make_row(*row, own)
+
+    def _fetch(self, paths: list[str]) -> list[bytes | Exception]:
+        return fetch_all(
+            paths, root=self.root, max_bytes=self.max_bytes, schemes=self.schemes, timeout=self.timeout
+        )
+
+
+def open_folder(listing: Listing, *, config: SourceConfig, limit: int | None) -> Source:
+    """A folder of images; the subfolders right under it are the labels, and a flat folder has none.
+
+    Of pairs, the texts of `a/b.jpg` are in `a/b.txt`.
+    """
+    images = [file for file in listing.files if not is_text_file(file.path)]
+    folders = [file.path.partition("/")[0] if "/" in file.path else None for file in images]
+    names = sorted({folder for folder in folders if folder})
+    places = {name: place for place, name in enumerate(names)}
+    chosen = choose([file.path for file in images], limit)
+    work: dict[str, list[Any] | None] = {
+        "paths": [images[row].path for row in chosen],
+        "labels": [places.get(folders[row] or "") for row in chosen] if names else None,
+    }
+    if isinstance(config, PairsConfig):
+        texts = {_stem(file.path): file.path for file in listing.files if is_text_file(file.path)}
+        if not texts:
+            raise ValueError(f"{listing.root}: no .txt file with the texts of an image")
+        work["text_paths"] = [texts.get(_stem(images[row].path)) for row in chosen]
+    return Source(
+        name=listing.name,
+        kind="folder",
+        root=listing.root,
+        reader=FilesReader(
+            root=listing.root,
+            max_bytes=config.max_bytes,
+            schemes=(scheme(listing.root),),
+            timeout=config.read_timeout,
+        ),
+        units=_units(work, [images[row].size or 0 for row in chosen]),
+        num_rows=len(chosen),
+        has_labels=bool(names),
+        label_names=tuple(names) or None,
+        identity=make_identity("folder", listing.files, config=config, limit=limit),
+        config=config,
+    )
+
+
+def is_text_file(path: str) -> bool:
+    """Whether a file in a folder holds texts of an image."""
+    return path.lower().endswith(".txt")
+
+
+def _stem(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def open_manifest(listing: Listing, *, config: SourceConfig, limit: int | None) -> Source:
+    """A CSV, TSV or JSONL file with a column of URIs or of paths relative to it, and maybe id and label."""
+    (file,) = listing.files
+    table = _read_manifest(join(listing.root, file.path))
+    names = table.column_names
+    image_column = pick_column(config.image_column, IMAGE_COLUMNS, names, what=file.path)
+    id_column = pick_column(config.id_column, ID_COLUMNS, names, what=file.path)
+    label_column = pick_column(config.label_column, LABEL_COLUMNS, names, what=file.path)
+    if image_column is None:
+        raise ValueError(
+            f"{file.path}: no column of URIs or paths; there are {', '.join(names)} (--image-column)"
+        )
+    paths = table[image_column].cast(pa.string()).fill_null("").to_pylist()
+    id_array = (table[id_column] if id_column else table[image_column]).cast(pa.string())
+    if config.id_column != "":
+        refuse_duplicates(id_array, what=file.path)
+        ids = id_array.to_pylist()
+    else:
+        ids = [f"{file.path}:{row}" for row in range(len(paths))]
+    text_column = pick_texts(config, table.schema, what=file.path)
+    texts = as_texts(table[text_column]) if text_column else None
+    labels, label_names = _labels(table, label_column)
+    schemes = followed(config.schemes, root=listing.root)
+    notes = _refused(paths, schemes, listing.root, file.path)
+    chosen = choose(ids, limit)
+    work = {
+        "paths": [paths[row] for row in chosen],
+        "ids": None if ids == paths else [ids[row] for row in chosen],
+        "labels": [labels[row] for row in chosen] if labels else None,
+        "texts": [texts[row] for row in chosen] if texts else None,
+    }
+    columns = (image_column, id_column, label_column, *filter(None, (text_column,)))
+    identity = make_identity(
+        "manifest",
+        [file, *_local_files(paths, listing.root)],
+        config=config,
+        limit=limit,
+        columns=columns,
+    )
+    return Source(
+        name=listing.name,
+        kind="manifest",
+        root=listing.root,
+        reader=FilesReader(
+            root=listing.root, max_bytes=config.max_bytes, schemes=schemes, timeout=config.read_timeout
+        ),
+        units=_units(work, [0] * len(chosen)),
+        num_rows=len(chosen),
+        has_labels=labels is not None,
+        label_names=label_names,
+        identity=identity,
+        config=config,
+        notes=notes,
+    )
+
+
+def _refused(paths: Sequence[str], schemes: Sequence[str], root: str, name: str) -> tuple[str, ...]:
+    """A note on URIs whose schemes are not followed; ValueError when there are no others."""
+    counts = Counter(scheme(join(root, path)) for path in paths)
+    refused = {kind: count for kind, count in counts.items() if kind not in schemes}
+    if not refused:
+        return ()
+    found = ", ".join(f"{count:,} at {kind}://" for kind, count in sorted(refused.items()))
+    flag = f"--schemes {','.join(sorted({*schemes, *refused} - {'file'}))}"
+    if len(refused) == len(counts):
+        raise ValueError(
+            f"{name}: URIs of these schemes are not followed unless you say so: {found} ({flag})"
+        )
+    return (f"{name}: {found} will be quarantined, as their scheme is not followed ({flag} follows it)",)
+
+
+def _units(work: dict[str, list[Any] | None], sizes: Sequence[int]) -> tuple[str, ...]:
+    """The columns of `work` cut into units of at most UNIT_ROWS files and, but for one, TABLE_BYTES bytes."""
+    units, start, num_bytes = [], 0, 0
+    for stop in range(1, len(sizes) + 1):
+        num_bytes += sizes[stop - 1]
+        if stop - start == UNIT_ROWS or num_bytes >= TABLE_BYTES or stop == len(sizes):
+            part = {key: column[start:stop] for key, column in work.items() if column is not None}
+            units.append(json.dumps(part))
+            start, num_bytes = stop, 0
+    return tuple(units)
+
+
+def _read_manifest(uri: str) -> pa.Table:
+    filesystem, path = locate(uri)
+    try:
+        with filesystem.open_input_file(path) as file:
+            if path.lower().endswith((".jsonl", ".ndjson")):
+                return pa.json.read_json(file)
+            delimiter = "\t" if path.lower().endswith(".tsv") else ","
+            parse = pa.csv.ParseOptions(delimiter=delimiter)
+            names = pa.csv.open_csv(file, parse_options=parse).schema.names
+            file.seek(0)
+            # As text, or an id such as 00012 becomes 12.
+            convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
+            return pa.csv.read_csv(file, parse_options=parse, convert_options=convert)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{uri}: the manifest cannot be read ({reason(error)})") from error
+
+
+def _labels(table: pa.Table, column: str | None) -> tuple[list[int | None] | None, tuple[str, ...] | None]:
+    if column is None:
+        return None, None
+    words = [word or None for word in table[column].cast(pa.string()).to_pylist()]
+    if all(word is None or word.removeprefix("-").isdecimal() for word in words):
+        numbers = [None if word is None or word.startswith("-") else int(word) for word in words]
+        return numbers, None
+    names = sorted({word for word in words if word is not None})
+    places = {name: place for place, name in enumerate(names)}
+    return [None if word is None else places[word] for word in words], tuple(names)
+
+
+def _local_files(paths: Sequence[str], root: str) -> list[File]:
+    """Size and time of the files on this machine, so that a change to one of them is seen; no remote ones."""
+    local = [path for path in paths if "://" not in join(root, path)]
+    infos = fs.LocalFileSystem().get_file_info([join(root, path) for path in local])
+    return [File(path, info.size, info.mtime_ns) for path, info in zip(local, infos, strict=True)]

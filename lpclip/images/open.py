@@ -1,0 +1,130 @@
+"""Image sources: from what the user names (a path, a URI, a data set) to a plan of the work to read it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow import fs
+
+from lpclip.config import PairsConfig, SourceConfig
+from lpclip.files import locate
+from lpclip.files import split as split_uri
+from lpclip.images.fetch import reason
+from lpclip.images.folders import is_text_file, open_folder, open_manifest
+from lpclip.images.named import CLASSES, named_parquet
+from lpclip.images.parquet import open_parquet
+from lpclip.images.source import IMAGE_SUFFIXES, ROWS, UNIT_ROWS, File, Listing, Reader, Source
+from lpclip.images.tars import open_webdataset
+
+__all__ = ["ROWS", "UNIT_ROWS", "Reader", "Source", "open_source"]
+
+OPENERS = {
+    "folder": open_folder,
+    "parquet": open_parquet,
+    "webdataset": open_webdataset,
+    "manifest": open_manifest,
+}
+SUFFIXES = {
+    "folder": IMAGE_SUFFIXES,
+    "parquet": (".parquet", ".pq"),
+    "webdataset": (".tar", ".tar.gz", ".tgz"),
+    "manifest": (".csv", ".tsv", ".jsonl", ".ndjson"),
+}
+
+
+def open_source(data: str, *, config: SourceConfig, split: str = "train", limit: int | None = None) -> Source:
+    """The images in a folder, Parquet, WebDataset tars, a manifest or a named data set; none is read yet.
+
+    A path that exists goes before a data set of that name; `split` is the part of one named without it.
+    With a limit, rows are chosen by a hash of their ids; with a PairsConfig, images have texts. Raises ValueError
+    when there is nothing to read.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"the limit must be at least 1, not {limit}")
+    if "://" in data or Path(data).expanduser().exists():
+        listing, is_file = _list(data)
+    else:
+        name, split = _parse_name(data, split=split)
+        listing, is_file = _list(str(named_parquet(name, split=split)))
+        listing = listing._replace(name=f"{name}-{split}")
+    kind = _kind_of_file(data, listing) if is_file else _kind_of_folder(data, listing)
+    has_texts = kind == "folder" and isinstance(config, PairsConfig)
+    files = [f for f in listing.files if _kind(f.path) == kind or (has_texts and is_text_file(f.path))]
+    source = OPENERS[kind](listing._replace(files=files), config=config, limit=limit)
+    if source.num_rows == 0:
+        raise ValueError(f"{data}: no rows")
+    kept = set(files)
+    skipped = Counter(Path(file.path).suffix or "no suffix" for file in listing.files if file not in kept)
+    if not skipped:
+        return source
+    suffixes = ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common(3))
+    what = {"folder": "images", "parquet": "Parquet", "webdataset": "tars", "manifest": "manifests"}[kind]
+    note = f"{skipped.total()} files in {data} are not {what} and were left out ({suffixes})"
+    return replace(source, notes=(*source.notes, note))
+
+
+def _parse_name(data: str, *, split: str) -> tuple[str, str]:
+    name, separator, part = data.partition(":")
+    if name not in CLASSES:
+        raise ValueError(f"{data}: no such path, nor one of the data sets {', '.join(CLASSES)}")
+    if separator and part not in ("train", "test"):
+        raise ValueError(f"{data}: no such part of {name}; there are {name}:train and {name}:test")
+    return name, part or split
+
+
+def _list(data: str) -> tuple[Listing, bool]:
+    """The files under a path or URI, sorted, without hidden ones; and whether it is a single file."""
+    uri = data.rstrip("/") if "://" in data else str(Path(data).expanduser().absolute())
+    try:
+        filesystem, path = locate(uri)
+        info = filesystem.get_file_info(path)
+        if info.type == fs.FileType.NotFound:
+            raise ValueError(f"{data}: no such path")
+        is_file = info.is_file
+        infos = [info] if is_file else filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{data}: cannot be listed ({reason(error)})") from error
+    start = path.rpartition("/")[0] if is_file else path.rstrip("/")
+    files = [
+        File(entry.path[len(start) :].lstrip("/"), entry.size, entry.mtime_ns)
+        for entry in infos
+        if entry.type != fs.FileType.Directory
+    ]
+    files = sorted(file for file in files if not any(part.startswith(".") for part in file.path.split("/")))
+    folder, name = split_uri(uri)
+    if is_file:
+        # Files are called train.parquet and test.parquet: their folder tells the data set.
+        name = f"{split_uri(folder)[1]}-{name.partition('.')[0]}"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "images"
+    return Listing(name, folder if is_file else uri, files), is_file
+
+
+def _kind(path: str) -> str | None:
+    lower = path.lower()
+    return next((kind for kind, suffixes in SUFFIXES.items() if lower.endswith(suffixes)), None)
+
+
+def _kind_of_file(data: str, listing: Listing) -> str:
+    kind = _kind(listing.files[0].path) if listing.files else None
+    if kind is None:
+        known = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+        raise ValueError(f"{data}: unknown kind of file; the known ones end in {known}")
+    return kind
+
+
+def _kind_of_folder(data: str, listing: Listing) -> str:
+    kinds = sorted({kind for file in listing.files if (kind := _kind(file.path)) and kind != "manifest"})
+    if not kinds:
+        what = (
+            f"{len(listing.files)} files, and no image, Parquet file or tar" if listing.files else "nothing"
+        )
+        raise ValueError(f"{data}: the folder holds {what}")
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{data}: the folder holds files of different kinds ({', '.join(kinds)}); name one of them"
+        )
+    return kinds[0]

@@ -1,0 +1,358 @@
+"""Parquet: files with a column of image bytes, of URIs, or of Hugging Face's bytes/path structs."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lpclip.config import SourceConfig
+from lpclip.files import locate, split
+from lpclip.images.fetch import fetch_all, followed, join, reason, retry
+from lpclip.images.source import (
+    ID_COLUMNS,
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
+    UNIT_ROWS,
+    Listing,
+    Reader,
+    Row,
+    Source,
+    as_texts,
+    choose,
+    is_text,
+    make_identity,
+    make_row,
+    pick_column,
+    pick_texts,
+    refuse_duplicates,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetReader(Reader):
+    """Parquet. A unit is a list of spans: rows `start` to before `stop` of row group `group` in `file`, of
+    which to keep `rows` (all when it is missing); `first` is the number in the file of the group's first row.
+    """
+
+    root: str
+    max_bytes: int
+    schemes: tuple[str, ...]
+    timeout: float
+    image_column: str
+    id_column: str | None = None
+    label_column: str | None = None
+    label_names: tuple[str, ...] | None = None
+    text_column: str | None = None
+
+    def rows(self, unit: str) -> Iterator[Row]:
+        """The unit's rows in order; where the file cannot be read, each of them with the reason."""
+        for span in json.loads(unit):
+            yield from self._span_rows(**span)
+
+    def _span_rows(
+        self, *, file: str, group: int, first: int, start: int, stop: int, rows: list[int] | None = None
+    ) -> Iterator[Row]:
+        kept = rows or list(range(start, stop))
+        ids = [row_id(file, first + row) for row in kept]
+        try:
+            table = retry(partial(self._read, file, group, start, stop))
+            table = table.take([row - start for row in kept])
+            if self.id_column:
+                ids = table[self.id_column].cast(pa.string()).to_pylist()
+            labels = self._labels(table)
+            texts = self._texts(table)
+        except (OSError, pa.ArrowException) as error:
+            yield from (Row(name, None, error=f"Parquet: {reason(error)}") for name in ids)
+            return
+        folder, _ = split(join(self.root, file))
+        images = self._images(table[self.image_column], folder)
+        for name, image, label, own in zip(ids, images, labels, texts, strict=True):
+            yield make_row(name, image, label, own)
+
+    def _read(self, file: str, group: int, start: int, stop: int) -> pa.Table:
+        wanted = (self.id_column, self.image_column, self.label_column, self.text_column)
+        columns = [name for name in wanted if name]
+        cursor = getattr(_open, "cursor", None)
+        key = (self.root, file, group, columns)
+        if cursor is None or cursor.key != key or cursor.position > start:
+            cursor = _Cursor(key)
+        _open.cursor = None  # A cursor that fails is not one to go on with.
+        table = cursor.read(start, stop)
+        _open.cursor = cursor
+        return table
+
+    def _images(self, column: pa.ChunkedArray, folder: str) -> list[bytes | Exception]:
+        values = column.to_pylist()
+        # Hugging Face's struct holds the bytes, or the path of a file that does.
+        values = [(v["bytes"] or v["path"]) if isinstance(v, dict) else v for v in values]
+        uris = [value for value in values if isinstance(value, str)]
+        limits: dict[str, Any] = {
+            "max_bytes": self.max_bytes,
+            "schemes": self.schemes,
+            "timeout": self.timeout,
+        }
+        fetched = iter(fetch_all(uris, root=folder, **limits) if uris else [])
+        missing = ValueError("no image in this row")
+        return [
+            next(fetched) if isinstance(value, str) else missing if value is None else value
+            for value in values
+        ]
+
+    def _labels(self, table: pa.Table) -> list[int | None]:
+        if not self.label_column:
+            return [None] * len(table)
+        return label_indices(table[self.label_column], self.label_names).to_pylist()
+
+    def _texts(self, table: pa.Table) -> list[list[str]]:
+        if not self.text_column:
+            return [[]] * len(table)
+        return as_texts(table[self.text_column])
+
+
+def row_id(file: str, row: int) -> str:
+    """The id of a Parquet row that has none of its own."""
+    return f"{file}:{row}"
+
+
+def label_indices(labels: pa.ChunkedArray, names: tuple[str, ...] | None) -> pa.ChunkedArray:
+    """Labels as int32: words by their place in names, negative numbers (unlabelled) and nulls as null."""
+    if pa.types.is_dictionary(labels.type):
+        labels = labels.cast(labels.type.value_type)
+    if is_text(labels.type):
+        assert names is not None
+        return pc.index_in(labels.cast(pa.string()), value_set=pa.array(names, pa.string()))
+    numbers = labels.cast(pa.int32())
+    return pc.if_else(pc.less(numbers, 0), pa.scalar(None, pa.int32()), numbers)
+
+
+def is_bytes(dtype: pa.DataType) -> bool:
+    """Whether Arrow's type holds bytes, in any of its layouts."""
+    return pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype) or pa.types.is_binary_view(dtype)
+
+
+class _Cursor:
+    """A row group read from its start on.
+
+    Workers keep theirs open from unit to unit, so that a file of one large row group is streamed once by each
+    of them, and not read as a whole for every unit.
+    """
+
+    def __init__(self, key: tuple[str, str, int, list[str]]) -> None:
+        root, file, group, columns = key
+        filesystem, path = locate(join(root, file))
+        parquet = pq.ParquetFile(filesystem.open_input_file(path), buffer_size=1 << 20, pre_buffer=False)
+        self.key = key
+        self.position = 0
+        self.schema = pa.schema([parquet.schema_arrow.field(name) for name in columns])
+        self._batches = parquet.iter_batches(
+            UNIT_ROWS, row_groups=[group], columns=columns, use_threads=False
+        )
+
+    def read(self, start: int, stop: int) -> pa.Table:
+        """Rows start to stop of the group; they must lie behind those read before."""
+        parts = []
+        while self.position < stop:
+            batch = next(self._batches, None)
+            if batch is None:
+                raise OSError("the file has fewer rows than it had at the start")
+            if self.position >= start:
+                parts.append(batch)
+            self.position += len(batch)
+        assert self.position == stop, "units and batches have the same bounds"
+        return pa.Table.from_batches(parts).select(self.schema.names)
+
+
+def open_parquet(listing: Listing, *, config: SourceConfig, limit: int | None) -> Source:
+    """Parquet files: footers are read, and the columns of ids and of labels in words, but no image."""
+    paths = [file.path for file in listing.files]
+    footers = _each(paths, lambda path: _footer(listing.root, path))
+    schemas = [footer.schema.to_arrow_schema() for footer in footers]
+    image_column, id_column, label_column, text_column = _columns(paths, schemas, config)
+    counts = [
+        [footer.row_group(group).num_rows for group in range(footer.num_row_groups)] for footer in footers
+    ]
+    ids = _ids(listing, id_column, [sum(groups) for groups in counts], needed=limit is not None)
+    chosen = None if limit is None else np.array(choose(ids, limit))
+    label_names = _label_names(listing, schemas, label_column) if label_column else None
+    schemes = followed(config.schemes, root=listing.root)
+    identity = make_identity(
+        "parquet",
+        listing.files,
+        config=config,
+        limit=limit,
+        columns=(image_column, id_column, label_column, *filter(None, (text_column,))),
+    )
+    return Source(
+        name=listing.name,
+        kind="parquet",
+        root=listing.root,
+        reader=ParquetReader(
+            root=listing.root,
+            max_bytes=config.max_bytes,
+            schemes=schemes,
+            timeout=config.read_timeout,
+            image_column=image_column,
+            id_column=id_column,
+            label_column=label_column,
+            label_names=label_names,
+            text_column=text_column,
+        ),
+        units=tuple(_units(_spans(paths, counts, chosen))),
+        num_rows=sum(map(sum, counts)) if chosen is None else len(chosen),
+        has_labels=label_column is not None,
+        label_names=label_names,
+        identity=identity,
+        config=config,
+    )
+
+
+def _ids(listing: Listing, column: str | None, num_rows: Sequence[int], *, needed: bool) -> list[str]:
+    """All rows' ids, checked; empty when they are not needed."""
+    if column:
+        ids = _read_column(listing, column).cast(pa.string())
+        refuse_duplicates(ids, what=listing.name)
+        return ids.to_pylist() if needed else []
+    if not needed:
+        return []
+    pairs = zip(listing.files, num_rows, strict=True)
+    return [row_id(file.path, row) for file, count in pairs for row in range(count)]
+
+
+def _units(spans: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Spans packed into units, so that a sample of few rows from every row group makes no crowd of units."""
+    unit: list[dict[str, Any]] = []
+    num_rows = 0
+    for span in spans:
+        count = len(span["rows"]) if "rows" in span else span["stop"] - span["start"]
+        if num_rows + count > UNIT_ROWS:
+            yield json.dumps(unit)
+            unit, num_rows = [], 0
+        unit.append(span)
+        num_rows += count
+    if unit:
+        yield json.dumps(unit)
+
+
+def _spans(
+    paths: Sequence[str], counts: Sequence[Sequence[int]], chosen: np.ndarray | None
+) -> Iterator[dict[str, Any]]:
+    """Spans in order; `chosen` holds the places of the rows to keep in the whole of the files, ascending."""
+    place = 0
+    for path, groups in zip(paths, counts, strict=True):
+        first = 0
+        for group, num_rows in enumerate(groups):
+            for start in range(0, num_rows, UNIT_ROWS):
+                stop = min(start + UNIT_ROWS, num_rows)
+                span = {"file": path, "group": group, "first": first, "start": start, "stop": stop}
+                if chosen is None:
+                    yield span
+                    continue
+                low, high = np.searchsorted(chosen, [place + start, place + stop])
+                if low < high:
+                    yield {**span, "rows": (chosen[low:high] - place).tolist()}
+            first += num_rows
+            place += num_rows
+
+
+def _columns(
+    paths: Sequence[str], schemas: Sequence[pa.Schema], config: SourceConfig
+) -> tuple[str, str | None, str | None, str | None]:
+    """The columns of images, ids, labels and texts, of one type in every file; ValueError when they are not."""
+    names = schemas[0].names
+    image = pick_column(config.image_column, IMAGE_COLUMNS, names, what=paths[0])
+    if image is None:
+        raise ValueError(f"{paths[0]}: no column of images; there are {', '.join(names)} (--image-column)")
+    if not _holds_images(schemas[0].field(image).type):
+        raise ValueError(
+            f"{paths[0]}: column {image!r} holds {schemas[0].field(image).type}, not image bytes, URIs or "
+            "bytes/path structs (--image-column)"
+        )
+    identity = pick_column(config.id_column, ID_COLUMNS, names, what=paths[0])
+    label = pick_column(config.label_column, LABEL_COLUMNS, names, what=paths[0])
+    if label and pa.types.is_null(schemas[0].field(label).type):
+        label = None
+    text = pick_texts(config, schemas[0], what=paths[0])
+    for column in filter(None, (image, identity, label, text)):
+        wanted = schemas[0].field(column).type
+        for path, schema in zip(paths, schemas, strict=True):
+            if column not in schema.names or schema.field(column).type != wanted:
+                raise ValueError(
+                    f"{path}: column {column!r} is not there as {wanted}, as it is in {paths[0]}"
+                )
+    return image, identity, label, text
+
+
+def _holds_images(dtype: pa.DataType) -> bool:
+    if pa.types.is_struct(dtype):
+        return {"bytes", "path"} <= {field.name for field in dtype}
+    if pa.types.is_dictionary(dtype):
+        dtype = dtype.value_type
+    return is_text(dtype) or is_bytes(dtype)
+
+
+def _label_names(listing: Listing, schemas: Sequence[pa.Schema], column: str) -> tuple[str, ...] | None:
+    dtype = schemas[0].field(column).type
+    if pa.types.is_dictionary(dtype):
+        dtype = dtype.value_type
+    if is_text(dtype):
+        words = _read_column(listing, column).cast(pa.string()).unique().drop_null()
+        return tuple(sorted(words.to_pylist()))
+    if not pa.types.is_integer(dtype):
+        try:
+            _read_column(listing, column).cast(pa.int32())
+        except pa.ArrowException as error:
+            raise ValueError(
+                f"{listing.name}: column {column!r} is no column of labels: {reason(error)}"
+            ) from error
+    names = {_names_in_metadata(schema, column) for schema in schemas}
+    if len(names) > 1:
+        raise ValueError(f"{listing.name}: the files disagree on the names of the classes")
+    return names.pop()
+
+
+def _names_in_metadata(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
+    """Class names from the metadata `classes` (a JSON list), or from Hugging Face's ClassLabel."""
+    metadata = schema.metadata or {}
+    if b"classes" in metadata:
+        return tuple(json.loads(metadata[b"classes"]))
+    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    names = features.get(column, {}).get("names")
+    return tuple(names) if names else None
+
+
+def _footer(root: str, path: str) -> pq.FileMetaData:
+    filesystem, inner = locate(join(root, path))
+    try:
+        return retry(lambda: pq.read_metadata(inner, filesystem=filesystem))
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path}: not a Parquet file that can be read ({reason(error)})") from error
+
+
+def _read_column(listing: Listing, column: str) -> pa.ChunkedArray:
+    def read(path: str) -> pa.ChunkedArray:
+        filesystem, inner = locate(join(listing.root, path))
+        with filesystem.open_input_file(inner) as file:
+            return pq.ParquetFile(file).read(columns=[column])[column]
+
+    parts = _each([file.path for file in listing.files], lambda path: retry(lambda: read(path)))
+    return pa.chunked_array([chunk for part in parts for chunk in part.chunks], parts[0].type)
+
+
+def _each(paths: Sequence[str], function: Callable[[str], T]) -> list[T]:
+    with ThreadPoolExecutor(max_workers=16) as threads:
+        return list(threads.map(function, paths))
+
+
+_open = threading.local()

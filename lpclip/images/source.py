@@ -1,0 +1,241 @@
+"""What all image sources share: rows, readers, and the plan of work that a source is.
+
+A reader is small, frozen and holds strings only, so that it travels to the workers with every task. A unit is
+a JSON string made when the source is opened: it says which images, the reader says where and how.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lpclip.config import PairsConfig, SourceConfig
+from lpclip.images.fetch import reason, scheme_names
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "bytes", "uri", "url", "path")
+ID_COLUMNS = ("id",)
+LABEL_COLUMNS = ("label", "labels", "cls")
+TEXT_COLUMNS = ("text", "texts", "caption", "captions", "txt")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib"),
+    *(".tif", ".tiff", ".jp2", ".avif", ".ppm", ".pgm", ".pbm", ".pnm", ".ico"),
+)
+UNIT_ROWS = 256
+TABLE_BYTES = 128 << 20
+ROWS = pa.schema([("id", pa.string()), ("image", pa.binary()), ("label", pa.int32()), ("error", pa.string())])
+
+PAIRS = ROWS.append(pa.field("texts", pa.list_(pa.string())))
+
+
+class Row(NamedTuple):
+    """One image: `image` is None where `error` says why, `label` is None where there is none.
+
+    `texts` are there where the source was opened with a PairsConfig.
+    """
+
+    id: str
+    image: bytes | None
+    label: int | None = None
+    error: str | None = None
+    texts: tuple[str, ...] = ()
+
+
+class Reader(ABC):
+    """What all readers do: `rows` is each reader's own, the tables follow from it."""
+
+    @abstractmethod
+    def rows(self, unit: str) -> Iterator[Row]:
+        """The unit's images, one by one; what cannot be read is a row with an error."""
+
+    def tables(self, unit: str, *, schema: pa.Schema = ROWS) -> Iterator[pa.Table]:
+        """The unit as tables, each of at most UNIT_ROWS rows and about TABLE_BYTES bytes.
+
+        The schema is ROWS or, of a source of pairs, PAIRS: there an image without texts is a row with an error.
+        """
+        rows: list[Row] = []
+        num_bytes = 0
+        for row in self.rows(unit):
+            if schema is PAIRS and not row.texts and row.error is None:
+                row = row._replace(image=None, error="no text")
+            rows.append(row)
+            num_bytes += len(row.image or b"")
+            if len(rows) == UNIT_ROWS or num_bytes >= TABLE_BYTES:
+                yield _table(rows, schema)
+                rows, num_bytes = [], 0
+        if rows:
+            yield _table(rows, schema)
+
+    def read(self, unit: str) -> pa.Table:
+        """The unit as one table of ROWS: only a tar's has more than UNIT_ROWS rows."""
+        return pa.concat_tables([_table([], ROWS), *self.tables(unit)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Images to read: the plan, made on the driver without reading an image."""
+
+    name: str
+    """Short, and safe in file names."""
+    kind: str
+    """folder, parquet, webdataset, manifest or npy."""
+    root: str
+    """The folder, as an absolute path or URI."""
+    reader: Reader
+    units: tuple[str, ...]
+    """Units of work for the reader, of at most UNIT_ROWS images each (a tar is one unit)."""
+    num_rows: int | None
+    """None where it is not known before reading (webdataset)."""
+    has_labels: bool
+    label_names: tuple[str, ...] | None
+    """What the labels index; None when there are no labels or they are bare numbers."""
+    identity: dict[str, Any]
+    """JSON-able: whatever changes the rows, and not where they lie."""
+    config: SourceConfig
+    notes: tuple[str, ...] = ()
+    """Sentences that the user should read: files that were skipped, and the like."""
+
+
+class File(NamedTuple):
+    """A file in a listing, its path relative to the listing's root; size and mtime may be unknown."""
+
+    path: str
+    size: int | None
+    mtime_ns: int | None
+
+
+class Listing(NamedTuple):
+    """The files of a source."""
+
+    name: str
+    root: str
+    files: list[File]
+
+
+def make_identity(
+    kind: str,
+    files: Sequence[File],
+    *,
+    config: SourceConfig,
+    limit: int | None,
+    columns: Sequence[str | None] = (),
+) -> dict[str, Any]:
+    """The identity of a source that reads these files; columns are those for image, id and label."""
+    digest = blake2b()
+    for file in files:
+        digest.update(f"{file.path}\0{file.size}\0{file.mtime_ns}\n".encode())
+    names = scheme_names(config.schemes)
+    follows = {"schemes": names} if names != scheme_names(SourceConfig.schemes) else {}
+    return {
+        **(follows if kind in ("parquet", "manifest") else {}),
+        "kind": kind,
+        "num_files": len(files),
+        "files": digest.hexdigest(),
+        "columns": list(columns),
+        "limit": limit,
+        "max_pixels": config.max_pixels,
+        "max_bytes": config.max_bytes,
+    }
+
+
+def choose(ids: Sequence[str], limit: int | None) -> list[int]:
+    """Places of the `limit` ids with the smallest hashes, ascending: a fair sample of sorted data, and the
+    larger of two samples holds the smaller."""
+    if limit is None or limit >= len(ids):
+        return list(range(len(ids)))
+    keys = b"".join(blake2b(name.encode(), digest_size=8).digest() for name in ids)
+    return sorted(np.argsort(np.frombuffer(keys, ">u8"), kind="stable")[:limit].tolist())
+
+
+def pick_column(
+    wanted: str | None, defaults: Sequence[str], names: Sequence[str], *, what: str
+) -> str | None:
+    """The wanted column (ValueError if it is missing), or the first default that is there; None for ""."""
+    if wanted is None:
+        return next((name for name in defaults if name in names), None)
+    if wanted and wanted not in names:
+        raise ValueError(f"{what}: no column {wanted!r}; there are {', '.join(names)}")
+    return wanted or None
+
+
+def refuse_duplicates(ids: pa.Array | pa.ChunkedArray, *, what: str) -> None:
+    """ValueError with examples when two ids are equal, or one is null."""
+    if ids.null_count:
+        raise ValueError(f"{what}: {ids.null_count} rows have no id; --id-column '' numbers the rows instead")
+    if pc.count_distinct(ids).as_py() == len(ids):
+        return
+    counts = pc.value_counts(ids)
+    counts = counts.filter(pc.greater(counts.field("counts"), 1))
+    examples = ", ".join(counts.field("values")[:3].to_pylist())
+    raise ValueError(
+        f"{what}: {len(counts)} ids are there more than once, such as {examples}; --id-column names another "
+        "column, and --id-column '' numbers the rows instead"
+    )
+
+
+def make_row(name: str, image: bytes | Exception, label: int | None, texts: Sequence[str] = ()) -> Row:
+    """A row of an image, or of the reason why there is none. Texts that are blank are left out."""
+    kept = tuple(stripped for text in texts if (stripped := text.strip()))
+    if isinstance(image, Exception):
+        return Row(name, None, label, reason(image), kept)
+    return Row(name, image, label, None, kept)
+
+
+def pick_texts(config: SourceConfig, schema: pa.Schema, *, what: str) -> str | None:
+    """The column of texts of a source of pairs, None of another; ValueError when there is none."""
+    if not isinstance(config, PairsConfig):
+        return None
+    column = pick_column(config.text_column, TEXT_COLUMNS, schema.names, what=what)
+    if not column:
+        raise ValueError(f"{what}: no column of texts; there are {', '.join(schema.names)} (--text-column)")
+    dtype = schema.field(column).type
+    if not is_text(dtype.value_type if _is_list(dtype) else dtype):
+        raise ValueError(
+            f"{what}: column {column!r} holds {dtype}, neither texts nor lists of texts (--text-column)"
+        )
+    return column
+
+
+def as_texts(column: pa.ChunkedArray) -> list[list[str]]:
+    """The texts of each row of a column of texts or of lists of texts; nulls are none."""
+    cells = column.to_pylist()
+    lists = cells if _is_list(column.type) else [[cell] for cell in cells]
+    return [[text for text in texts or () if text is not None] for texts in lists]
+
+
+def is_text(dtype: pa.DataType) -> bool:
+    """Whether Arrow's type holds strings, in any of its layouts."""
+    return pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype)
+
+
+def _is_list(dtype: pa.DataType) -> bool:
+    return pa.types.is_list(dtype) or pa.types.is_large_list(dtype) or pa.types.is_fixed_size_list(dtype)
+
+
+def make_pair(
+    name: str, image: bytes | Exception, label: int | None, text_files: Sequence[bytes | Exception]
+) -> Row:
+    """A row of an image and of text files in UTF-8, one text a line, or of the reason why there is none."""
+    texts: list[str] = []
+    for data in text_files:
+        if isinstance(data, Exception):
+            return Row(name, None, label, f"text: {reason(data)}")
+        try:
+            texts += data.decode("utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            return Row(
+                name, None, label, f"text is not UTF-8: byte {error.start} is {data[error.start]:#04x}"
+            )
+    return make_row(name, image, label, texts)
+
+
+def _table(rows: list[Row], schema: pa.Schema) -> pa.Table:
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(PAIRS)
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=False)]
+    return pa.table(arrays, schema)

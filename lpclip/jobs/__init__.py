@@ -1,0 +1,1 @@
+"""The six commands, from flags to OUT."""

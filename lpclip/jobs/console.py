@@ -1,0 +1,228 @@
+"""What a job says on the terminal: its plan first, its tables last."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lpclip import files, report
+from lpclip.config import SelftrainJob, TuneJob
+from lpclip.encoders.head import Head
+from lpclip.encoders.prompts import ClassList
+from lpclip.features.describe import EncoderInfo
+from lpclip.features.find_or_encode import Data, Encoded
+from lpclip.images.views import base_views, parse_views
+from lpclip.jobs import tracking
+from lpclip.method.confirmation import MIN_IMAGES_PER_CLASS, MIN_KAPPA, Confirmation
+from lpclip.method.probe import Probe
+from lpclip.report.evaluation_page import corruption_table, ood_table, overview_table, retrieval_table
+from lpclip.report.sweep_page import status_line, trials_table
+from lpclip.training.search_space import Space
+
+LITE_NOTE = "the embedded lite encoder is not CLIP: it serves first impressions, its figures are its own"
+
+
+def print_plan(data: Data, test: Data | None, *, info: EncoderInfo, views: str, out: str) -> None:
+    """What a job is about to do, before it does it."""
+    print(f"data      {data.describe()}")
+    if test is not None:
+        print(f"evaluate  {test.describe()}")
+    print(f"encoder   {info.name}, {info.preprocess.size} px, {info.identity['precision']}, views {views}")
+    if info.name == "lite":
+        print(f"          ({LITE_NOTE})")
+    for item, needed in ((data, parse_views(views)), (test, base_views(views))):
+        if item is not None and item.source is not None and item.source.num_rows:
+            size = 2 * info.identity["dim"] * len(needed) * item.source.num_rows / 1e6
+            print(f"features  {item.name}: about {size:,.0f} MB when all are encoded")
+    print(f"output    {shown(out)}")
+    noted = [note for item in (data, test) if item is not None and item.source for note in item.source.notes]
+    for note in (*noted, *info.notes):
+        print(f"note      {note}")
+
+
+def shown(path: str) -> str:
+    """A path as the user would type it: relative where it lies below the working directory."""
+    return path.replace(f"{os.getcwd()}/", "")
+
+
+def _print_places(out: str, run: tracking.Run, **names: str) -> None:
+    for label, name in names.items():
+        print(f"{label:<8} {shown(files.join(out, name))}")
+    print(f"MLflow   {shown(run.uri)}, run {run.run_id}")
+
+
+def print_training(job: SelftrainJob, classes: ClassList, head: Head) -> None:
+    """The plan of the rounds."""
+    t = job.training
+    names = ", ".join(classes.names[:8]) + (", ..." if len(classes.names) > 8 else "")
+    print(f"classes   {len(classes.names)}: {names}")
+    workers = f"{t.num_workers} Ray Train workers" if t.num_workers else "in this process"
+    print(
+        f"training  {t.solver}, at most {t.rounds} rounds, temperature {head.temperature:.4g}, "
+        f"threshold {t.threshold:g}, prior {t.prior}, {workers}",
+        flush=True,
+    )
+
+
+def encoded_row(data: Data, encoded: Encoded) -> dict[str, Any]:
+    """A store's row in the table of features: rates are of images encoded in this run."""
+    return {
+        "features": data.name,
+        "images": encoded.manifest["num_rows"],
+        "quarantined": encoded.manifest["num_quarantined"],
+        "encoded": "found" if encoded.reused else "now",
+        "seconds": round(encoded.seconds),
+        "images/s": round(encoded.rate) if encoded.rate else None,
+        "store": shown(encoded.path),
+    }
+
+
+def print_tried(name: str, found: Confirmation) -> None:
+    """What the halves of the features make of the rounds with one prior."""
+    print(f"  {name}: they confirm {found.agreement:.1%} of the labels (kappa {found.kappa:.2f})", flush=True)
+
+
+def print_prior(name: str, tried: dict[str, Confirmation], *, trusted: bool) -> None:
+    """Which prior the rounds go on with, and whether they are to be used."""
+    print(f"prior: {name}", flush=True)
+    if not trusted:
+        kappa, images = tried[name].kappa, tried[name].images_per_class
+        print(
+            f"WARNING: too little to trust (kappa {kappa:.2f}, {images:.3g} images a class name): OUT/probe will "
+            f"be zero-shot. It takes a kappa of {MIN_KAPPA} and {MIN_IMAGES_PER_CLASS} images a name.",
+            flush=True,
+        )
+
+
+def print_result(
+    summary: dict[str, Any],
+    data: Data,
+    encoded: Encoded,
+    test: Data | None,
+    tested: Encoded | None,
+    out: str,
+    run: tracking.Run,
+) -> None:
+    """A job's last words: the tables, and where everything lies."""
+    rows = [encoded_row(data, encoded)]
+    if test is not None and tested is not None:
+        rows.append(encoded_row(test, tested))
+    print(f"\n{report.table(rows)}\n")
+    where = summary["evaluated_on"]
+    if where["setting"] is None:
+        print("no labels: nothing to evaluate; OUT/pseudo_labels.parquet is there to be looked at")
+    else:
+        print(f"{where['data']}, {where['images']:,} labelled images, {where['setting']}:")
+        trusted = summary["prior"]["trusted"]
+        kind = "self-trained" if trusted else "fell back to zero-shot"
+        names = {"zero_shot": "zero-shot", "probe": f"probe ({kind})", "supervised": "supervised"}
+        print(
+            report.table(
+                [
+                    {
+                        "classifier": text,
+                        "accuracy %": summary[name]["accuracy"],
+                        "ECE %": summary[name]["ece"],
+                        "NLL": summary[name]["nll"],
+                    }
+                    for name, text in names.items()
+                    if name in summary
+                ]
+            )
+        )
+        before, after = summary["zero_shot"]["accuracy"], summary["probe"]["accuracy"]
+        if after < before:
+            print(
+                f"\nThe probe is {100 * (before - after):.1f} points below zero-shot here: use OUT/zero_shot instead, "
+                "or more images, or tell the classes' shares (--prior)."
+            )
+    print()
+    _print_places(out, run, probe="probe", summary="summary.json")
+
+
+def print_evaluation_plan(
+    sets: Sequence[tuple[str, Data, int]], probes: Mapping[str, Probe], *, info: EncoderInfo, out: str
+) -> None:
+    """What is about to be evaluated: `sets` are a kind, images and the number of their views."""
+    for kind, data, num_views in sets:
+        size = ""
+        if data.source is not None and data.source.num_rows:
+            num_bytes = 2 * info.identity["dim"] * num_views * data.source.num_rows
+            size = f", {num_views * data.source.num_rows:,} features, {num_bytes / 1e6:,.0f} MB"
+        print(f"{kind:<9} {data.describe()}: {num_views} views{size}")
+    if probes:
+        print(f"probes    {', '.join(probes)}")
+    print(f"encoder   {info.name}, {info.preprocess.size} px, {info.identity['precision']}")
+    if info.name == "lite":
+        print(f"          ({LITE_NOTE})")
+    print(f"output    {shown(out)}")
+    noted = [note for _, data, _ in sets if data.source for note in data.source.notes]
+    for note in (*noted, *info.notes):
+        print(f"note      {note}")
+    print(end="", flush=True)
+
+
+def print_evaluation(summary: dict[str, Any], *, out: str, run: tracking.Run) -> None:
+    """The evaluation's tables, and where everything lies."""
+    results = summary["results"]
+    rates = summary["rates"]
+    if rates["features"]:
+        print(f"\nencoded {rates['images']:,.0f} images, {rates['features']:,.0f} features a second")
+    for rows in (corruption_table(results), ood_table(results), overview_table(results)):
+        if rows:
+            print(f"\n{report.table(rows)}")
+    for cell in summary["significantly_worse"]:
+        where = " ".join(str(cell[key]) for key in ("set", "corruption", "severity") if cell[key] is not None)
+        low, high = (100 * end for end in cell["interval"])
+        print(
+            f"WORSE than zero-shot: {cell['probe']} on {where} by {-100 * cell['value']:.1f} points "
+            f"({low:+.1f} to {high:+.1f})"
+        )
+    if summary["retrieval"]:
+        print(f"\n{report.table(retrieval_table(summary['retrieval']))}")
+    print()
+    _print_places(out, run, report="report.html", summary="summary.json")
+
+
+def print_retrieval(summary: dict[str, Any], *, out: str, run: tracking.Run) -> None:
+    """The table of an evaluation of retrieval alone, and where everything lies."""
+    print(f"\n{report.table(retrieval_table(summary['retrieval']))}\n")
+    _print_places(out, run, summary="summary.json")
+
+
+def print_sweep_plan(job: TuneJob, space: Space, *, classes: ClassList, count: int, concurrent: int) -> None:
+    """What is about to be searched."""
+    names = ", ".join(classes.names[:8]) + (", ..." if len(classes.names) > 8 else "")
+    print(f"classes   {len(classes.names)}: {names}")
+    fixed = "".join(f", {name}={value}" for name, value in space.fixed.items())
+    print(f"space     {job.space}: {', '.join(space.searched)}{fixed}")
+    scheduler = "no trial is stopped early" if job.scheduler == "none" else f"{job.scheduler} stops the worst"
+    print(
+        f"sweep     {count} trials, {concurrent} at a time, {job.search} search, {scheduler}; "
+        f"{job.criterion} chooses, labels do not",
+        flush=True,
+    )
+
+
+def print_sweep(summary: dict[str, Any], *, out: str, run: tracking.Run) -> None:
+    """A sweep's last words: the best trials, what the choice was worth, and how to repeat it."""
+    print(f"\n{report.table(trials_table(summary))}\n\n{status_line(summary)}")
+    where, evidence, chosen = summary["evaluated_on"], summary["evidence"], summary["chosen"]
+    if where["setting"] is None:
+        print("no labels: the criterion has chosen, and nothing can tell how well")
+    elif evidence is None:
+        print("too few trials to tell how well the criterion chose")
+    else:
+        print(
+            f"{where['data']}, {where['images']:,} labelled images, {where['setting']}: zero-shot "
+            f"{summary['zero_shot']['accuracy']:.1%}, chosen {chosen['accuracy']:.1%}, best trial "
+            f"{evidence['best_accuracy']:.1%}: regret {100 * evidence['regret']:.1f} points, rank {evidence['rank']} "
+            f"of {evidence['trials']}"
+        )
+        if evidence["spearman"] is not None:
+            print(f"Spearman correlation of {summary['criterion']} with accuracy: {evidence['spearman']:.2f}")
+    if not summary["trusted"]:
+        print("WARNING: the rounds are not to be trusted on these images (above): zero-shot is chosen")
+    print(f"\nagain    {chosen['command'] or 'zero-shot needs no training'}")
+    _print_places(out, run, probe="probe", report="report.html", summary="summary.json")

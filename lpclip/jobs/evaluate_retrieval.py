@@ -1,0 +1,219 @@
+"""Image-text retrieval in the evaluate job: images and texts are encoded, and each is ranked for the other."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import torch
+
+from lpclip import files
+from lpclip.config import EncoderConfig, EvaluateJob, to_dict
+from lpclip.encoders.encoder import load_encoder
+from lpclip.evaluation.ranking import retrieval_metrics
+from lpclip.features import store
+from lpclip.features.describe import EncoderInfo, describe_encoder, describe_probes_encoder, has_gpus
+from lpclip.features.find_or_encode import Data
+from lpclip.images.views import base_views
+from lpclip.jobs import tracking
+from lpclip.jobs.console import print_evaluation_plan, print_retrieval
+from lpclip.jobs.inputs import encode_evaluated, open_pairs
+from lpclip.jobs.runtime import claim, output_folder, start_ray, versions
+from lpclip.method.probe import Probe
+from lpclip.progress import Progress
+
+TEXTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSet:
+    """Image-text pairs, and the views whose mean is an image's feature."""
+
+    name: str
+    data: Data
+    views: tuple[str, ...]
+
+
+def open_pair_sets(job: EvaluateJob, probe: Probe | None) -> list[PairSet]:
+    """The sets of --retrieval, opened but not read. Raises ValueError when there are no texts, or a name is taken."""
+    views = base_views(probe.encoder["views"]) if probe else ("weak",)
+    found: dict[str, PairSet] = {}
+    for spec in job.retrieval:
+        name, separator, path = spec.partition("=")
+        if not separator or "/" in name:  # the = is a path's own
+            name, path = "", spec
+        elif not name or not path:
+            raise ValueError(f"--retrieval {spec}: give it as NAME=PATH")
+        source = open_pairs(
+            path, config=job.source, caption_templates=job.caption_templates, split="test", limit=job.limit
+        )
+        name = name or source.name
+        if name in found:
+            raise ValueError(
+                f"--retrieval {spec}: another set is called {name}; give it a name, as in other={path}"
+            )
+        data = Data(
+            name=source.name, label_names=source.label_names, has_labels=source.has_labels, source=source
+        )
+        found[name] = PairSet(name=name, data=data, views=views)
+    return list(found.values())
+
+
+def retrieval_identity(sets: list[PairSet]) -> dict[str, Any] | None:
+    """Whatever changes the ranks but the encoder; None without sets."""
+    return {
+        item.name: {"views": list(item.views), "source": item.data.source.identity}
+        for item in sets
+        if item.data.source is not None
+    } or None
+
+
+def retrieval_job(job: EvaluateJob, probe: Probe | None) -> dict[str, Any]:
+    """Measure retrieval alone, of the probe's encoder or of the one that the job names. Returns the summary."""
+    with output_folder(job.out) as out:
+        sets = open_pair_sets(job, probe)
+        start_ray()
+        if probe is not None:
+            encoder, info = describe_probes_encoder(probe, pretrained=job.pretrained, with_head=False)
+        else:
+            assert job.encoder is not None
+            encoder = EncoderConfig(encoder=job.encoder, pretrained=job.pretrained)
+            info = describe_encoder(encoder)
+        plan = [("retrieval", item.data, len(item.views)) for item in sets]
+        print_evaluation_plan(plan, {}, info=info, out=out)
+        identity = {"encoder": info.identity, "retrieval": retrieval_identity(sets)}
+        claim(out, identity, mark=False)
+        params = {k: v for k, v in to_dict(job).items() if v is not None}
+        with tracking.track(
+            job.tracking, name=files.split(out)[1], params=params, resume_key=f"evaluate {out}"
+        ) as run:
+            run.set_tags({"encoder": info.name, "data": sets[0].name, "out": out})
+            summary = {
+                "retrieval": measure_retrieval(job, out, sets, info, encoder, run),
+                "encoder": info.identity,
+                "encoder_name": info.name,
+                "config": {key: list(v) if isinstance(v, tuple) else v for key, v in to_dict(job).items()},
+                "versions": versions(),
+                "mlflow_run": run.run_id,
+            }
+            claim(out, identity)
+            files.write_json(files.join(out, "summary.json"), summary)
+            run.artifact(files.join(out, "summary.json"))
+        print_retrieval(summary, out=out, run=run)
+        return summary
+
+
+def measure_retrieval(
+    job: EvaluateJob,
+    out: str,
+    sets: list[PairSet],
+    info: EncoderInfo,
+    encoder: EncoderConfig,
+    run: tracking.Run,
+) -> list[dict[str, Any]]:
+    """What the summary tells of each set: what it holds, recalls and median rank, and what it took in seconds.
+
+    Raises ValueError when too many pairs are bad.
+    """
+    found = []
+    for item in sets:
+        begin = time.monotonic()
+        views = encode_evaluated(job, item.data, views=item.views, info=info, encoder=encoder, out=out)
+        seconds = {"images": time.monotonic() - begin}
+        begin = time.monotonic()
+        images = views.mean(*item.views)
+        texts, image_index, text_index = read_pairs(views.stores[0].path)
+        text_features = encode_texts(texts, info=info, encoder=encoder, name=item.data.name)
+        seconds["texts"] = time.monotonic() - begin
+        begin = time.monotonic()
+        progress = Progress(
+            f"ranking {item.data.name}", total=len(images) + len(texts), unit="images and texts"
+        )
+        metrics = retrieval_metrics(
+            images,
+            text_features,
+            image_index=image_index,
+            text_index=text_index,
+            advance=progress.advance,
+        )
+        progress.close()
+        seconds["ranks"] = time.monotonic() - begin
+        run.log(
+            {
+                f"retrieval/{item.name}/{direction}_{metric}": value
+                for direction, values in metrics.items()
+                for metric, value in values.items()
+                if metric != "intervals"
+            },
+            step=0,
+        )
+        found.append(
+            {
+                "set": item.name,
+                "data": item.data.name,
+                "images": len(images),
+                "texts": len(texts),
+                "pairs": len(text_index),
+                "quarantined": views.stores[0].manifest["num_quarantined"],
+                **metrics,
+                "views": list(item.views),
+                "stores": [one.path for one in views.stores],
+                "encoded_now": any(not one.reused for one in views.stores),
+                "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            }
+        )
+    return found
+
+
+def read_pairs(path: str) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """The different texts of a complete store of pairs, M of them, and the pairs as indices (P,) int64 of images, in
+    row order, and of texts."""
+    table = pa.concat_tables(store.read_parts(path, ["id", "texts"]))
+    order = store.row_order(np.array(table["id"].to_pylist(), dtype=np.str_))
+    lists = table["texts"].combine_chunks().take(pa.array(order))
+    texts = lists.flatten().dictionary_encode()
+    images = pc.list_parent_indices(lists).to_numpy()
+    return texts.dictionary.to_pylist(), images, texts.indices.to_numpy().astype(np.int64)
+
+
+def encode_texts(
+    texts: list[str], *, info: EncoderInfo, encoder: EncoderConfig, name: str = "texts"
+) -> np.ndarray:
+    """Features (M, d) float32, unit norm, of M texts, computed where GPUs are.
+
+    Raises ValueError when the encoder is another one than `info` tells of.
+    """
+    if has_gpus():
+        task: Any = ray.remote(num_cpus=1, num_gpus=1, max_retries=1)(_text_batches)
+        batches: Iterator[np.ndarray] = map(ray.get, task.remote(texts, info, encoder))
+    else:
+        batches = _text_batches(texts, info, encoder, device="cpu")
+    progress = Progress(f"encoding texts of {name}", total=len(texts), unit="texts")
+    found = np.empty((len(texts), info.identity["dim"]), np.float32)
+    for batch in batches:
+        found[progress.done : progress.done + len(batch)] = batch
+        progress.advance(len(batch))
+    progress.close()
+    return found
+
+
+def _text_batches(
+    texts: list[str], info: EncoderInfo, config: EncoderConfig, *, device: str | None = None
+) -> Iterator[np.ndarray]:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # `auto` may mean another precision on this node.
+    encoder = load_encoder(replace(config, precision=info.identity["precision"]), device=device)
+    if {**encoder.identity, "dim": encoder.dim} != info.identity:
+        raise ValueError(
+            f"another encoder was found on {platform.node()} than where the job began: its weights, its precision or "
+            "its preprocessing differ; all nodes must have the same checkpoint"
+        )
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        yield encoder.encode_text(texts[start : start + TEXTS_AT_ONCE]).cpu().numpy()

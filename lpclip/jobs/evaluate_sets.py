@@ -1,0 +1,178 @@
+"""What an evaluation runs on: clean, corrupted, shifted and foreign images, opened and checked before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lpclip.config import ClassConfig, EvaluateJob, to_dict
+from lpclip.encoders.prompts import ClassList
+from lpclip.evaluation.judge import Cell, Kind
+from lpclip.features.find_or_encode import Data, open_data
+from lpclip.images.captions import images_config
+from lpclip.images.classes import map_labels, resolve_classes
+from lpclip.images.published import Published, published_sets
+from lpclip.images.views import CORRUPTIONS, base_views, mirror_view
+from lpclip.method.probe import Probe
+
+IMAGENET_C = CORRUPTIONS[:15]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSet:
+    """Images to evaluate on, and the views whose mean is a cell's feature."""
+
+    name: str
+    kind: Kind
+    data: Data
+    cells: dict[Cell, tuple[str, ...]]
+
+    @property
+    def key(self) -> str:
+        """Unique among an evaluation's sets: a published set is one for each corruption and severity."""
+        return f"{self.name} {self.data.name}"
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """All views that are needed."""
+        return tuple(dict.fromkeys(view for views in self.cells.values() for view in views))
+
+
+def check_evaluation(job: EvaluateJob) -> None:
+    """ValueError for flags that do not go together."""
+    if job.probe and job.encoder is not None:
+        raise ValueError(
+            "--encoder is for --retrieval without --probe: with it, the encoder is the probes' own"
+        )
+    if job.data is not None and not job.probe:
+        raise ValueError("--data has the images that probes are measured on: it needs --probe")
+    if job.data is None and not job.retrieval:
+        raise ValueError(
+            "there is nothing to measure: give --probe and --data, or --retrieval, or all of them"
+        )
+    if job.retrieval and not job.probe and job.encoder is None:
+        raise ValueError("--retrieval needs an encoder: give --encoder, or --probe to take its own")
+    measured = ("corruptions", "corrupted", "shift", "ood", "classes")
+    needs = {
+        "--probe and --data": () if job.data is not None else measured,
+        "--retrieval": () if job.retrieval else ("caption_templates", "text_column"),
+    }
+    given, default = to_dict(job), to_dict(EvaluateJob())
+    for flags, names in needs.items():
+        for name in names:
+            if given.get(name) != default[name]:
+                raise ValueError(f"--{name.replace('_', '-')} needs {flags}")
+
+
+def parse_corruptions(job: EvaluateJob) -> list[tuple[str, int]]:
+    """Name and severity of every corruption that is asked for. Raises ValueError for unknown or repeated ones."""
+    severities = [text.strip() for text in job.severities.split(",")]
+    for text in severities:
+        if text not in ("1", "2", "3", "4", "5"):
+            raise ValueError(
+                f"--severities: {text!r} is not a whole number from 1 to 5; give them by comma, as in 1,3,5"
+            )
+    named = [name.strip() for name in job.corruptions.split(",")]
+    names = {"none": [], "all": list(IMAGENET_C)}.get(job.corruptions, named)
+    for name in names:
+        if name not in CORRUPTIONS:
+            raise ValueError(
+                f"--corruptions: {name!r} is no corruption; there are {', '.join(CORRUPTIONS)}, and all for the "
+                "first 15"
+            )
+    found = [(name, int(severity)) for name in names for severity in severities]
+    if len(set(found)) < len(found):
+        raise ValueError("--corruptions or --severities name one of them twice")
+    return found
+
+
+def open_sets(job: EvaluateJob, probe: Probe, corruptions: list[tuple[str, int]]) -> Iterator[EvaluationSet]:
+    """All sets, opened but not read, --data's first."""
+    base = base_views(probe.encoder["views"])
+    config = images_config(job.source)
+    taken = set()
+
+    def one(
+        name: str, kind: Kind, data: Data, cells: dict[Cell, tuple[str, ...]] | None = None
+    ) -> EvaluationSet:
+        if kind != "ood" and not data.has_labels and data.source is not None:
+            raise ValueError(f"{name} has no labels: there is nothing to measure on it")
+        return EvaluationSet(
+            name=name, kind=kind, data=data, cells=cells or {Cell(set=name, kind=kind): base}
+        )
+
+    def named(specs: tuple[str, ...], flag: str) -> Iterator[tuple[str, str]]:
+        for spec in specs:
+            name, separator, path = spec.partition("=")
+            if not separator or not name or not path:
+                raise ValueError(f"--{flag} {spec}: give it as NAME=PATH")
+            if name in taken:
+                raise ValueError(f"--{flag} {spec}: another set is called {name}")
+            taken.add(name)
+            yield name, path
+
+    assert job.data is not None
+    data = open_data(job.data, config=config, split="test", limit=job.limit)
+    taken.add(data.name)
+    cells = {Cell(set=data.name, kind="clean"): base}
+    for name, severity in corruptions:
+        view = f"{name}:{severity}"
+        views = tuple(mirror_view(view) if other == "mirror" else view for other in base)
+        cells[Cell(set=data.name, kind="corrupted", corruption=name, severity=severity)] = views
+    yield one(data.name, "clean", data, cells)
+    for name, path in named(job.shift, "shift"):
+        yield one(name, "shift", open_data(path, config=config, split="test", limit=job.limit))
+    for name, path in named(job.ood, "ood"):
+        yield one(name, "ood", open_data(path, config=config, split="test", limit=job.limit))
+    for name, path in named(job.corrupted, "corrupted"):
+        published, notes = published_sets(path)
+        for item in published:
+            yield _published(name, item, job, base, notes=tuple(notes))
+            notes = []
+
+
+def _published(
+    name: str, item: Published, job: EvaluateJob, base: tuple[str, ...], *, notes: tuple[str, ...]
+) -> EvaluationSet:
+    source = item.open(config=images_config(job.source), limit=job.limit)
+    source = replace(source, notes=(*source.notes, *notes))
+    data = Data(name=source.name, label_names=source.label_names, has_labels=source.has_labels, source=source)
+    cell = Cell(set=name, kind="published corruption", corruption=item.corruption, severity=item.severity)
+    return EvaluationSet(name=name, kind="published corruption", data=data, cells={cell: base})
+
+
+def evaluation_classes(job: EvaluateJob, probe: Probe) -> ClassList:
+    """The probe's classes, with the labels that `--classes` gives them."""
+    if job.classes is None:
+        return ClassList(names=probe.class_names)
+    classes = resolve_classes(ClassConfig(classes=job.classes), label_names=None)
+    if classes.names != probe.class_names:
+        raise ValueError(
+            f"--classes {job.classes} has other names than the probe, or another order: the probe's are "
+            f"{', '.join(probe.class_names[:5])}{', ...' if len(probe.class_names) > 5 else ''}"
+        )
+    return classes
+
+
+def check_label_names(item: EvaluationSet, classes: ClassList) -> None:
+    """Refuse a labelled set that knows none of the classes before it is encoded."""
+    names = item.data.label_names
+    if item.kind == "ood" or names is None:
+        return
+    whole = item.data.source is not None and item.data.source.kind == "folder"
+    for chosen in [list(range(len(names)))] if whole else [[place] for place in range(len(names))]:
+        try:
+            map_labels(
+                np.array(chosen, dtype=np.int32), label_names=names, classes=classes, data=item.data.name
+            )
+        except ValueError:
+            if whole:
+                raise
+        else:
+            return
+    raise ValueError(
+        f"none of {item.data.name}'s labels ({', '.join(names[:5])}) is a class of the probe "
+        f"({', '.join(classes.names[:5])})"
+    )

@@ -1,0 +1,193 @@
+"""What jobs have in common: the images, classes and image-text pairs that they name, as features and class indices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lpclip import files
+from lpclip.config import (
+    EncodeConfig,
+    EncoderConfig,
+    EvaluateJob,
+    PairsConfig,
+    SelftrainJob,
+    TuneJob,
+    to_dict,
+)
+from lpclip.encoders.head import Head
+from lpclip.encoders.prompts import ClassList, templates
+from lpclip.features.describe import EncoderInfo
+from lpclip.features.find_or_encode import (
+    Data,
+    Encoded,
+    Views,
+    encode_data,
+    encode_views,
+    load_labelled,
+    open_data,
+)
+from lpclip.features.store import Features
+from lpclip.images.captions import images_config, with_captions
+from lpclip.images.classes import map_labels, resolve_classes
+from lpclip.images.named import CLASSES
+from lpclip.images.open import Source, open_source
+from lpclip.images.views import base_views
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Images to learn from and to evaluate on, before they are encoded."""
+
+    data: Data
+    test: Data | None
+    """None when the evaluation is on `data` itself, as far as it has labels."""
+    classes: ClassList
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedInputs:
+    """The same as features."""
+
+    encoded: Encoded
+    tested: Encoded | None
+    features: Features
+    """Of the unlabelled images, in row order, the base views alone."""
+    raw_labels: np.ndarray
+    """(N,) int32 of the unlabelled images as the data tells them, for a supervised ceiling alone."""
+    x: np.ndarray
+    """(M, d) float16, what is evaluated on."""
+    y: np.ndarray
+    """(M,) int64 class indices, -1 where there is no label."""
+    probe_encoder: dict[str, Any]
+    """What a probe must know to make the same features again."""
+    seconds: dict[str, float]
+
+
+def open_inputs(job: SelftrainJob | TuneJob) -> Inputs:
+    """The images and class names of a job. Raises ValueError when they cannot be had or do not fit each other."""
+    data = open_data(job.data, config=job.source, split="train", limit=job.limit)
+    classes = resolve_classes(job.names, label_names=data.label_names)
+    test = _open_test(job)
+    _check_label_names(data, test, classes)
+    return Inputs(data=data, test=test, classes=classes)
+
+
+def open_pairs(
+    data: str, *, config: PairsConfig, caption_templates: str | None, split: str, limit: int | None
+) -> Source:
+    """The source of image-text pairs that `data` names; texts are made of labels where templates are given.
+
+    Named data sets have simple templates without any. Raises ValueError when there are no texts.
+    """
+    spec = caption_templates
+    if spec is None and data.partition(":")[0] in CLASSES and not files.exists(data):
+        spec = "simple"
+    if spec is None:
+        return open_source(data, config=config, split=split, limit=limit)
+    source = open_source(data, config=images_config(config), split=split, limit=limit)
+    return with_captions(source, templates=templates(spec), config=config)
+
+
+def encode_inputs(
+    job: SelftrainJob | TuneJob, inputs: Inputs, *, info: EncoderInfo, head: Head, out: str
+) -> EncodedInputs:
+    """Find or make the features. Raises ValueError when too many images are bad or a label is no class."""
+    data, test, classes = inputs.data, inputs.test, inputs.classes
+    options: dict[str, Any] = {
+        "info": info,
+        "encoder": job.encoder,
+        "config": job.encode,
+        "seed": job.training.seed,
+        "folder": job.encode.features or files.join(out, "features"),
+    }
+    scores = files.join(out, f"zero_shot-{head.identity[:12]}")
+    encoded = encode_data(data, **options, head=head, scores_path=scores)
+    seconds = {"encode": encoded.seconds}
+    features, raw = load_labelled(encoded)
+    tested = None
+    if test is None:
+        x, y = features.base, map_labels(raw, label_names=data.label_names, classes=classes, data=data.name)
+    else:
+        # Students alone need the other views.
+        base = base_views(job.encode.views)
+        found = encode_views(test, views=base, **options)
+        x, tested = found.mean(*base), found.latest
+        y = map_labels(found.labels, label_names=test.label_names, classes=classes, data=test.name)
+        seconds["encode_eval"] = tested.seconds
+    return EncodedInputs(
+        encoded=encoded,
+        tested=tested,
+        features=features,
+        raw_labels=raw,
+        x=x,
+        y=y,
+        probe_encoder={
+            "config": to_dict(job.encoder),
+            "identity": info.identity,
+            "views": job.encode.views,
+            "templates": list(templates(job.names.templates)),
+            "logit_scale": info.logit_scale,
+            "features": encoded.manifest["fingerprint"],
+        },
+        seconds=seconds,
+    )
+
+
+def encode_evaluated(
+    job: EvaluateJob,
+    data: Data,
+    *,
+    views: tuple[str, ...],
+    info: EncoderInfo,
+    encoder: EncoderConfig,
+    out: str,
+) -> Views:
+    """Views of images that are evaluated on, found or made. Raises ValueError when too many images are bad."""
+    return encode_views(
+        data,
+        views=views,
+        info=info,
+        encoder=encoder,
+        config=EncodeConfig(batch_size=job.batch_size, num_actors=job.num_actors),
+        seed=job.seed,
+        folder=job.features or files.join(out, "features"),
+    )
+
+
+def evaluated_on(inputs: Inputs, labels: np.ndarray) -> dict[str, Any]:
+    """Name, number of labelled images, and whether training saw them, for summaries; `labels` (M,), -1 for none."""
+    data, test = inputs.data, inputs.test
+    known = int((labels >= 0).sum())
+    same = test is None or (
+        test.source is not None
+        and data.source is not None
+        and (test.source.root, test.source.identity) == (data.source.root, data.source.identity)
+    )
+    return {
+        "data": (test or data).name,
+        "images": known,
+        "setting": None if not known else "transductive" if same else "inductive",
+    }
+
+
+def _open_test(job: SelftrainJob | TuneJob) -> Data | None:
+    name = job.eval_data
+    if name is None and not files.exists(job.data) and ":" not in job.data:
+        name = job.data
+    if name is None:
+        return None
+    test = open_data(name, config=job.source, split="test", limit=job.eval_limit)
+    if not test.has_labels and test.source is None:
+        raise ValueError(f"--eval-data {name} has no labels: there is nothing to evaluate on")
+    return test
+
+
+def _check_label_names(data: Data, test: Data | None, classes: ClassList) -> None:
+    """Refuse foreign labels before the work begins, where all names that the data tells do occur: in folders."""
+    for item in (data, test):
+        if item is not None and item.source is not None and item.source.kind == "folder" and item.label_names:
+            places = np.arange(len(item.label_names), dtype=np.int32)
+            map_labels(places, label_names=item.label_names, classes=classes, data=item.name)

@@ -1,0 +1,69 @@
+"""The predict job: label images with a saved probe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from lpclip import files, report
+from lpclip.config import EncodeConfig, PredictJob
+from lpclip.features.describe import describe_probes_encoder
+from lpclip.features.find_or_encode import encode_views, open_data
+from lpclip.images.views import base_views
+from lpclip.jobs.console import print_plan
+from lpclip.jobs.runtime import output_folder, start_ray
+from lpclip.method.probe import load_probe
+
+
+def predict_job(job: PredictJob) -> dict[str, Any]:
+    """Label images with a saved probe: id, label, probability and the top k, one Parquet file."""
+    if job.top_k < 1:
+        raise ValueError(f"--top-k must be at least 1, not {job.top_k}")
+    probe = load_probe(job.probe)
+    data = open_data(job.data, config=job.source, split="test", limit=job.limit)
+    if "://" not in job.out:
+        _check_file_target(job.out)
+    start_ray()
+    encoder, info = describe_probes_encoder(probe, pretrained=job.pretrained, with_head=False)
+    views = base_views(probe.encoder["views"])
+    folder = job.features or files.add_suffix(job.out, ".features")
+    with output_folder(folder) as held:
+        print_plan(data, None, info=info, views=",".join(views), out=job.out)
+        found = encode_views(
+            data,
+            views=views,
+            info=info,
+            encoder=encoder,
+            config=EncodeConfig(batch_size=job.batch_size),
+            seed=0,
+            folder=held,
+        )
+        p = probe.probabilities(found.mean(*views))
+        top, places = p.topk(min(job.top_k, p.shape[1]), dim=1)
+        names = np.array(probe.class_names)[places.numpy()]
+        table = pa.table(
+            {
+                "id": found.ids,
+                "label": names[:, 0],
+                "probability": top[:, 0].numpy(),
+                "top_labels": list(names.tolist()),
+                "top_probabilities": list(top.numpy()),
+            }
+        )
+        files.write_parquet(job.out, table)
+    if job.features is None:
+        files.delete_folder(folder)
+    counts = np.bincount(places[:, 0].numpy(), minlength=p.shape[1])
+    order = np.argsort(-counts)[:20]
+    print(report.table([{"label": probe.class_names[i], "images": int(counts[i])} for i in order]))
+    print(
+        f"{len(table):,} images labelled, {found.latest.manifest['num_quarantined']:,} quarantined: {job.out}"
+    )
+    return {"images": len(table), "quarantined": found.latest.manifest["num_quarantined"]}
+
+
+def _check_file_target(path: str) -> None:
+    if path.endswith("/") or not path.endswith(".parquet"):
+        raise ValueError(f"--out {path}: a Parquet file is written, so its name must end in .parquet")

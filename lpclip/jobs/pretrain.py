@@ -1,0 +1,247 @@
+"""The pretrain job: pairs to a store of pixels and texts, training, and a model that other jobs take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lpclip import files, report
+from lpclip.config import ModelConfig, PretrainConfig, PretrainJob, digest, to_dict
+from lpclip.encoders.encoder import weights_digest
+from lpclip.encoders.open_clip import Trainable, load_trainable
+from lpclip.features.describe import has_gpus
+from lpclip.features.pairs import PairStore, pairs_identity, prepare_pairs
+from lpclip.features.pipeline import check_manifest
+from lpclip.features.store import fingerprint, read_manifest
+from lpclip.images.open import Source
+from lpclip.jobs import tracking
+from lpclip.jobs.console import shown
+from lpclip.jobs.inputs import open_pairs
+from lpclip.jobs.runtime import claim, output_folder, start_ray, versions
+from lpclip.method.contrastive_step import check_pretraining, num_steps
+from lpclip.progress import Progress, watched
+from lpclip.training.contrastive import WEIGHTS, Pretraining, go_on, is_finished, pretrain, read_metrics
+
+# Of the texts, more are not counted: their tokens take a minute.
+COUNTED_TEXTS = 200_000
+
+
+def pretrain_job(job: PretrainJob) -> dict[str, Any]:
+    """Train on pairs; the model goes to OUT/model, metrics to MLflow. Returns the summary."""
+    check_pretraining(job.training)
+    with output_folder(job.out) as out:
+        source = open_pairs(
+            job.data,
+            config=job.source,
+            caption_templates=job.caption_templates,
+            split="train",
+            limit=job.limit,
+        )
+        check_pretraining(job.training, num_pairs=source.num_rows)
+        trainable = load_trainable(job.model, seed=job.training.seed)
+        stored = pairs_identity(source, trainable.preprocess)
+        identity = _work_identity(job, fingerprint(stored), trainable)
+        claim(out, identity, mark=False, shared="pairs")
+        start_ray()
+        _print_plan(job, source, trainable, out)
+        with tracking.track(
+            job.tracking,
+            name=files.split(out)[1],
+            params={k: v for k, v in to_dict(job).items() if v is not None},
+            resume_key=f"pretrain {out}",
+        ) as run:
+            run.set_tags({"encoder": trainable.name, "data": source.name, "out": out})
+            return _pretrain(job, out, source, trainable, run, identity=identity)
+
+
+def _pretrain(
+    job: PretrainJob,
+    out: str,
+    source: Source,
+    trainable: Trainable,
+    run: tracking.Run,
+    *,
+    identity: dict[str, Any],
+) -> dict[str, Any]:
+    begin = time.monotonic()
+    name = f"{source.name}-{identity['pairs'][:12]}"
+    # Ray Train's workers run in folders of their own.
+    path = files.join(files.absolute(job.pairs or files.join(out, "pairs")), name)
+    manifest = read_manifest(path)
+    if manifest is None:
+        print(f"pairs: reading to {shown(path)}", flush=True)
+        manifest = prepare_pairs(source, preprocess=trainable.preprocess, path=path)
+    else:
+        check_manifest(source, path, manifest)
+        print(f"pairs: found in {shown(path)}", flush=True)
+    pairs = PairStore(path)
+    check_pretraining(job.training, num_pairs=len(pairs))
+    seconds = {"pairs": time.monotonic() - begin}
+    claim(out, identity, shared="pairs")
+    cut, counted = _count_cut_texts(pairs, trainable)
+    if cut:
+        print(
+            f"note      {cut:,} of {counted:,} texts fill the model's context, or are cut to it", flush=True
+        )
+
+    begin = time.monotonic()
+    total = num_steps(job.training, num_pairs=len(pairs))
+    work = Pretraining(
+        store_path=path,
+        model=_reachable(job.model),
+        config=job.training,
+        folder=files.join(out, "training"),
+        model_folder=files.join(out, "model"),
+    )
+    size = job.training.batch_size
+    done = go_on(work.folder)
+    if is_finished(work):
+        print("training: finished before, nothing is left to do", flush=True)
+    elif done:
+        print(f"training: goes on after step {done:,} of {total:,}", flush=True)
+    progress = Progress("training", total=total * size, done=done * size, unit="pairs")
+    with watched(_teller(job.training, work, total=total, progress=progress, run=run), seconds=1.0):
+        pretrain(work, storage=files.join(out, "ray"), use_gpu=has_gpus())
+    progress.close()
+    seconds["training"] = time.monotonic() - begin
+    metrics = read_metrics(work.folder)
+    model = files.join(work.model_folder, WEIGHTS)
+    summary = {
+        "model": model,
+        "encoder": trainable.name,
+        "pairs": {
+            "store": path,
+            "read": manifest["num_rows"],
+            "quarantined": manifest["num_quarantined"],
+            "texts_cut": cut,
+            "texts_counted": counted,
+        },
+        "steps": total,
+        "last": metrics[-1],
+        "timings": {name: round(value, 3) for name, value in seconds.items()},
+        "config": to_dict(job),
+        "versions": versions(),
+        "mlflow_run": run.run_id,
+    }
+    files.write_json(files.join(out, "summary.json"), summary)
+    run.artifact(files.join(out, "summary.json"))
+    run.artifact(files.join(work.model_folder, "open_clip_config.json"), "model")
+    _print_result(job, summary, run)
+    return summary
+
+
+def _teller(
+    config: PretrainConfig, work: Pretraining, *, total: int, progress: Progress, run: tracking.Run
+) -> Callable[[], None]:
+    """Tells what is new in the measurements each time that it is called: progress, epochs, metrics to MLflow."""
+    per_epoch = total // config.epochs
+    # From the first: MLflow may have missed what was measured just before a kill, and takes no step twice.
+    told, epochs = 0, progress.done // config.batch_size // per_epoch
+
+    def tell() -> None:
+        nonlocal told, epochs
+        metrics = read_metrics(work.folder)
+        for entry in metrics[told:]:
+            step = int(entry["step"])
+            run.log({k: v for k, v in entry.items() if k != "step"}, step=step)
+            progress.advance(max(0, step * config.batch_size - progress.done))
+            if step // per_epoch > epochs:
+                epochs = step // per_epoch
+                losses = [one["loss"] for one in metrics if step - per_epoch < one["step"] <= step]
+                print(
+                    f"epoch {epochs} of {config.epochs}: mean loss {sum(losses) / len(losses):.3f}, temperature "
+                    f"{entry['temperature']:.3f}, {entry['distilled_share']:.0%} distilled, "
+                    f"{entry['pairs_per_second']:.0f} pairs a second",
+                    flush=True,
+                )
+        # A lost worker's measurements beyond the last checkpoint come again.
+        told = max(told, len(metrics))
+
+    return tell
+
+
+def _work_identity(job: PretrainJob, pairs: str, trainable: Trainable) -> dict[str, Any]:
+    """Whatever changes the result, by the names of the flags; the number of workers does not."""
+    training = to_dict(job.training)
+    return {
+        "pairs": pairs,
+        "encoder": [trainable.name, digest(trainable.open_clip_config)],
+        "pretrained": weights_digest(trainable.model.state_dict()),
+        "lock": job.model.lock,
+        **{k: v for k, v in training.items() if k not in ("num_workers", "checkpoint_minutes")},
+    }
+
+
+def _reachable(model: ModelConfig) -> ModelConfig:
+    """The model, its files named such that any worker on this machine finds them."""
+    encoder, weights = model.encoder, model.pretrained
+    if encoder.endswith(".json"):
+        encoder = files.absolute(encoder)
+    if weights is not None and Path(weights).is_file():
+        weights = files.absolute(weights)
+    return replace(model, encoder=encoder, pretrained=weights)
+
+
+def _count_cut_texts(pairs: PairStore, trainable: Trainable) -> tuple[int, int]:
+    """How many of how many different texts fill the model's context, or more than it."""
+    different: set[str] = set()
+    for start in range(0, len(pairs), 4096):
+        rows = range(start, min(len(pairs), start + 4096))
+        different.update(text for texts in pairs.texts(rows) for text in texts)
+        if len(different) > COUNTED_TEXTS:
+            break
+    texts = sorted(different)[:COUNTED_TEXTS]
+    padding = trainable.tokenizer([""])[0, -1]
+    cut = 0
+    for start in range(0, len(texts), 1024):
+        cut += int((trainable.tokenizer(texts[start : start + 1024])[:, -1] != padding).sum())
+    return cut, len(texts)
+
+
+def _print_plan(job: PretrainJob, source: Source, trainable: Trainable, out: str) -> None:
+    t, size = job.training, trainable.preprocess.size
+    count = f"{source.num_rows:,}" if source.num_rows is not None else "an unknown number of"
+    print(f"data      {source.name}: {count} pairs ({source.kind})")
+    begin = f"from {job.model.pretrained}" if job.model.pretrained else "from scratch"
+    number = sum(p.numel() for p in trainable.model.parameters()) / 1e6
+    locked = f", {job.model.lock} tower locked" if job.model.lock != "none" else ""
+    print(f"encoder   {trainable.name}, {size} px, {number:,.1f} million weights, {begin}{locked}")
+    if source.num_rows:
+        print(
+            f"pairs     about {source.num_rows * size * size * 3 / 1e6:,.0f} MB of pixels when all are read"
+        )
+        steps = f"{num_steps(t, num_pairs=source.num_rows):,} steps"
+    else:
+        steps = "an unknown number of steps"
+    method = f"psd (reconstructed), {t.share_start:g} to {t.share_end:g} distilled"
+    workers = f"{t.num_workers} Ray Train workers" if t.num_workers else "in this process"
+    print(
+        f"training  {method if t.method == 'psd' else 'infonce'}, {t.epochs} epochs of batches of {t.batch_size}: "
+        f"{steps} at most, {workers}"
+    )
+    print(f"output    {shown(out)}")
+    for note in source.notes:
+        print(f"note      {note}")
+
+
+def _print_result(job: PretrainJob, summary: dict[str, Any], run: tracking.Run) -> None:
+    last = summary["last"]
+    row = {
+        "pairs": summary["pairs"]["read"],
+        "quarantined": summary["pairs"]["quarantined"],
+        "steps": summary["steps"],
+        "last batch's loss": round(last["loss"], 3),
+        "temperature": round(last["temperature"], 3),
+        "pairs/s": round(last["pairs_per_second"]),
+        "seconds": round(summary["timings"]["training"]),
+    }
+    print(f"\n{report.table([row])}\n")
+    if summary["pairs"]["quarantined"]:
+        print(f"bad      {shown(files.join(summary['pairs']['store'], 'quarantine.parquet'))}")
+    print(f"model    {shown(summary['model'])}")
+    where = "A-LOCAL-COPY" if "://" in summary["model"] else shown(summary["model"])
+    print(f"use it   --encoder {job.model.encoder} --pretrained {where}")
+    print(f"MLflow   {shown(run.uri)}, run {run.run_id}", flush=True)

@@ -1,0 +1,99 @@
+"""Which class prior a training uses, and whether its rounds can be trusted: asked for by name, or chosen."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lpclip import files
+from lpclip.config import SelfTrainingConfig, digest
+from lpclip.encoders.encoder import resolve_precision
+from lpclip.encoders.head import Head
+from lpclip.jobs.console import print_prior, print_tried
+from lpclip.method.confirmation import Confirmation, Sample, choose_prior
+from lpclip.method.pseudo_labels import Prior
+from lpclip.method.self_training import PRIORS, config_identity, read_prior
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenPrior:
+    """The prior of a training, and what the views of a sample make of the rounds with it."""
+
+    name: str
+    prior: Prior
+    tried: dict[str, Confirmation]
+    """By candidate; empty for the gradient solver, whose rounds are too slow to try."""
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the rounds are to be used at all."""
+        return self.name not in self.tried or self.tried[self.name].trusted
+
+    def summary(self) -> dict[str, Any]:
+        """For OUT/summary.json."""
+        return {
+            "name": self.name,
+            "trusted": self.trusted,
+            "tried": {name: asdict(found) for name, found in self.tried.items()},
+        }
+
+
+def load_prior(spec: str, class_names: tuple[str, ...]) -> Prior | None:
+    """The prior that `--prior` names, None for `auto`. Raises ValueError when there is none of that name."""
+    text = None
+    if spec != "auto" and spec not in PRIORS:
+        try:
+            text = files.read_bytes(spec).decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"--prior {spec} is none of auto, uniform, weak, none, nor a text file: {error}"
+            ) from error
+    return read_prior(spec, class_names, text=text)
+
+
+def settle_prior(
+    training: SelfTrainingConfig,
+    *,
+    out: str,
+    features: np.ndarray,
+    prior: Prior | None,
+    head: Head,
+    fingerprint: str,
+) -> ChosenPrior:
+    """Try the rounds on a sample: with the prior that was asked for, or with those that `auto` has to choose from.
+
+    OUT/prior.json keeps the outcome, so that a job which goes on goes on with the same prior.
+    """
+    spec = training.prior
+    name = "weak" if spec == "auto" else spec
+    tried: dict[str, Confirmation] = {}
+    if training.solver == "gaussian":
+        path = files.join(out, "prior.json")
+        shares = None if prior is None or prior.shares is None else prior.shares.tolist()
+        identity = digest([fingerprint, head.identity, config_identity(training), shares])
+        kept = files.read_json(path) if files.exists(path) else {}
+        if kept.get("identity") != identity:
+            print(
+                "prior: trying the rounds on a sample, and on halves of its features (a minute)", flush=True
+            )
+            sample = Sample(
+                features,
+                zero_shot=torch.tensor(head.weight),
+                temperature=head.temperature,
+                config=training,
+                dtype=resolve_precision("auto", device=torch.device("cpu")),
+            )
+            if prior is None:
+                name, tried = choose_prior(sample, show=print_tried)
+            else:
+                tried = {name: sample.confirm(prior)}
+                print_tried(name, tried[name])
+            kept = {"identity": identity, "name": name, "tried": {k: asdict(v) for k, v in tried.items()}}
+            files.write_json(path, kept)
+        name, tried = kept["name"], {k: Confirmation(**v) for k, v in kept["tried"].items()}
+    chosen = ChosenPrior(name=name, prior=PRIORS[name] if prior is None else prior, tried=tried)
+    print_prior(name, tried, trusted=chosen.trusted)
+    return chosen

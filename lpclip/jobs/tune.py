@@ -1,0 +1,498 @@
+"""The tune job: encode what is missing, run the sweep, choose without labels, show what the choice was worth."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, get_args
+
+import numpy as np
+import ray
+import torch
+from torchmetrics.functional import spearman_corrcoef
+
+from lpclip import files, report
+from lpclip.config import Criterion, SelfTrainingConfig, SelftrainJob, TuneJob, flags, to_dict
+from lpclip.encoders.encoder import resolve_precision
+from lpclip.encoders.head import Head, make_head
+from lpclip.encoders.prompts import templates
+from lpclip.features import store
+from lpclip.features.describe import EncoderInfo, describe_encoder
+from lpclip.images.views import BASE_VIEWS, parse_views
+from lpclip.jobs import tracking
+from lpclip.jobs.console import LITE_NOTE, print_plan, print_sweep, print_sweep_plan, shown
+from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
+from lpclip.jobs.runtime import claim, output_folder, start_ray, versions
+from lpclip.jobs.settle_prior import ChosenPrior, load_prior, settle_prior
+from lpclip.method.calibration import evaluate, label_free_temperature
+from lpclip.method.criteria import ALONE, CRITERIA, Candidate, make_yardstick, measure_all, predict
+from lpclip.method.probe import Probe, zero_shot_probe
+from lpclip.method.pseudo_labels import Prior
+from lpclip.method.self_training import check_config, config_identity
+from lpclip.progress import TrialProgress
+from lpclip.report.sweep_page import criterion_figure, parallel_coordinates_figure, sweep_page
+from lpclip.training.search_space import (
+    FACTOR,
+    Parameters,
+    Space,
+    check_space,
+    draw,
+    read_space,
+    trial_config,
+)
+from lpclip.training.trials import (
+    Material,
+    Outcome,
+    Status,
+    prepare,
+    read_candidate,
+    read_outcomes,
+    run_trials,
+    trial_name,
+)
+
+ZERO_SHOT = "zero_shot"
+# The alias of the winner in the model registry.
+ALIAS = "champion"
+
+
+def tune_job(job: TuneJob) -> dict[str, Any]:
+    """Search without labels on features that are encoded once; everything goes to OUT and MLflow."""
+    check_config(job.training)
+    parse_views(job.encode.views)
+    if job.trials < 1:
+        raise ValueError(f"--trials must be at least 1, not {job.trials}")
+    if job.concurrent is not None and job.concurrent < 1:
+        raise ValueError(f"--concurrent must be at least 1, not {job.concurrent}")
+    space = read_space(job.space)
+    if job.search == "optuna" and space.undrawable:
+        raise ValueError(
+            f"--search optuna draws values itself, and cannot draw {', '.join(space.undrawable)} of {job.space}: use "
+            "other search spaces than tune.grid_search and tune.sample_from, or --search random"
+        )
+    if job.criterion == "views" and not _strong_views(job):
+        raise ValueError(
+            "--criterion views compares with a strong view: add it, as in --views weak,mirror,strong"
+        )
+    if job.resume and not files.exists(job.out):
+        raise ValueError(f"--resume: {job.out} is not there, so that nothing could go on")
+    with output_folder(job.out) as out:
+        inputs = open_inputs(job)
+        names = inputs.classes.names
+        # With a temperature of 1 in place of the encoder's, which is not known yet: most mistakes are told at once.
+        check_space(space, base=job.training, own_temperature=1.0)
+        priors = {spec: load_prior(spec, names) for spec in _prior_specs(job, space)}
+        start_ray()
+        info = describe_encoder(job.encoder, class_names=names, templates=templates(job.names.templates))
+        head = make_head(info, names, temperature=None)
+        trials = draw(space, count=job.trials, seed=job.training.seed) if job.search == "random" else []
+        options: dict[str, Any] = {"base": job.training, "own_temperature": head.temperature}
+        drawn = trials or [{**space.fixed, name: v} for name in space.searched for v in space.values(name)]
+        configs = [trial_config(parameters, **options) for parameters in drawn]
+        # A function of the space's own may name further ones.
+        priors |= {c.prior: load_prior(c.prior, names) for c in configs if c.prior not in priors}
+        count = len(trials) or job.trials
+        concurrent = job.concurrent or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        print_plan(inputs.data, inputs.test, info=info, views=job.encode.views, out=out)
+        print_sweep_plan(job, space, classes=inputs.classes, count=count, concurrent=concurrent)
+        params = {name: value for name, value in to_dict(job).items() if value is not None}
+        with tracking.track(
+            job.tracking, name=files.split(out)[1], params=params, resume_key=f"tune {out}"
+        ) as run:
+            run.set_tags({"encoder": info.name, "data": inputs.data.name, "out": out})
+            sweep = _Sweep(job, out, space, inputs, info, head, run)
+            return sweep.run(trials, configs, priors, count=count, concurrent=concurrent)
+
+
+def _strong_views(job: TuneJob) -> tuple[str, ...]:
+    return tuple(view for view in parse_views(job.encode.views) if view not in BASE_VIEWS)
+
+
+def _prior_specs(job: TuneJob, space: Space) -> list[str]:
+    """Every prior that a trial may ask for."""
+    return space.values("prior") or [job.training.prior]
+
+
+class _Sweep:
+    """A sweep of a job whose inputs are open: its parts in the order of `run`."""
+
+    def __init__(
+        self,
+        job: TuneJob,
+        out: str,
+        space: Space,
+        inputs: Inputs,
+        info: EncoderInfo,
+        head: Head,
+        run: tracking.Run,
+    ) -> None:
+        self._job, self._out, self._space, self._inputs = job, out, space, inputs
+        self._info, self._head, self._run = info, head, run
+        self._folder = files.join(out, "trials")
+        self._children: dict[str, tracking.Run] = {}
+        self._prior: ChosenPrior | None = None
+
+    def run(
+        self,
+        trials: list[Parameters],
+        configs: list[SelfTrainingConfig],
+        priors: Mapping[str, Prior | None],
+        *,
+        count: int,
+        concurrent: int,
+    ) -> dict[str, Any]:
+        """All of it. Returns the summary."""
+        job, out, head = self._job, self._out, self._head
+        known = encode_inputs(job, self._inputs, info=self._info, head=head, out=out)
+        self._x, self._y, seconds = known.x, known.y, known.seconds
+        fingerprint = known.encoded.manifest["fingerprint"]
+        claim(out, self._identity(fingerprint))
+        begin = time.monotonic()
+        # Whichever priors are searched: where a sample's views do not agree on the rounds, no trial is to be trusted.
+        spec = next(iter(priors)) if len(priors) == 1 else "auto"
+        self._prior = settle_prior(
+            replace(job.training, prior=spec),
+            out=out,
+            features=known.features.base,
+            prior=priors.get(spec),
+            head=head,
+            fingerprint=fingerprint,
+        )
+        seconds["prior"] = time.monotonic() - begin
+        begin = time.monotonic()
+        material = self._prepare(known, configs, priors)
+        seconds["prepare"] = time.monotonic() - begin
+        begin = time.monotonic()
+        outcomes = self._run_trials(material, trials, count=count, concurrent=concurrent)
+        seconds["trials"] = time.monotonic() - begin
+        begin = time.monotonic()
+        summary = self._choose(known, outcomes, material)
+        seconds["choose"] = time.monotonic() - begin
+        summary["timings"] = {name: round(value, 3) for name, value in seconds.items()}
+        self._tell_all(summary)
+        print_sweep(summary, out=out, run=self._run)
+        return summary
+
+    def _identity(self, fingerprint: str) -> dict[str, Any]:
+        job = self._job
+        # Where trials are drawn beforehand and none is stopped, the criterion chooses afterwards, and may change.
+        steered = job.search != "random" or job.scheduler != "none"
+        return {
+            "job": "tune",
+            "space": self._space.identity,
+            "features": fingerprint,
+            "head": self._head.identity,
+            "training": config_identity(job.training),
+            "search": [job.search, job.scheduler, _reported(job.criterion) if steered else None],
+        }
+
+    def _prepare(
+        self,
+        known: EncodedInputs,
+        configs: list[SelfTrainingConfig],
+        priors: Mapping[str, Prior | None],
+    ) -> Material:
+        job, head, chosen = self._job, self._head, self._prior
+        strong = _strong_views(job)
+        loaded = store.load(known.encoded.path, views=strong, with_labels=False).strong if strong else {}
+        if job.criterion == "views" and not loaded:
+            raise ValueError(
+                "--criterion views compares with strong views: encode with --views weak,mirror,strong"
+            )
+        print("yardstick: clusters and neighbours of a sample, which criteria compare to", flush=True)
+        yardstick = make_yardstick(
+            known.features.base,
+            strong=next(iter(loaded.values()), None),
+            num_classes=len(head.class_names),
+            seed=job.training.seed,
+        )
+        found = {spec: chosen.prior if prior is None and chosen else prior for spec, prior in priors.items()}
+        return prepare(
+            known.features.base,
+            strong=tuple(loaded.values()),
+            head=head,
+            configs=configs,
+            base=job.training,
+            fixed=self._space.fixed,
+            priors={spec: prior for spec, prior in found.items() if prior is not None},
+            yardstick=yardstick,
+            criterion=_reported(job.criterion),
+            dtype=resolve_precision("auto", device=torch.device("cpu")),
+            folder=self._folder,
+        )
+
+    def _run_trials(
+        self, material: Material, trials: list[Parameters], *, count: int, concurrent: int
+    ) -> list[Outcome]:
+        files.make_folder(self._folder)
+        there = read_outcomes(self._folder)
+        wanted = {trial_name(parameters) for parameters in trials}
+        done = {name: outcome for name, outcome in there.items() if not trials or name in wanted}
+        if done:
+            print(f"trials: {len(done)} of {count} are there already", flush=True)
+        self._progress = TrialProgress(total=count, done=len(done))
+        for outcome in done.values():
+            self._track_trial(outcome)
+        now = run_trials(
+            material,
+            space=self._space,
+            trials=[parameters for parameters in trials if trial_name(parameters) not in done],
+            count=count,
+            search=self._job.search,
+            scheduler=self._job.scheduler,
+            concurrent=concurrent,
+            storage=files.join(self._out, "ray"),
+            done=done,
+            tell=self._tell,
+        )
+        return sorted({o.name: o for o in (*done.values(), *now)}.values(), key=lambda outcome: outcome.name)
+
+    def _tell(self, outcome: Outcome) -> None:
+        last = outcome.rounds[-1] if outcome.rounds else {}
+        text = f"{outcome.status}, {len(outcome.rounds)} rounds in {outcome.seconds:.1f} s"
+        if outcome.error:
+            text += f": {outcome.error}"
+        elif "criterion" in last:
+            text += f", {_reported(self._job.criterion)} {last['criterion']:.3f}"
+        self._progress.advance(text)
+        self._track_trial(outcome)
+
+    def _track_trial(self, outcome: Outcome) -> None:
+        """A nested run of the trial, with all of its rounds; written once, at its end."""
+        with tracking.track(
+            self._job.tracking,
+            name=_title(outcome),
+            params=self._training(outcome),
+            tags={"status": outcome.status, **({"error": outcome.error} if outcome.error else {})},
+            resume_key=f"tune {self._out} {outcome.name}",
+            parent=self._run,
+        ) as run:
+            if outcome.status == "finished":
+                # Under selftrain's two names, and first: MLflow's comparison draws the first metric of a run.
+                accuracy = _accuracy(read_candidate(self._folder, outcome.name), self._x, self._y)
+                run.log(dict.fromkeys(("accuracy", "probe_accuracy"), accuracy), step=len(outcome.rounds))
+            for metrics in outcome.rounds:
+                named = {k: v for k, v in metrics.items() if k not in ("round", "criterion")}
+                reported = {f"round_{_reported(self._job.criterion)}": metrics["criterion"]}
+                run.log({**named, **reported}, step=int(metrics["round"]))
+            run.log({"seconds": outcome.seconds}, step=len(outcome.rounds))
+        self._children[outcome.name] = run
+
+    def _choose(
+        self,
+        known: EncodedInputs,
+        outcomes: list[Outcome],
+        material: Material,
+    ) -> dict[str, Any]:
+        """Every candidate by every criterion; the winner's probe goes to OUT/probe."""
+        job, head = self._job, self._head
+        about: dict[str, Any] = {"class_names": head.class_names, "encoder": known.probe_encoder}
+        zero_shot = zero_shot_probe(torch.tensor(head.weight), temperature=head.temperature, **about)
+        finished = [outcome for outcome in outcomes if outcome.status == "finished"]
+        names = [ZERO_SHOT, *(outcome.name for outcome in finished)]
+        # Zero-shot comes first, so that a tie is decided for it.
+        candidates = [(zero_shot.weight, zero_shot.bias)]
+        candidates += [read_candidate(self._folder, outcome.name) for outcome in finished]
+        print(f"choosing among {len(finished)} trials and zero-shot", flush=True)
+        worth: dict[str, dict[str, float | None]] = {name: {} for name in names}
+        for criterion in CRITERIA:
+            for name, value in zip(
+                names, measure_all(material.yardstick, candidates, criterion=criterion), strict=True
+            ):
+                worth[name][criterion] = value
+        prior = self._prior
+        trusted = prior is None or prior.trusted
+        best = max(names, key=lambda name: _number(worth[name][job.criterion])) if trusted else ZERO_SHOT
+        accuracy = {
+            name: _accuracy(candidate, self._x, self._y)
+            for name, candidate in zip(names, candidates, strict=True)
+        }
+        outcome = next((o for o in finished if o.name == best), None)
+        probe = self._winner(zero_shot, candidates[names.index(best)], outcome, known)
+        found = evaluate(probe, self._x, self._y)
+        return {
+            "criterion": job.criterion,
+            "parameters": list(self._space.searched),
+            "trials": [
+                {
+                    "name": o.name,
+                    "parameters": o.parameters,
+                    "criterion": worth.get(o.name, {}).get(job.criterion),
+                    "criteria": worth.get(o.name, {}),
+                    "accuracy": accuracy.get(o.name),
+                    "ece": found["ece"] if o.name == best else None,
+                    "rounds": len(o.rounds),
+                    "seconds": round(o.seconds, 3),
+                    "status": o.status,
+                    "error": o.error,
+                }
+                for o in outcomes
+            ],
+            "zero_shot": {
+                "criterion": worth[ZERO_SHOT][job.criterion],
+                "criteria": worth[ZERO_SHOT],
+                **evaluate(zero_shot, self._x, self._y),
+            },
+            "chosen": {
+                "name": best,
+                "parameters": outcome.parameters if outcome else {},
+                "criterion": worth[best][job.criterion],
+                "command": self._command(outcome) if outcome else None,
+                **found,
+            },
+            "trusted": trusted,
+            "evidence": _evidence(accuracy, worth, best, criterion=job.criterion),
+            "evaluated_on": evaluated_on(self._inputs, self._y),
+            "prior": prior.summary() if prior else None,
+            "classes": list(head.class_names),
+            "encoder": self._info.identity,
+            "features": {
+                "train": known.encoded.path,
+                "eval": known.tested.path if known.tested else None,
+            },
+            "images": {
+                "encoded": known.encoded.manifest["num_rows"],
+                "quarantined": known.encoded.manifest["num_quarantined"],
+            },
+            "config": to_dict(job),
+            "versions": versions(),
+            "mlflow_run": self._run.run_id,
+        }
+
+    def _winner(
+        self, zero_shot: Probe, candidate: Candidate, outcome: Outcome | None, known: EncodedInputs
+    ) -> Probe:
+        """The winner as a probe with a label-free temperature, saved."""
+        probe = zero_shot
+        if outcome is not None:
+            weight, bias = candidate
+            probe = replace(zero_shot, weight=weight, bias=bias)
+            probe = replace(
+                probe,
+                temperature=label_free_temperature(probe, zero_shot=zero_shot, features=known.features.base),
+            )
+        summary = {
+            "method": "self-trained, chosen by a sweep" if outcome else "zero-shot (chosen by a sweep)",
+            "training": {**to_dict(self._job.training), **(outcome.parameters if outcome else {})},
+            "rounds": len(outcome.rounds) if outcome else 0,
+            "images": len(known.features.ids),
+            "criterion": self._job.criterion,
+        }
+        probe = replace(probe, summary=summary)
+        zero_shot.save(files.join(self._out, "zero_shot"))
+        probe.save(files.join(self._out, "probe"))
+        return probe
+
+    def _training(self, outcome: Outcome) -> dict[str, Any]:
+        """A trial's whole configuration, with the parameters as they were searched."""
+        temperature = self._head.temperature
+        values = {**to_dict(self._job.training), "temperature": temperature, **outcome.parameters}
+        if FACTOR in values:
+            values["temperature"] = temperature * values[FACTOR]
+        if values["prior"] == "auto" and self._prior is not None:
+            values["prior"] = self._prior.name
+        return values
+
+    def _command(self, outcome: Outcome) -> str:
+        """The selftrain command that trains the same probe."""
+        job = self._job
+        values = {name: value for name, value in self._training(outcome).items() if name != FACTOR}
+        # Of images: a feature store is the features.
+        folder = files.join(job.out, "features") if self._inputs.data.source is not None else None
+        again = SelftrainJob(
+            data=job.data,
+            eval_data=job.eval_data,
+            out=files.join(job.out, "again"),
+            limit=job.limit,
+            eval_limit=job.eval_limit,
+            source=job.source,
+            encoder=job.encoder,
+            encode=replace(job.encode, features=job.encode.features or folder),
+            names=job.names,
+            training=SelfTrainingConfig(**values),
+            tracking=replace(job.tracking, run_name=None),
+        )
+        return shlex.join([shown(sys.executable), "jobs/selftrain.py", *flags(again)])
+
+    def _tell_all(self, summary: dict[str, Any]) -> None:
+        """To files, to the page and to MLflow."""
+        out, run, criterion = self._out, self._run, self._job.criterion
+        files.write_json(files.join(out, "summary.json"), summary)
+        facts = {
+            "Data": f"{self._inputs.data.describe()}",
+            "Encoder": self._info.name + (f" ({LITE_NOTE})" if self._info.name == "lite" else ""),
+            "Space": self._job.space,
+            "Chosen by": criterion,
+        }
+        files.write_bytes(files.join(out, "report.html"), sweep_page(summary, facts=facts).encode())
+        figures = files.join(out, "figures")
+        files.make_folder(figures)
+        report.save(criterion_figure(summary), files.join(figures, "criterion.png"))
+        report.save(parallel_coordinates_figure(summary), files.join(figures, "parameters.png"))
+        for trial in summary["trials"]:
+            values = {f"criterion_{name}": value for name, value in trial["criteria"].items()}
+            values |= {"criterion": trial["criterion"]}
+            self._children[trial["name"]].log(values, step=trial["rounds"])
+            self._children[trial["name"]].set_tags({"chosen": trial["name"] == summary["chosen"]["name"]})
+        counts = {s: sum(t["status"] == s for t in summary["trials"]) for s in get_args(Status)}
+        run.log({f"trials_{status}": count for status, count in counts.items()}, step=0)
+        run.log({f"seconds_{name}": value for name, value in summary["timings"].items()}, step=0)
+        run.log({f"sweep_{name}": value for name, value in (summary["evidence"] or {}).items()}, step=0)
+        for name, prefix in (("zero_shot", "zero_shot"), ("chosen", "probe")):
+            numbers = {k: v for k, v in summary[name].items() if isinstance(v, (int, float))}
+            run.log({f"{prefix}_{key}": value for key, value in numbers.items()}, step=0)
+        run.set_tags({"chosen": summary["chosen"]["name"], "criterion": criterion})
+        for name in ("probe", "figures", "summary.json", "report.html"):
+            run.artifact(files.join(out, name))
+        if not summary["trusted"] or not counts["finished"]:
+            return  # nothing that deserves the alias
+        model = self._job.register or f"lpclip-{self._inputs.data.name}"
+        version = run.register(model, folder="probe", alias=ALIAS)
+        if version is not None:
+            print(f"registry  {model} version {version}, alias {ALIAS}", flush=True)
+
+
+def _reported(criterion: Criterion) -> Criterion:
+    """The criterion that trials report to schedulers and search algorithms, when another one chooses."""
+    return criterion if criterion in ALONE else "structure"
+
+
+def _title(outcome: Outcome) -> str:
+    values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in outcome.parameters.values()]
+    return f"{outcome.name[:6]} {' '.join(values)}"[:80]
+
+
+def _number(value: float | None) -> float:
+    return -math.inf if value is None else value
+
+
+def _accuracy(candidate: Candidate, x: np.ndarray, y: np.ndarray) -> float | None:
+    known = y >= 0
+    return float((predict(x, candidate) == y)[known].mean()) if known.any() else None
+
+
+def _evidence(
+    accuracy: Mapping[str, float | None],
+    worth: Mapping[str, Mapping[str, float | None]],
+    chosen: str,
+    *,
+    criterion: Criterion,
+) -> dict[str, Any] | None:
+    """What the choice was worth, where labels tell: against the best of all candidates, zero-shot among them."""
+    known = {name: value for name, value in accuracy.items() if value is not None}
+    if len(known) < 3:
+        return None
+    pairs = [(worth[name][criterion], value) for name, value in known.items()]
+    first, second = torch.tensor([[_number(a), b] for a, b in pairs], dtype=torch.float64).T
+    varied = len(first.unique()) > 1 and len(second.unique()) > 1
+    return {
+        "spearman": float(spearman_corrcoef(first, second)) if varied else None,
+        "regret": max(known.values()) - known[chosen],
+        "best_accuracy": max(known.values()),
+        "rank": 1 + sum(value > known[chosen] for value in known.values()),
+        "trials": len(known),
+    }

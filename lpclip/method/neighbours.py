@@ -1,0 +1,49 @@
+"""Nearest neighbours of whitened features: exact, in blocks, a worker's rows against all rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpclip.method.probe import Space
+
+BLOCK_ROWS = 1024
+
+
+def nearest(
+    rows: np.ndarray,
+    *,
+    among: np.ndarray,
+    first_row: int,
+    space: Space | None,
+    count: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Places (n, count) int64, among all rows, of the nearest neighbours by cosine in the whitened space.
+
+    Without a space by cosine of the rows as they are.
+
+    `rows` (n, d) are the rows of `among` (N, d) from `first_row` on; a row is not its own neighbour. Work is
+    n N d products; memory is N d elements of `dtype` beside blocks.
+    """
+    assert count < len(among)
+    everything = torch.cat([_whitened(block, space).to(dtype) for block in _blocks(among)])
+    found = []
+    for start in range(0, len(rows), BLOCK_ROWS):
+        place = torch.arange(first_row + start, first_row + min(start + BLOCK_ROWS, len(rows)))
+        similarity = (everything[place] @ everything.T).float()
+        similarity[torch.arange(len(place)), place] = -torch.inf
+        found.append(similarity.topk(count, dim=1).indices)
+    return torch.cat(found) if found else torch.empty(0, count, dtype=torch.int64)
+
+
+def _blocks(features: np.ndarray) -> list[np.ndarray]:
+    return [features[start : start + BLOCK_ROWS] for start in range(0, len(features), BLOCK_ROWS)]
+
+
+def _whitened(block: np.ndarray, space: Space | None) -> Tensor:
+    z = torch.from_numpy(block).float()
+    if space is not None:
+        z = (z - space.mean.float()) @ space.whitener.float()
+    return torch.nn.functional.normalize(z, dim=1)

@@ -1,1 +1,0 @@
-"""Image sources, one file for each kind; `lpclip.images` is the way in."""

@@ -1,0 +1,1 @@
+"""Ray Train and Ray Tune run the method: workers, checkpoints, trials."""

@@ -1,0 +1,248 @@
+"""Self-training under Ray Train: all rounds in one fit, a checkpoint a round, the same code with no worker.
+
+OUT/rounds/identity.json            what is trained, so that other work's rounds are never continued
+OUT/rounds/round-001.safetensors    weight, bias, factors
+OUT/rounds/round-001.json           metrics; written after the tensors: the round exists when it does
+OUT/rounds/labels-0.parquet         the last round's pseudo-labels of worker 0
+OUT/rounds/finished.json            written last
+"""
+
+from __future__ import annotations
+
+import uuid
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train.torch import TorchConfig, TorchTrainer
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from lpclip import files
+from lpclip.config import SelfTrainingConfig
+from lpclip.encoders.encoder import resolve_precision
+from lpclip.encoders.head import Head
+from lpclip.features import store
+from lpclip.method.neighbours import nearest
+from lpclip.method.probe import Space
+from lpclip.method.pseudo_labels import Prior
+from lpclip.method.self_training import (
+    CHUNK_ROWS,
+    Pass,
+    Shard,
+    State,
+    config_identity,
+    fit_spaces,
+    neighbour_count,
+    self_train,
+)
+from lpclip.progress import watched
+
+# Of the rounds: an older version's are never gone on from.
+FORMAT = 3
+LABELS = pa.schema(
+    [("id", pa.string()), ("label", pa.int32()), ("confidence", pa.float32()), ("kept", pa.bool_())]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One training: everything a worker needs, small enough to send."""
+
+    store_path: str
+    head: Head
+    prior: Prior
+    config: SelfTrainingConfig
+    folder: str
+    """OUT/rounds."""
+    identity: dict[str, Any]
+
+
+def make_work(
+    *, store_path: str, fingerprint: str, head: Head, prior: Prior, config: SelfTrainingConfig, folder: str
+) -> Work:
+    """The work of training on a feature store."""
+    shares = prior.shares.tolist() if prior.shares is not None else None
+    identity = {
+        "format": FORMAT,
+        "features": fingerprint,
+        "head": head.identity,
+        "prior": [shares, prior.strength],
+        "training": config_identity(config),
+    }
+    return Work(
+        store_path=store_path, head=head, prior=prior, config=config, folder=folder, identity=identity
+    )
+
+
+def fit(work: Work, *, storage: str) -> list[State]:
+    """Train, going on after the last round that is there. Returns all rounds, oldest first.
+
+    Raises ValueError when the folder holds another work's rounds.
+    """
+    files.make_folder(work.folder)
+    mark = files.join(work.folder, "identity.json")
+    if files.exists(mark):
+        if files.read_json(mark) != work.identity:
+            raise ValueError(f"{work.folder} holds the rounds of another training; choose another --out")
+    else:
+        files.write_json(mark, work.identity)
+    if files.exists(files.join(work.folder, "finished.json")):
+        return read_rounds(work.folder)
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"work": work},
+        # Sums are float64 tensors on the CPU, whatever encoded the images: gloo, not NCCL.
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ray.train.ScalingConfig(num_workers=work.config.num_workers),
+        # A run name that was used before would return its old result; resuming is the rounds' own affair.
+        run_config=ray.train.RunConfig(
+            name=f"rounds-{uuid.uuid4().hex[:12]}",
+            storage_path=storage,
+            failure_config=ray.train.FailureConfig(max_failures=0 if work.config.num_workers == 0 else 2),
+        ),
+    )
+    with _shown_rounds(work.folder):
+        trainer.fit()
+    return read_rounds(work.folder)
+
+
+def read_rounds(folder: str) -> list[State]:
+    """The rounds that are there, oldest first."""
+    states = []
+    for name in _round_names(folder):
+        text = files.read_json(files.join(folder, name))
+        tensors = load_tensors(files.read_bytes(files.join(folder, name.replace(".json", ".safetensors"))))
+        weight, bias, factors = tensors["weight"], tensors["bias"], tensors["factors"]
+        states.append(State(weight=weight, bias=bias, factors=factors, **text))
+    return states
+
+
+def read_labels(folder: str) -> pa.Table:
+    """The last round's pseudo-labels in row order: id, label, confidence, kept, round."""
+    finished = files.read_json(files.join(folder, "finished.json"))
+    tables = []
+    for worker in range(finished["num_workers"]):
+        data = files.read_bytes(files.join(folder, f"labels-{worker}.parquet"))
+        tables.append(pq.read_table(pa.BufferReader(data)))
+    table = pa.concat_tables(tables)
+    return table.append_column("round", pa.array(np.full(len(table), finished["round"], np.int32)))
+
+
+def _train_worker(arguments: dict[str, Any]) -> None:
+    work: Work = arguments["work"]
+    context = ray.train.get_context()
+    rank, size = context.get_world_rank(), context.get_world_size()
+    distributed = size > 1 and dist.is_initialized()
+
+    def all_reduce(tensor: Tensor) -> Tensor:
+        if distributed:
+            dist.all_reduce(tensor)
+        return tensor
+
+    shard, ids = load_shard(work, part=rank, num_parts=size)
+    # The last round is done again: its pass over the rows, with the labels, was not kept. With neighbours all
+    # are: they hang on the targets of the round before, and take seconds where there are few enough rows.
+    count = neighbour_count(work.config, num_rows=shard.num_rows, num_classes=len(work.head.weight))
+    rounds = read_rounds(work.folder)[:-1] if count == 0 else []
+    spaces = fit_spaces(shard, all_reduce=all_reduce) if work.config.solver == "gaussian" else None
+    if count and spaces is not None:
+        shard = replace(shard, neighbours=_find_neighbours(work, shard, count=count, space=spaces.base))
+    for state, labelled in self_train(
+        shard,
+        zero_shot=torch.tensor(work.head.weight),
+        temperature=work.head.temperature,
+        config=work.config,
+        prior=work.prior,
+        all_reduce=all_reduce,
+        start=rounds[-1] if rounds else None,
+        spaces=spaces,
+    ):
+        last = labelled
+        if rank == 0:
+            _write_round(work.folder, state)
+        if distributed:
+            ray.train.report(state.metrics)
+    _write_labels(work.folder, rank, ids=ids, found=last)
+    if distributed:
+        dist.barrier()
+    if rank == 0:
+        files.write_json(
+            files.join(work.folder, "finished.json"), {"round": state.round, "num_workers": size}
+        )
+
+
+def _find_neighbours(work: Work, shard: Shard, *, count: int, space: Space) -> Tensor:
+    everything = shard.features
+    if len(everything) < shard.num_rows:
+        everything = store.load(work.store_path, views=(), with_labels=False).base
+    return nearest(
+        shard.features,
+        among=everything,
+        first_row=shard.first_row,
+        space=space,
+        count=count,
+        dtype=resolve_precision("auto", device=torch.device("cpu")),
+    )
+
+
+def load_shard(work: Work, *, part: int, num_parts: int) -> tuple[Shard, np.ndarray]:
+    """A worker's rows, a run of whole chunks of the row order, and their ids. Labels stay in the store."""
+    found = store.load(work.store_path, part=part, num_parts=num_parts, chunk=CHUNK_ROWS, with_labels=False)
+    shard = Shard(
+        features=found.base,
+        strong=tuple(found.strong.values()),
+        first_row=found.first_row,
+        num_rows=found.num_rows,
+    )
+    return shard, found.ids
+
+
+def _write_round(folder: str, state: State) -> None:
+    name = f"round-{state.round:03d}"
+    tensors = {key: value.contiguous() for key, value in state.to_tensors().items()}
+    files.write_bytes(files.join(folder, f"{name}.safetensors"), save_tensors(tensors))
+    text = {"round": state.round, "zero_shot_share": state.zero_shot_share, "metrics": state.metrics}
+    files.write_json(files.join(folder, f"{name}.json"), text)
+
+
+def _shown_rounds(folder: str) -> AbstractContextManager[None]:
+    """Print rounds as they come to the folder."""
+    seen = len(_round_names(folder))
+
+    def look() -> None:
+        nonlocal seen
+        names = _round_names(folder)
+        for name in names[seen:]:
+            _show_round(files.read_json(files.join(folder, name)))
+        seen = max(seen, len(names))
+
+    return watched(look, seconds=0.5)
+
+
+def _round_names(folder: str) -> list[str]:
+    names = files.list_names(folder)
+    return [name for name in names if name.startswith("round-") and name.endswith(".json")]
+
+
+def _show_round(entry: dict[str, Any]) -> None:
+    m = entry["metrics"]
+    print(
+        f"round {entry['round']}: {m['flip_rate']:.1%} of the labels changed, {m['coverage']:.1%} kept, "
+        f"mean confidence {m['mean_confidence']:.3f}, {m['zero_shot_agreement']:.1%} as zero-shot",
+        flush=True,
+    )
+
+
+def _write_labels(folder: str, rank: int, *, ids: np.ndarray, found: Pass) -> None:
+    columns = [pa.array(ids), pa.array(found.labels), pa.array(found.confidence), pa.array(found.kept)]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns, schema=LABELS), sink)
+    files.write_bytes(files.join(folder, f"labels-{rank}.parquet"), sink.getvalue())

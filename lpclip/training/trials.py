@@ -1,0 +1,384 @@
+"""A sweep: Ray Tune's trials, each a training on features that lie once in shared memory.
+
+OUT/trials/NAME.safetensors   the trial's probe: weight, bias
+OUT/trials/NAME.json          parameters, rounds, outcome; written after the tensors: the trial is done when it is there
+
+A trial's name is a digest of its parameters. Ray Tune's own record of an interrupted sweep runs trials again that
+were finished, so it is not used: what has a file here is not run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+import ray
+import torch
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from lpclip import files
+from lpclip.config import Criterion, SelfTrainingConfig, digest
+from lpclip.encoders.head import Head
+from lpclip.method.criteria import Candidate, Yardstick, measure
+from lpclip.method.neighbours import nearest
+from lpclip.method.pseudo_labels import Prior
+from lpclip.method.self_training import Shard, Spaces, fit_spaces, neighbour_count, self_train
+from lpclip.training.search_space import Parameters, Space, plain, trial_config
+
+FORMAT = 1
+# Of zero-shot scores that trials share, each with a scaled copy of its own: more are made anew by each pass.
+MAX_SHARED_SCORES = 25_000_000
+# What a failed trial reports to search algorithms: less than any criterion gives.
+FAILED = -1.0
+# Rounds before a scheduler may stop a trial.
+GRACE_ROUNDS = 4
+MAX_ROUNDS = 1000
+METRICS = (
+    "round",
+    "coverage",
+    "mean_confidence",
+    "class_entropy",
+    "flip_rate",
+    "zero_shot_agreement",
+    "criterion",
+)
+
+Status = Literal["finished", "stopped", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A trial and what became of it."""
+
+    name: str
+    parameters: Parameters
+    status: Status
+    rounds: list[dict[str, float]]
+    """Of each round: its number, its metrics, and the criterion that a trial can compute alone."""
+    seconds: float
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What all trials share: put once into Ray's object store, whence every trial on a node reads it in place."""
+
+    features: np.ndarray
+    strong: tuple[np.ndarray, ...]
+    neighbours: np.ndarray | None
+    """(n, k) int32, the nearest first: a trial takes as many as it uses."""
+    scores: np.ndarray | None
+    """(n, K) float32 cosines of zero-shot, where they are small enough to share."""
+    spaces: Spaces | None
+    head: np.ndarray
+    """(K, d) float32, unit norm."""
+    own_temperature: float
+    base: SelfTrainingConfig
+    fixed: Parameters
+    """The space's constants, which search algorithms do not know."""
+    priors: Mapping[str, Prior]
+    yardstick: Yardstick
+    criterion: Criterion
+    """What each trial measures after each round."""
+    folder: str
+    """OUT/trials."""
+
+
+def prepare(
+    features: np.ndarray,
+    *,
+    strong: tuple[np.ndarray, ...],
+    head: Head,
+    configs: Iterable[SelfTrainingConfig],
+    base: SelfTrainingConfig,
+    fixed: Parameters,
+    priors: Mapping[str, Prior],
+    yardstick: Yardstick,
+    criterion: Criterion,
+    dtype: torch.dtype,
+    folder: str,
+) -> Material:
+    """Whatever of the trainings with these configurations hangs on the features (n, d) alone, done once."""
+    num_classes = len(head.weight)
+    shard = Shard(features=features, strong=strong, num_rows=len(features))
+    spaces = fit_spaces(shard) if any(config.solver == "gaussian" for config in configs) else None
+    count = max(neighbour_count(c, num_rows=len(features), num_classes=num_classes) for c in configs)
+    neighbours = scores = None
+    if count and spaces is not None:
+        print(f"neighbours: the {count} nearest of {len(features):,} images, once for all trials", flush=True)
+        found = nearest(features, among=features, first_row=0, space=spaces.base, count=count, dtype=dtype)
+        neighbours = found.numpy().astype(np.int32)
+    if len(features) * num_classes <= MAX_SHARED_SCORES:
+        weight = torch.tensor(head.weight)
+        scores = torch.cat([rows @ weight.T for _, rows in shard.chunks()]).numpy()
+    return Material(
+        features=features,
+        strong=strong,
+        neighbours=neighbours,
+        scores=scores,
+        spaces=spaces,
+        head=head.weight,
+        own_temperature=head.temperature,
+        base=base,
+        fixed=fixed,
+        priors=dict(priors),
+        yardstick=yardstick,
+        criterion=criterion,
+        folder=folder,
+    )
+
+
+def trial_name(parameters: Parameters) -> str:
+    """A digest of the trial's parameters."""
+    return digest([FORMAT, parameters])[:12]
+
+
+def run_trials(
+    material: Material,
+    *,
+    space: Space,
+    trials: list[Parameters],
+    count: int,
+    search: Literal["random", "optuna"],
+    scheduler: Literal["none", "asha"],
+    concurrent: int,
+    storage: str,
+    done: Mapping[str, Outcome],
+    tell: Callable[[Outcome], None],
+) -> list[Outcome]:
+    """Run what is not `done`: the drawn `trials`, or with a search algorithm as many as make up `count`.
+
+    `tell` is told of every trial as it ends, in the driver. A trial that fails is an outcome like any other.
+    """
+    # Their work is ours, or nobody's: tables on the terminal, logs a trial, a working directory a trial, and a
+    # Ctrl-C that would pass for the end of the sweep.
+    os.environ.update(
+        TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
+        TUNE_DISABLE_SIGINT_HANDLER="1",
+        TUNE_DISABLE_STRICT_METRIC_CHECKING="1",
+        RAY_CHDIR_TO_TRIAL_DIR="0",
+        RAY_AIR_NEW_OUTPUT="0",
+    )
+    watch = _Watch(material.folder, material.fixed, tell)
+    algorithm, num_samples = None, 1
+    parameter_space: dict[str, Any] = {"parameters": tune.grid_search(trials)}
+    if search == "optuna":
+        algorithm, num_samples = _optuna(space, done, seed=material.base.seed), count - len(done)
+        parameter_space = {}  # the algorithm has it
+    if num_samples < 1 or (search == "random" and not trials):
+        return []
+    # In a list, so that Tune does not fetch it anew for every trial: a process does so once.
+    trainable = tune.with_parameters(_run_trial, shared=[ray.put(material)])
+    tune.Tuner(
+        tune.with_resources(trainable, {"cpu": 1}),
+        param_space=parameter_space,
+        tune_config=tune.TuneConfig(
+            metric="criterion",
+            mode="max",
+            search_alg=algorithm,
+            scheduler=_scheduler(scheduler),
+            num_samples=num_samples,
+            max_concurrent_trials=concurrent,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name="sweep",
+            storage_path=storage,
+            verbose=0,
+            callbacks=[watch],
+            # A trial's own mistakes are caught in it: what fails here is a process that died.
+            failure_config=tune.FailureConfig(max_failures=1),
+        ),
+    ).fit()
+    return watch.outcomes
+
+
+def read_outcomes(folder: str) -> dict[str, Outcome]:
+    """The trials that are there, by name."""
+    names = [name for name in files.list_names(folder) if name.endswith(".json")]
+    found = [Outcome(**files.read_json(files.join(folder, name))) for name in names]
+    return {outcome.name: outcome for outcome in found}
+
+
+def read_candidate(folder: str, name: str) -> Candidate:
+    """Weight (K, d) and bias (K,) of a finished trial."""
+    tensors = load_tensors(files.read_bytes(files.join(folder, f"{name}.safetensors")))
+    return tensors["weight"], tensors["bias"]
+
+
+@functools.lru_cache(maxsize=1)
+def _fetch(shared: ray.ObjectRef) -> Material:
+    return cast("Material", ray.get(shared))
+
+
+def _run_trial(config: dict[str, Any], *, shared: list[ray.ObjectRef]) -> None:
+    """A trial, in a process of Ray Tune's: train, tell Tune of every round, leave the probe and the record."""
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes to it
+    _give_back_memory()
+    material = _fetch(shared[0])
+    parameters = _parameters(config, fixed=material.fixed)
+    name = trial_name(parameters)
+    record = files.join(material.folder, f"{name}.json")
+    if files.exists(record):  # a search algorithm may ask twice for the same
+        tune.report(_last_word(Outcome(**files.read_json(record))))
+        return
+    begin, rounds, error = time.monotonic(), list[dict[str, float]](), None
+    try:
+        training = trial_config(parameters, base=material.base, own_temperature=material.own_temperature)
+        for last, metrics in _train(training, material=material):
+            candidate = last
+            rounds.append(metrics)
+            tune.report(metrics)
+    except ValueError as found:
+        error = str(found)
+    if error is None:
+        tensors = {
+            name: tensor.contiguous() for name, tensor in zip(("weight", "bias"), candidate, strict=True)
+        }
+        files.write_bytes(files.join(material.folder, f"{name}.safetensors"), save_tensors(tensors))
+    outcome = Outcome(
+        name=name,
+        parameters=parameters,
+        status="finished" if error is None else "failed",
+        rounds=rounds,
+        seconds=time.monotonic() - begin,
+        error=error,
+    )
+    files.write_json(record, vars(outcome))
+    if error is not None:
+        tune.report(_last_word(outcome))
+
+
+def _give_back_memory() -> None:
+    """To the system, what earlier trials left free.
+
+    Tune runs each trial in a thread of its own, and the C library keeps a heap for each: they would add up.
+    """
+    with contextlib.suppress(AttributeError):  # only glibc has it, and needs it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _train(
+    training: SelfTrainingConfig, *, material: Material
+) -> Iterator[tuple[Candidate, dict[str, float]]]:
+    """The rounds of a trial: probe and metrics of each. Raises ValueError when nothing can come of them."""
+    assert training.temperature is not None
+    head = torch.from_numpy(material.head)
+    count = neighbour_count(training, num_rows=len(material.features), num_classes=len(head))
+    near, scores = material.neighbours, material.scores
+    shard = Shard(
+        features=material.features,
+        strong=material.strong,
+        num_rows=len(material.features),
+        neighbours=torch.from_numpy(near[:, :count].astype(np.int64)) if near is not None and count else None,
+        zero_shot=torch.from_numpy(scores) / training.temperature if scores is not None else None,
+    )
+    for state, found in self_train(
+        shard,
+        zero_shot=head,
+        temperature=training.temperature,
+        config=training,
+        prior=material.priors[training.prior],
+        spaces=material.spaces,
+    ):
+        weight, bias = state.probe(head / training.temperature)
+        if not (weight.isfinite().all() and bias.isfinite().all()):
+            raise ValueError(f"the probe of round {state.round} is not finite")
+        if len(np.unique(found.labels)) < 2:
+            raise ValueError(f"collapse: in round {state.round} all labels fell into one class")
+        criterion = measure(material.yardstick, (weight, bias), criterion=material.criterion)
+        assert criterion is not None, material.criterion
+        yield (weight, bias), {"round": state.round, **state.metrics, "criterion": criterion}
+
+
+def _last_word(outcome: Outcome) -> dict[str, float]:
+    """What schedulers and search algorithms are told of a trial that is over."""
+    last = outcome.rounds[-1] if outcome.rounds else {"round": 0.0}
+    return last if outcome.status == "finished" else {**last, "criterion": FAILED}
+
+
+def _parameters(config: dict[str, Any], *, fixed: Parameters) -> Parameters:
+    return {**fixed, **plain(config.get("parameters", config))}
+
+
+class _Watch(tune.Callback):
+    """Turns what Tune says of trials, in the driver, into outcomes."""
+
+    def __init__(self, folder: str, fixed: Parameters, tell: Callable[[Outcome], None]) -> None:
+        self.outcomes: list[Outcome] = []
+        self._folder, self._fixed, self._tell = folder, fixed, tell
+        self._rounds: dict[str, list[dict[str, float]]] = {}
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        kept = {k: v for k, v in result.items() if k in METRICS}
+        self._rounds.setdefault(trial.trial_id, []).append(kept)
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._end(trial, status="stopped", error=None)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        lines = str(trial.get_error() or "its process died").strip().splitlines()
+        self._end(trial, status="failed", error=lines[-1])
+
+    def _end(self, trial: Trial, *, status: Status, error: str | None) -> None:
+        parameters = _parameters(trial.config, fixed=self._fixed)
+        name = trial_name(parameters)
+        path = files.join(self._folder, f"{name}.json")
+        rounds = self._rounds.pop(trial.trial_id, [])
+        if files.exists(path):
+            outcome = Outcome(**files.read_json(path))
+        else:
+            outcome = Outcome(
+                name=name,
+                parameters=parameters,
+                status=status,
+                rounds=rounds,
+                seconds=trial.last_result.get("time_total_s", 0.0),
+                error=error,
+            )
+            if status == "stopped":  # what a process took with it may be tried again
+                files.write_json(path, vars(outcome))
+        self.outcomes.append(outcome)
+        self._tell(outcome)
+
+
+def _scheduler(name: Literal["none", "asha"]) -> TrialScheduler:
+    if name == "none":
+        return FIFOScheduler()
+    return ASHAScheduler(time_attr="round", grace_period=GRACE_ROUNDS, max_t=MAX_ROUNDS, reduction_factor=3)
+
+
+def _optuna(space: Space, done: Mapping[str, Outcome], *, seed: int) -> Searcher:
+    """Optuna's TPE, told of the trials that are there already."""
+    told = [outcome for outcome in done.values() if outcome.status != "stopped"]
+    points = [{name: outcome.parameters[name] for name in space.searched} for outcome in told]
+    rewards = [
+        outcome.rounds[-1]["criterion"] if outcome.status == "finished" else FAILED for outcome in told
+    ]
+    logging.getLogger("optuna").setLevel(logging.WARNING)
+    return OptunaSearch(
+        OptunaSearch.convert_search_space(space.searched),
+        metric="criterion",
+        mode="max",
+        # Another seed than before: the same one would draw again what is told.
+        seed=(seed + 7919 * len(done)) % 2**32,
+        points_to_evaluate=points or None,
+        evaluated_rewards=rewards or None,
+    )

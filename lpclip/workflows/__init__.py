@@ -1,1 +1,0 @@
-"""The jobs, each from its configuration to its files and tables."""
