@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from lpclip.config import SourceConfig
-from lpclip.images import corrupted
+from lpclip.images import published as corrupted
 from lpclip.images.open import ROWS, UNIT_ROWS, Source
 from lpclip.images.published import Published, published_sets
 

@@ -19,7 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lpclip.config import EncoderConfig
-from lpclip.encoders.encoder import lite, load_encoder, resolve_precision
+from lpclip.encoders import lite
+from lpclip.encoders.encoder import load_encoder, resolve_precision
 from lpclip.encoders.open_clip import reachable
 from lpclip.images.views import decode_image, render, weak_view
 
