@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpclip.config import SelfTrainingConfig
-from lpclip.method.calibration import supervised_probe
+from lpclip.method.priors import Prior
 from lpclip.method.probe import Probe, zero_shot_probe
-from lpclip.method.pseudo_labels import Prior
 from lpclip.method.self_training import Shard, self_train
+from lpclip.method.supervised import supervised_probe
 
 BLOCK_ROWS = 4096
 SEARCH_ROWS = 1024

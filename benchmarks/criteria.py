@@ -37,7 +37,6 @@ from methods import STORES, Images, find_stores, load_encoder_of, long_tailed, p
 from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 
-from lpclip import report
 from lpclip.config import ClassConfig, SelfTrainingConfig, digest
 from lpclip.encoders.encoder import resolve_precision
 from lpclip.encoders.head import Head
@@ -48,8 +47,9 @@ from lpclip.jobs.cli import OPTIONS
 from lpclip.jobs.runtime import start_ray
 from lpclip.method.confirmation import Sample, choose_prior
 from lpclip.method.criteria import CRITERIA, make_yardstick, measure_all, predict
-from lpclip.method.self_training import PRIORS
+from lpclip.method.priors import PRIORS
 from lpclip.progress import TrialProgress
+from lpclip.report.tables import format_table
 from lpclip.training.search_space import draw, read_space, trial_config
 from lpclip.training.trials import prepare, read_candidate, run_trials, trial_name
 
@@ -239,7 +239,7 @@ def main(options: Options) -> None:
         shown = [{k: v for k, v in asdict(row).items() if k != "setting"} for row in found]
         columns = {"accuracy": "accuracy %", "regret": "regret %", "rank": "rank %"}
         print(f"\n{setting.name}: {len(setting.features):,} images, {time.monotonic() - begin:.0f} s")
-        print(report.table([{columns.get(k, k): v for k, v in row.items()} for row in shown]), flush=True)
+        print(format_table([{columns.get(k, k): v for k, v in row.items()} for row in shown]), flush=True)
         if options.json:
             Path(options.json).write_text(json.dumps([asdict(row) for row in rows], indent=1))
     names = list(dict.fromkeys(row.setting for row in rows))
@@ -262,7 +262,7 @@ def main(options: Options) -> None:
                 "worst %": float(np.max(regrets)),
             }
         )
-    print(report.table(table))
+    print(format_table(table))
 
 
 if __name__ == "__main__":

@@ -63,17 +63,20 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lpclip import report
 from lpclip.config import ClassConfig, EncodeConfig, EncoderConfig, SourceConfig
-from lpclip.encoders.encoder import Encoder, load_encoder
+from lpclip.encoders.encoder import Encoder
+from lpclip.encoders.load import load_encoder
 from lpclip.encoders.prompts import templates, zero_shot_head
 from lpclip.features import encode_stage as pipeline
 from lpclip.features.describe import describe_encoder
+from lpclip.features.encode_stage import ENCODER_ENV
 from lpclip.images.classes import resolve_classes
 from lpclip.images.open import open_source
-from lpclip.images.views import decode_image, parse_views, render
+from lpclip.images.pixels import decode_image
+from lpclip.images.views import parse_views, render
 from lpclip.jobs.cli import OPTIONS
-from lpclip.jobs.runtime import ENCODER_ENV, start_ray, versions
+from lpclip.jobs.runtime import start_ray, versions
+from lpclip.report.tables import format_table
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 BARE_IMAGES = 512
@@ -680,7 +683,7 @@ def main(options: Options) -> None:
     print(f"{options.encoder}{', random weights' * random}, {CORES} cores", flush=True)
     if options.precision_check:
         rows = check_precision(config, options)
-        print(report.table(rows))
+        print(format_table(rows))
         written["tables"].append({"rows": rows})
     settings = [] if options.precision_check else list(itertools.product(options.kinds, options.views))
     for kind, views in settings:
@@ -699,12 +702,12 @@ def main(options: Options) -> None:
             for size in sizes * options.repeats:
                 outcomes[size].append(measure_pipeline(replace(setting, num_images=size)))
             rows = growth_rows(outcomes)
-            print(report.table(rows), flush=True)
+            print(format_table(rows), flush=True)
             written["tables"].append({"kind": kind, "views": views, "rows": rows})
         else:
             turns = take_turns(setting, workers=options.workers, repeats=options.repeats)
             rows, bound = table_rows(turns), bounds(turns, cores=CORES)
-            print(report.table(rows))
+            print(format_table(rows))
             print(
                 f"best loop: {best_loop(turns)}. Bound: {CORES} cores / ({1000 * bound['decode']:.2f} + "
                 f"{1000 * bound['forward']:.2f} ms) = {bound['bound']:.0f} images/s, the pipeline reaches "

@@ -45,10 +45,10 @@ from encoding import generate, psutil
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors, list_tasks
 
-from lpclip import report
 from lpclip.features import store
 from lpclip.jobs.cli import OPTIONS
 from lpclip.jobs.runtime import versions
+from lpclip.report.tables import format_table
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_TARS, TAR_IMAGES = 32, 32
@@ -559,7 +559,7 @@ def main(options: Options) -> int:
             rows[fault] = inject(fault, lab)
             print(f"  {rows[fault].ended}", *rows[fault].wrong, sep="\n  ", file=sys.stderr, flush=True)
     shown = [{"fault": fault, **asdict(row)} for fault, row in rows.items()]
-    print(report.table([{k.replace("_", " "): v for k, v in row.items() if k != "wrong"} for row in shown]))
+    print(format_table([{k.replace("_", " "): v for k, v in row.items() if k != "wrong"} for row in shown]))
     for fault, row in rows.items():
         for claim in row.wrong:
             print(f"{fault}: it does not hold that {claim}" if row.rows_in else f"{fault}: {claim}")

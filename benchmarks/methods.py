@@ -45,9 +45,9 @@ from baselines import METHODS, NUM_NEIGHBOURS, Problem, cosine_neighbours, super
 from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 
-from lpclip import report
 from lpclip.config import ClassConfig, EncoderConfig, SelfTrainingConfig
-from lpclip.encoders.encoder import Encoder, load_encoder
+from lpclip.encoders.encoder import Encoder
+from lpclip.encoders.load import load_encoder
 from lpclip.encoders.prompts import DEFAULT_TEMPLATES, zero_shot_head
 from lpclip.evaluation.metrics import classification_metrics
 from lpclip.features import store
@@ -55,8 +55,10 @@ from lpclip.images.classes import map_labels, resolve_classes
 from lpclip.jobs.cli import OPTIONS
 from lpclip.method.calibration import CALIBRATION_ROWS, expected_accuracy, mean_confidence, temperature_at
 from lpclip.method.confirmation import Sample, choose_prior, with_neighbours
+from lpclip.method.priors import PRIORS
 from lpclip.method.probe import Probe, zero_shot_probe
-from lpclip.method.self_training import PRIORS, Shard, fit_space, self_train
+from lpclip.method.self_training import Shard, fit_space, self_train
+from lpclip.report.tables import format_table
 
 # Unlabelled and test images: one store of both is cut into halves of its row order, which is that of a hash.
 STORES = {
@@ -622,7 +624,7 @@ def print_tables(rows: Sequence[Row], trials: Sequence[Trial]) -> None:
         "Choice between the uniform and the weak prior": guard_table(trials),
     }
     for title, table in tables.items():
-        print(f"\n{title}\n\n{report.table(table)}" if table else "")
+        print(f"\n{title}\n\n{format_table(table)}" if table else "")
 
 
 def main(options: Options) -> None:

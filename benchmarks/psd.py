@@ -28,16 +28,15 @@ import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
 
-from lpclip import report
 from lpclip.config import ModelConfig, PretrainConfig, SourceConfig
 from lpclip.encoders.encoder import to_input
 from lpclip.encoders.open_clip import Trainable, load_trainable
 from lpclip.evaluation.ranking import retrieval_metrics
 from lpclip.images.open import open_source
-from lpclip.images.views import decode_image, weak_view
+from lpclip.images.pixels import decode_image
+from lpclip.images.views import weak_view
 from lpclip.jobs.cli import OPTIONS
 from lpclip.jobs.runtime import versions
-from lpclip.method.calibration import supervised_probe
 from lpclip.method.contrastive_step import (
     Towers,
     crop,
@@ -48,8 +47,10 @@ from lpclip.method.contrastive_step import (
     train_step,
 )
 from lpclip.method.probe import zero_shot_probe
+from lpclip.method.supervised import supervised_probe
 from lpclip.progress import TrialProgress
-from lpclip.report.style import grid, new_figure
+from lpclip.report.style import grid, new_figure, save
+from lpclip.report.tables import format_table
 
 TEMPLATES = (
     *("a photo of a {}.", "a picture of the {}.", "one {}.", "a small {} in a photo."),
@@ -260,9 +261,9 @@ def main(options: Options) -> None:
                     written = {"options": asdict(options), "versions": versions(), "rows": rows}
                     Path(options.json).write_text(json.dumps(written, indent=1))
     cost = step_cost(images, options.training)
-    print(report.table(summarise(rows)))
+    print(format_table(summarise(rows)))
     if options.figure:
-        report.save(noise_figure(rows), options.figure)
+        save(noise_figure(rows), options.figure)
     print(f"a step of psd takes {cost:.3f} times one of infonce (medians of {STEPS} of each, in turn)")
 
 

@@ -9,7 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from lpclip import report
+from lpclip.report.style import save
+from lpclip.report.training_figures import comparison_figure
 
 METHODS = {"zero_shot": "zero-shot", "probe": "probe", "supervised": "supervised"}
 
@@ -22,7 +23,7 @@ def main(target: str, *runs: str) -> None:
         summary = json.loads((Path(out) / "summary.json").read_text())
         accuracies[name] = {text: summary[key]["accuracy"] for key, text in METHODS.items() if key in summary}
     title = "Accuracy on lite features (only supervised saw labels)"
-    report.save(report.comparison_figure(accuracies, title=title), target)
+    save(comparison_figure(accuracies, title=title), target)
 
 
 if __name__ == "__main__":

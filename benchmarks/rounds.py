@@ -20,11 +20,11 @@ import time
 import numpy as np
 import torch
 
-from lpclip import report
 from lpclip.config import SelfTrainingConfig
 from lpclip.method.neighbours import nearest
-from lpclip.method.pseudo_labels import Prior
+from lpclip.method.priors import Prior
 from lpclip.method.self_training import Shard, fit_space, self_train
+from lpclip.report.tables import format_table
 
 CASES = (
     ("50000", "1280", "10", "--rounds", "10"),
@@ -109,7 +109,7 @@ def main() -> None:
         print("measuring", *case, flush=True)
         done = subprocess.run([sys.executable, __file__, *case], check=True, capture_output=True, text=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
-    print(report.table([{k: f"{v:,.4g}" for k, v in row.items()} for row in rows]))
+    print(format_table([{k: f"{v:,.4g}" for k, v in row.items()} for row in rows]))
     print(f"linear: {rows[1]['a later round s'] / rows[0]['a later round s']:.2f} for twice the images")
 
 

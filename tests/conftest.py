@@ -30,7 +30,7 @@ from lpclip.config import (
     SelftrainJob,
     TuneJob,
 )
-from lpclip.encoders.encoder import load_encoder
+from lpclip.encoders.load import load_encoder
 from lpclip.jobs.cli import main
 from lpclip.jobs.encode import encode_job
 from lpclip.jobs.evaluate import evaluate_job

@@ -10,8 +10,7 @@ import torch
 
 from lpclip.config import SelfTrainingConfig
 from lpclip.method.confirmation import MIN_IMAGES_PER_CLASS, MIN_KAPPA, Confirmation, Sample, choose_prior
-from lpclip.method.pseudo_labels import Prior
-from lpclip.method.self_training import PRIORS
+from lpclip.method.priors import PRIORS, Prior
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,8 +10,8 @@ import sklearn.metrics
 import torch
 from torch_uncertainty.metrics import classification as torch_uncertainty
 
+from lpclip.evaluation.bootstrap import bootstrap_counts
 from lpclip.evaluation.detection import auroc_interval, detection_metrics, ood_scores
-from lpclip.evaluation.metrics import bootstrap_counts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -22,14 +22,15 @@ from conftest import CLASSES, ROOT, draw, write_tar
 from PIL import Image
 
 from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
-from lpclip.encoders.encoder import load_encoder
-from lpclip.encoders.head import Head, make_head, pseudo_label
+from lpclip.encoders.head import EncoderInfo, Head, make_head
+from lpclip.encoders.load import load_encoder
 from lpclip.encoders.prompts import DEFAULT_TEMPLATES
 from lpclip.features import store
 from lpclip.features.decode_stage import decode_unit
-from lpclip.features.describe import EncoderInfo, describe_encoder
+from lpclip.features.describe import describe_encoder
 from lpclip.features.encode_stage import CPU_BATCH, _Encode, encode, plan_actors
 from lpclip.features.find_or_encode import encode_data, open_data
+from lpclip.features.zero_shot_labels import pseudo_label
 from lpclip.images.open import open_source
 from lpclip.jobs.cli import users_mistake
 
@@ -185,9 +186,10 @@ def test_another_kind_of_cpu_gives_features_within_the_documented_tolerance_and_
 import sys, numpy as np, torch
 from conftest import CLASSES, draw
 from lpclip.config import EncoderConfig
-from lpclip.encoders.encoder import load_encoder
+from lpclip.encoders.load import load_encoder
 from lpclip.encoders.prompts import DEFAULT_TEMPLATES, zero_shot_head
-from lpclip.images.views import decode_image, weak_view
+from lpclip.images.views import weak_view
+from lpclip.images.pixels import decode_image
 encoder = load_encoder(EncoderConfig(precision="float32"))
 options = dict(max_pixels=10**6, max_bytes=10**6, size=encoder.preprocess.size)
 images = [weak_view(decode_image(draw(i % 3, i), **options), encoder.preprocess) for i in range({CPU_BATCH})]

@@ -13,7 +13,7 @@ from encoding import Block, Outcome, Setting
 from PIL import Image
 
 from lpclip.config import EncoderConfig
-from lpclip.encoders.encoder import load_encoder
+from lpclip.encoders.load import load_encoder
 
 LITE = EncoderConfig()
 

@@ -20,9 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from lpclip.config import EncoderConfig
 from lpclip.encoders import lite
-from lpclip.encoders.encoder import load_encoder, resolve_precision
-from lpclip.encoders.open_clip import reachable
-from lpclip.images.views import decode_image, render, weak_view
+from lpclip.encoders.encoder import resolve_precision
+from lpclip.encoders.load import load_encoder
+from lpclip.encoders.weights import reachable
+from lpclip.images.pixels import decode_image
+from lpclip.images.views import render, weak_view
 
 ARCHITECTURE = "ViT-S-32-alt"
 
@@ -224,7 +226,7 @@ def unused_tcp_listener():
 
 def test_a_local_siglip_file_gets_siglips_preprocessing(tmp_path: Path):
     # The smallest published SigLIP is 800 MB: its file is only named here, not made.
-    from lpclip.encoders.open_clip import _config_of_file
+    from lpclip.encoders.weights import _config_of_file
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -261,7 +263,7 @@ def test_a_configuration_beside_the_file_decides(checkpoint: Path, tmp_path: Pat
 def test_the_activations_mismatch_is_warned_of_in_both_directions(
     tmp_path: Path, name: str, file: str, message: str | None
 ):
-    from lpclip.encoders.open_clip import _config_of_file, _warn_activation
+    from lpclip.encoders.weights import _config_of_file, _warn_activation
 
     _, quick_gelu = _config_of_file(name, tmp_path / file)
     with warnings.catch_warnings(record=True) as caught:

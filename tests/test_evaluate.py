@@ -34,8 +34,8 @@ from lpclip.config import (
     SourceConfig,
     TrackingConfig,
 )
+from lpclip.evaluation.bootstrap import mean_interval
 from lpclip.evaluation.judge import ZERO_SHOT
-from lpclip.evaluation.metrics import mean_interval
 from lpclip.evaluation.shift import ALEXNET_ERROR, effective_robustness
 from lpclip.features import store
 from lpclip.jobs.evaluate import EXAMPLES, evaluate_job

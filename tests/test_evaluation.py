@@ -8,16 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from lpclip.evaluation.judge import evaluate, pictures
 from lpclip.evaluation.metrics import classification_metrics
-from lpclip.method.calibration import (
-    evaluate,
-    expected_accuracy,
-    label_free_temperature,
-    mean_confidence,
-    pictures,
-    supervised_probe,
-)
+from lpclip.method.calibration import expected_accuracy, label_free_temperature, mean_confidence
 from lpclip.method.probe import Probe
+from lpclip.method.supervised import supervised_probe
 
 DIM = 8
 

@@ -22,8 +22,9 @@ import ray
 from conftest import descendants, draw, write_tar
 
 from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
+from lpclip.encoders.head import EncoderInfo
 from lpclip.features import store
-from lpclip.features.describe import EncoderInfo, describe_encoder
+from lpclip.features.describe import describe_encoder
 from lpclip.features.encode_stage import encode
 from lpclip.images.open import Source, open_source
 from lpclip.images.source import Reader, Row

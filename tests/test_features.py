@@ -17,10 +17,12 @@ from conftest import draw
 from PIL import Image
 
 from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
+from lpclip.encoders.head import EncoderInfo
 from lpclip.features import store
-from lpclip.features.describe import EncoderInfo, describe_encoder
+from lpclip.features.describe import describe_encoder
 from lpclip.features.find_or_encode import Data, Encoded, Views, encode_views, open_data
-from lpclip.images.views import CORRUPTIONS, Preprocess, render
+from lpclip.images.pixels import Preprocess
+from lpclip.images.views import CORRUPTIONS, render
 
 pytestmark = pytest.mark.usefixtures("cluster", "lite_map")
 BASE = ("weak", "mirror")

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from lpclip.config import ClassConfig
-from lpclip.encoders.prompts import ClassList, read_classes
-from lpclip.images.classes import map_labels, resolve_classes
+from lpclip.images.classes import ClassList, map_labels, read_classes, resolve_classes
 
 ANIMALS = ClassList(names=("cat", "dog", "aquarium fish"))
 

@@ -11,14 +11,12 @@ import sklearn.metrics
 import torch
 from torch_uncertainty.metrics import classification as torch_uncertainty
 
+from lpclip.evaluation.bootstrap import bootstrap_blocks, bootstrap_counts, mean_interval
 from lpclip.evaluation.metrics import (
     METRICS,
     NUM_BINS,
-    bootstrap_blocks,
-    bootstrap_counts,
     classification_metrics,
     confusion_matrix,
-    mean_interval,
     metric_intervals,
     per_class_recall,
     reliability_bins,

@@ -11,7 +11,7 @@ from test_self_training import Workers, assert_same_probe, planted
 
 from lpclip.config import SelfTrainingConfig
 from lpclip.method.neighbours import nearest
-from lpclip.method.pseudo_labels import Prior
+from lpclip.method.priors import Prior
 from lpclip.method.self_training import CHUNK_ROWS, Shard, State, fit_space, neighbour_count, self_train
 
 FEATURES, LABELS, HEAD = planted(2_000)

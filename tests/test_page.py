@@ -11,16 +11,10 @@ import pytest
 from PIL import Image
 
 from lpclip.images.views import CORRUPTIONS
-from lpclip.report import (
-    Example,
-    Picture,
-    Section,
-    colours,
-    confusion_matrix_figure,
-    corruption_figure,
-    render_page,
-    severity_figures,
-)
+from lpclip.report.evaluation_figures import corruption_figure, severity_figures
+from lpclip.report.page import Example, Picture, Section, render_page
+from lpclip.report.style import colours
+from lpclip.report.training_figures import confusion_matrix_figure
 
 VOID = {"meta", "link", "img", "br"}
 NASTY = ("<b>x</b>", "a & b", "$x$", "\"quoted\" 'name'", "</style><script>alert(1)</script>", "{{ 7 * 7 }}")

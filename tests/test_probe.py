@@ -11,15 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from lpclip import files
-from lpclip.method.probe import (
-    Probe,
-    feature_space,
-    gaussian_probe,
-    load_probe,
-    row_moments,
-    weighted_cross_entropy_gradient,
-    zero_shot_probe,
-)
+from lpclip.method.gaussian import feature_space, gaussian_probe, row_moments
+from lpclip.method.probe import Probe, load_probe, weighted_cross_entropy_gradient, zero_shot_probe
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

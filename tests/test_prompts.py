@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lpclip.encoders.prompts import ClassList, read_classes, templates, zero_shot_head
+from lpclip.encoders.prompts import templates, zero_shot_head
+from lpclip.images.classes import ClassList, read_classes
 
 
 class LetterEncoder:

@@ -7,16 +7,8 @@ import itertools
 import pytest
 import torch
 
-from lpclip.method.pseudo_labels import (
-    MAX_FACTOR,
-    SMALLEST_TARGET,
-    Prior,
-    confidence_sums,
-    prior_sums,
-    scale_to_confidence,
-    soft_targets,
-    update_factors,
-)
+from lpclip.method.priors import MAX_FACTOR, Prior, prior_sums, update_factors
+from lpclip.method.pseudo_labels import SMALLEST_TARGET, confidence_sums, scale_to_confidence, soft_targets
 
 SKEWED = torch.tensor([0.7, 0.2, 0.1])
 

@@ -12,22 +12,20 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lpclip.images.views import CORRUPTIONS
-from lpclip.report import (
-    COLOURS,
-    MORE_COLOURS,
-    colours,
-    comparison_figure,
-    confusion_matrix_figure,
+from lpclip.report.evaluation_figures import (
     corruption_figure,
     effective_robustness_figure,
     ood_figure,
-    png,
-    reliability_figure,
     risk_coverage_figure,
-    rounds_figure,
-    save,
     severity_figures,
-    table,
+)
+from lpclip.report.style import COLOURS, MORE_COLOURS, colours, png, save
+from lpclip.report.tables import format_table
+from lpclip.report.training_figures import (
+    comparison_figure,
+    confusion_matrix_figure,
+    reliability_figure,
+    rounds_figure,
 )
 
 PROBES = {"zero-shot": 0.57, "probe": 0.72, "supervised": 0.8}
@@ -52,7 +50,7 @@ def test_a_table_lines_up() -> None:
         {"classifier": "zero-shot", "accuracy %": 0.4712, "nll": 1.2345, "images": 6000},
         {"classifier": "probe", "accuracy %": None, "nll": np.float32(0.5)},
     ]
-    assert table(rows).split("\n") == [
+    assert format_table(rows).split("\n") == [
         "classifier  accuracy %    nll  images",
         "----------  ----------  -----  ------",
         "zero-shot         47.1  1.234   6,000",
@@ -62,13 +60,13 @@ def test_a_table_lines_up() -> None:
 
 def test_numbers_written_as_text_are_aligned_as_numbers() -> None:
     rows = [{"name": "a", "gain": "-", "n": np.int64(1234)}, {"name": "bc", "gain": "+7.1 (5.0 to 9.2) *"}]
-    assert table(rows).split("\n") == [
+    assert format_table(rows).split("\n") == [
         "name                 gain      n",
         "----  -------------------  -----",
         "a                       -  1,234",
         "bc    +7.1 (5.0 to 9.2) *      -",
     ]
-    assert table([]) == "\n"
+    assert format_table([]) == "\n"
 
 
 @pytest.mark.parametrize("num_classes", [2, 15, 16, 50, 51, 1000])

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
-from lpclip.report import COLOURS, png, table
+from lpclip.report.style import COLOURS, png
 from lpclip.report.sweep_page import (
     criterion_figure,
     parallel_coordinates_figure,
@@ -22,6 +22,7 @@ from lpclip.report.sweep_page import (
     sweep_page,
     trials_table,
 )
+from lpclip.report.tables import format_table
 
 NASTY = "<b>x</b> & $y$ {{ 7 }}"
 
@@ -161,7 +162,7 @@ def assert_readable(figure: Figure) -> None:
 
 
 def test_the_chosen_one_comes_first_then_the_best_by_criterion() -> None:
-    assert table(trials_table(labelled())).split("\n") == [
+    assert format_table(trials_table(labelled())).split("\n") == [
         "trial       factor  prior  criterion  accuracy %  ECE %  rounds  seconds",
         "----------  ------  -----  ---------  ----------  -----  ------  -------",
         "a (chosen)   0.123  none       0.800        72.0    4.0      12      4.2",

@@ -18,13 +18,13 @@ import torch
 from conftest import CLASSES, draw, refusal, run
 
 from lpclip.config import EncoderConfig, ModelConfig, to_dict
-from lpclip.encoders.encoder import load_encoder
+from lpclip.encoders.load import load_encoder
 from lpclip.encoders.open_clip import load_trainable
-from lpclip.evaluation.metrics import mean_interval
+from lpclip.evaluation.bootstrap import mean_interval
 from lpclip.evaluation.ranking import ranks, recall_intervals, retrieval_metrics
 from lpclip.features import store
 from lpclip.features.describe import describe_encoder
-from lpclip.jobs.evaluate_retrieval import encode_texts, read_pairs
+from lpclip.features.texts import encode_texts, read_pairs
 from lpclip.method.probe import Probe
 from lpclip.training.contrastive import WEIGHTS, save_model
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from lpclip.config import SelfTrainingConfig
-from lpclip.method.pseudo_labels import AllReduce, Prior
+from lpclip.method.priors import Prior, read_prior
+from lpclip.method.pseudo_labels import AllReduce
 from lpclip.method.self_training import (
     CHUNK_ROWS,
     LAST_ZERO_SHOT_SHARE,
@@ -22,7 +23,6 @@ from lpclip.method.self_training import (
     State,
     check_config,
     config_identity,
-    read_prior,
     self_train,
 )
 

@@ -31,9 +31,10 @@ from test_page import Page
 from test_tracking import server
 
 from lpclip.config import EncoderConfig, TrackingConfig
+from lpclip.encoders.head import EncoderInfo
 from lpclip.encoders.prompts import templates
 from lpclip.features import store
-from lpclip.features.describe import EncoderInfo, describe_encoder
+from lpclip.features.describe import describe_encoder
 from lpclip.features.encode_stage import store_identity
 from lpclip.jobs.console import shown
 from lpclip.jobs.tracking import track

@@ -14,10 +14,9 @@ from open_clip.transform import image_transform
 from PIL import Image
 
 from lpclip.images import views
+from lpclip.images.pixels import Preprocess, decode_image
 from lpclip.images.views import (
-    Preprocess,
     base_views,
-    decode_image,
     mirror_view,
     parse_views,
     pixel_views,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any, Protocol
@@ -10,8 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lpclip.config import EncoderConfig
-from lpclip.images.views import Preprocess
+from lpclip.images.pixels import Preprocess
 
 
 class Encoder(Protocol):
@@ -35,23 +33,6 @@ class Encoder(Protocol):
         ...
 
 
-def load_encoder(config: EncoderConfig, *, device: torch.device | str = "cpu") -> Encoder:
-    """The encoder that `config` names, frozen and on `device`.
-
-    Raises ValueError when the model, its weights or an optional package cannot be had.
-    """
-    dtype = resolve_precision(config.precision, device=torch.device(device))
-    if config.encoder == "lite":
-        if config.pretrained is not None:
-            raise ValueError("the lite encoder carries its own weights: drop --pretrained")
-        from lpclip.encoders.lite import LiteEncoder
-
-        return LiteEncoder(dtype=dtype, device=device)
-    from lpclip.encoders.open_clip import OpenClipEncoder
-
-    return OpenClipEncoder(config.encoder, pretrained=config.pretrained, dtype=dtype, device=device)
-
-
 def resolve_precision(precision: str, *, device: torch.device) -> torch.dtype:
     """The weights' dtype; `auto` takes half precision only where the hardware computes in it."""
     if precision != "auto":
@@ -69,14 +50,6 @@ def to_input(pixels: Tensor, preprocess: Preprocess, *, dtype: torch.dtype, devi
     assert pixels.shape[1:] == (preprocess.size, preprocess.size, 3), pixels.shape
     mean, std = (torch.tensor(values, device=device) for values in (preprocess.mean, preprocess.std))
     return (pixels.to(device).float().div_(255).sub_(mean).div_(std)).permute(0, 3, 1, 2).to(dtype)
-
-
-def preprocess_identity(preprocess: Preprocess) -> dict[str, Any]:
-    """The preprocessing as JSON gives it back, lists for tuples."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(preprocess).items()
-    }
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:

@@ -1,23 +1,18 @@
-"""The zero-shot head: class names as weights, and pseudo-labels from them alone.
+"""What is known of an encoder without loading it, and the zero-shot head: class names as weights.
 
-Without torch, like `decode` and `commit`: the processes that commit stay small and start fast.
+This module does not import torch: the processes that commit features stay small and start fast.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from lpclip.config import digest
-from lpclip.features import store
-from lpclip.images.views import BASE_VIEWS
-
-if TYPE_CHECKING:
-    from lpclip.features.describe import EncoderInfo
+from lpclip.images.pixels import Preprocess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +37,15 @@ def make_head(info: EncoderInfo, names: tuple[str, ...], *, temperature: float |
     return Head(class_names=names, weight=info.head, temperature=used, identity=identity)
 
 
-def pseudo_label(table: pa.Table, *, head: Head, dim: int) -> pa.Table:
-    """Zero-shot pseudo-labels of rows with base-view columns: id, label, confidence."""
-    base = [v for v in BASE_VIEWS if v in table.column_names]
-    features = store.mean_view([store.matrix(table, view, dim) for view in base]).astype(np.float32)
-    logits = features @ head.weight.T / head.temperature
-    p = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
-    p /= p.sum(axis=1, keepdims=True)
-    confidence = p.max(axis=1, initial=0).astype(np.float32)
-    return pa.table({"id": table["id"], "label": p.argmax(axis=1).astype(np.int32), "confidence": confidence})
+@dataclass(frozen=True, kw_only=True)
+class EncoderInfo:
+    """What the driver must know of an encoder."""
+
+    name: str
+    identity: dict[str, Any]
+    preprocess: Preprocess
+    logit_scale: float
+    head: np.ndarray | None
+    """(K, d) float32 zero-shot weights of the class names that were asked for."""
+    notes: tuple[str, ...] = ()
+    """Warnings that came with loading it."""

@@ -39,8 +39,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from lpclip.encoders.encoder import preprocess_identity, to_input
-from lpclip.images.views import Preprocess
+from lpclip.encoders.encoder import to_input
+from lpclip.images.pixels import Preprocess, preprocess_identity
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lpclip.evaluation.metrics import bootstrap_blocks
+from lpclip.evaluation.bootstrap import bootstrap_blocks
 
 BLOCK_ROWS = 8192
 

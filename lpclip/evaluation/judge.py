@@ -13,8 +13,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from lpclip.evaluation.bootstrap import mean_interval
 from lpclip.evaluation.detection import auroc_interval, detection_metrics, ood_scores
-from lpclip.evaluation.metrics import classification_metrics, mean_interval, metric_intervals
+from lpclip.evaluation.metrics import (
+    classification_metrics,
+    confusion_matrix,
+    metric_intervals,
+    reliability_bins,
+)
 from lpclip.evaluation.shift import ALEXNET_ERRORS, FITS, corruption_error, effective_robustness
 from lpclip.method.probe import Probe
 
@@ -241,3 +247,15 @@ def detection_scores(
     return ood_scores(
         probe.logits(features), temperature=probe.temperature, cosine_temperature=cosine_temperature
     )
+
+
+def evaluate(probe: Probe, features: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
+    """All `metrics.METRICS` of a probe on features (N, d) with class indices (N,), -1 for none."""
+    return classification_metrics(probe.probabilities(features), torch.from_numpy(labels))
+
+
+def pictures(probe: Probe, features: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """What the confusion matrix and the reliability diagram are drawn from."""
+    p, y = probe.probabilities(features), torch.from_numpy(labels)
+    matrix = confusion_matrix(p.argmax(dim=1), y, num_classes=p.shape[1])
+    return {"confusion": matrix.numpy(), "reliability": reliability_bins(p, y)}

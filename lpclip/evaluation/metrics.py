@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
+
+from lpclip.evaluation.bootstrap import bootstrap_blocks, percentiles
 
 NUM_BINS = 15
 TOP = 5
@@ -24,8 +23,6 @@ METRICS = (
 )
 # Softmax and means of it may miss [0, 1] by a rounding error.
 TOLERANCE = 1e-5
-# Resamples that are held at once: for 50,000 rows 5 MB of counts.
-BLOCK_RESAMPLES = 25
 
 
 def classification_metrics(probabilities: Tensor, labels: Tensor) -> dict[str, float | None]:
@@ -114,41 +111,6 @@ def reliability_bins(probabilities: Tensor, labels: Tensor) -> dict[str, list[fl
     }
 
 
-def bootstrap_blocks(
-    num_rows: int, *, resamples: int = 1000, seed: int | tuple[int, ...] = 0
-) -> Iterator[Tensor]:
-    """The rows of `bootstrap_counts`, up to 25 at a time: for many rows they need not all be held at once."""
-    random = np.random.default_rng(seed)
-    for start in range(0, resamples, BLOCK_RESAMPLES):
-        size = min(BLOCK_RESAMPLES, resamples - start)
-        rows = random.integers(num_rows, size=(size, num_rows))
-        rows += np.arange(size)[:, None] * num_rows
-        counts = np.bincount(rows.ravel(), minlength=size * num_rows)
-        yield torch.from_numpy(counts.astype(np.float32)).reshape(size, num_rows)
-
-
-def bootstrap_counts(num_rows: int, *, resamples: int = 1000, seed: int | tuple[int, ...] = 0) -> Tensor:
-    """How often each of N rows is drawn in each of B resamples, (B, N) float32; every resample has N draws.
-
-    A mean over resampled rows of a column (N,) is counts @ column / N.
-    """
-    return torch.cat(list(bootstrap_blocks(num_rows, resamples=resamples, seed=seed)))
-
-
-def mean_interval(values: Tensor, *, resamples: int = 1000, seed: int = 0) -> Tensor:
-    """The 95% percentile bootstrap interval of the mean of values (N,) or (N, M): (2,) or (2, M) float64.
-
-    The first row is the lower end. Columns are resampled together. For two classifiers on the same images take
-    the differences of their correctness. Raises ValueError for NaN or no values.
-    """
-    if len(values) == 0 or values.isnan().any():
-        raise ValueError("an interval of a mean needs at least one value, and no NaN")
-    # In float64 sums of whole numbers are exact: no rounding may lift an interval's end over zero.
-    exact = values.double()
-    blocks = bootstrap_blocks(len(values), resamples=resamples, seed=seed)
-    return _percentiles(torch.cat([counts.double() @ exact for counts in blocks]) / len(values))
-
-
 def metric_intervals(
     probabilities: Tensor, labels: Tensor, *, resamples: int = 1000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
@@ -175,7 +137,7 @@ def metric_intervals(
         sums = (counts @ columns).double() / len(y)
         ece = sums[:, len(means) :].abs().sum(dim=1, keepdim=True)
         draws.append(torch.cat([sums[:, : len(means)], ece, areas(counts)], dim=1))
-    low, high = _percentiles(torch.cat(draws)).tolist()
+    low, high = percentiles(torch.cat(draws)).tolist()
     return dict(zip((*means, "ece", "aurc", "augrc"), zip(low, high, strict=True), strict=True))
 
 
@@ -210,11 +172,6 @@ class _RiskAreas:
         fall = -rate.diff(dim=1, append=nothing)
         place = total.long()
         return torch.stack([(table.take(place) * fall).sum(dim=1) for table in self._tables], dim=1)
-
-
-def _percentiles(draws: Tensor) -> Tensor:
-    """The 2.5% and 97.5% quantiles (2, ...) of draws (B, ...)."""
-    return draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype), dim=0)
 
 
 def _labelled(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lpclip.evaluation.metrics import bootstrap_blocks
+from lpclip.evaluation.bootstrap import bootstrap_blocks
 
 RECALLS = (1, 5, 10)
 # Scores that are held at once: 64 MB.

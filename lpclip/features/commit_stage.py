@@ -8,8 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lpclip import files
-from lpclip.encoders.head import Head, pseudo_label
 from lpclip.features import store
 
 
@@ -46,9 +44,3 @@ def commit(
         )
         counts.append({"unit": unit, "images": len(rows), "bad": len(bad)})
     return pa.Table.from_pylist(counts)
-
-
-def write_scores(part: store.Part, rows: pa.Table, *, head: Head, path: str) -> None:
-    """Zero-shot pseudo-labels of images that are encoded now, beside a part of their features."""
-    labels = pseudo_label(rows, head=head, dim=head.weight.shape[1])
-    files.write_parquet(files.join(path, part.name), labels)

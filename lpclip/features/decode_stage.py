@@ -14,8 +14,9 @@ import pyarrow as pa
 import ray
 
 from lpclip.config import PairsConfig, SourceConfig
+from lpclip.images.pixels import Preprocess, decode_image
 from lpclip.images.source import PAIRS, ROWS
-from lpclip.images.views import Preprocess, decode_image, render
+from lpclip.images.views import render
 
 # Pixels of the tables that travel from the decoding tasks to the encoder: many views make few rows.
 PIXEL_BYTES = 64 << 20

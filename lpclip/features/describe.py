@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import ray
 import torch
 
 from lpclip.config import EncoderConfig
 from lpclip.encoders import prompts
-from lpclip.encoders.encoder import load_encoder
-from lpclip.images.views import Preprocess
-from lpclip.method.probe import Probe
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderInfo:
-    """What the driver must know of an encoder."""
-
-    name: str
-    identity: dict[str, Any]
-    preprocess: Preprocess
-    logit_scale: float
-    head: np.ndarray | None
-    """(K, d) float32 zero-shot weights of the class names that were asked for."""
-    notes: tuple[str, ...] = ()
-    """Warnings that came with loading it."""
+from lpclip.encoders.head import EncoderInfo
+from lpclip.encoders.load import load_encoder
 
 
 def _describe(
@@ -71,25 +53,3 @@ def describe_encoder(
         return ray.get(task.remote(config, class_names, templates))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
-
-
-def describe_probes_encoder(
-    probe: Probe, *, pretrained: str | None, with_head: bool
-) -> tuple[EncoderConfig, EncoderInfo]:
-    """The encoder that a probe was trained with, `pretrained` being where its checkpoint lies now, if it has moved.
-
-    With the zero-shot head of the probe's classes, if asked. Raises ValueError when the encoder has changed.
-    """
-    made = probe.encoder["config"]
-    encoder = EncoderConfig(
-        encoder=made["encoder"], pretrained=pretrained or made["pretrained"], precision=made["precision"]
-    )
-    names = probe.class_names if with_head else ()
-    templates = tuple(probe.encoder["templates"]) if with_head else ()
-    info = describe_encoder(encoder, class_names=names, templates=templates)
-    if info.identity != probe.encoder["identity"]:
-        raise ValueError(
-            f"the probe was trained on features of another encoder than {encoder.encoder} as it is now: "
-            "the weights, the precision or the preprocessing differ"
-        )
-    return encoder, info

@@ -23,22 +23,16 @@ import torch
 
 from lpclip import files
 from lpclip.config import EncodeConfig, EncoderConfig
-from lpclip.encoders.encoder import load_encoder, preprocess_identity
-from lpclip.encoders.head import Head
-from lpclip.features.commit_stage import commit, write_scores
+from lpclip.encoders.head import EncoderInfo, Head
+from lpclip.encoders.load import load_encoder
+from lpclip.features.commit_stage import commit
 from lpclip.features.decode_stage import pixel_array, rows_at_once
-from lpclip.features.describe import EncoderInfo, has_gpus
+from lpclip.features.describe import has_gpus
 from lpclip.features.pipeline import TABLES_AHEAD, decode_units, fill_store
+from lpclip.features.zero_shot_labels import write_scores
 from lpclip.images.open import Source
-from lpclip.images.views import (
-    BASE_VIEWS,
-    REDUCING_GAP,
-    STRONG_VERSION,
-    parse_views,
-    pixel_views,
-    split_mirror,
-)
-from lpclip.jobs.runtime import ENCODER_ENV
+from lpclip.images.pixels import REDUCING_GAP, preprocess_identity
+from lpclip.images.views import BASE_VIEWS, STRONG_VERSION, parse_views, pixel_views, split_mirror
 
 # Images in one forward pass on a CPU. Kernels, and so roundings, may differ with the shape of a batch and with the
 # number of threads that share it. So every pass has this shape and one thread, and threads share the passes instead:
@@ -223,3 +217,14 @@ def encode(
 
     identity = store_identity(source, info, views, seed=seed)
     return fill_store(source, identity=identity, path=path, what="encoding", stages=stages)
+
+
+# The environment of processes that hold an encoder. glibc gives the large activations of every forward pass back to
+# the kernel and takes them anew, page by page: on CPUs that can cost more than the arithmetic. One heap that only
+# grows costs a peak's worth of memory.
+ENCODER_ENV = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}

@@ -10,9 +10,8 @@ import numpy as np
 
 from lpclip import files
 from lpclip.config import EncodeConfig, EncoderConfig, PairsConfig, SourceConfig
-from lpclip.encoders.head import Head
+from lpclip.encoders.head import EncoderInfo, Head
 from lpclip.features import store
-from lpclip.features.describe import EncoderInfo
 from lpclip.features.encode_stage import encode, plan_actors, store_identity
 from lpclip.features.pipeline import check_manifest
 from lpclip.images.open import Source, open_source

@@ -21,13 +21,12 @@ import pyarrow as pa
 import ray
 
 from lpclip import files
-from lpclip.encoders.encoder import preprocess_identity
 from lpclip.features import store
 from lpclip.features.commit_stage import commit
 from lpclip.features.decode_stage import pixel_array
 from lpclip.features.pipeline import TABLES_AHEAD, decode_units, fill_store
 from lpclip.images.open import Source
-from lpclip.images.views import REDUCING_GAP, Pixels, Preprocess
+from lpclip.images.pixels import REDUCING_GAP, Pixels, Preprocess, preprocess_identity
 
 FORMAT = 2
 VIEW = "weak"

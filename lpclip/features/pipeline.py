@@ -24,7 +24,7 @@ from lpclip import files
 from lpclip.features import store
 from lpclip.features.decode_stage import PIXEL_BYTES, decode_unit
 from lpclip.images.open import Source
-from lpclip.images.views import Preprocess
+from lpclip.images.pixels import Preprocess
 from lpclip.progress import Progress
 
 # How often an encoder, a machine, or a process over one unit of work may die.

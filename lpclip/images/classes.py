@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
 import numpy as np
 
 from lpclip.config import ClassConfig
-from lpclip.encoders.prompts import ClassList, read_classes, readable
 
 
 def resolve_classes(config: ClassConfig, *, label_names: tuple[str, ...] | None) -> ClassList:
@@ -55,3 +63,72 @@ def map_labels(
 
 def _key(name: str) -> str:
     return readable(name).casefold()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassList:
+    """Class names in the order of the head's rows, and what the data calls them if it is something else.
+
+    Raises ValueError for fewer than two classes, an empty name, and names or labels that occur twice.
+    """
+
+    names: tuple[str, ...]
+    labels: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.names) < 2:
+            raise ValueError(f"at least two class names are needed, got {len(self.names)}")
+        for position, name in enumerate(self.names, start=1):
+            if not readable(name):
+                raise ValueError(f"class name {position} of {len(self.names)} is empty")
+        _refuse_duplicates("class name", [readable(name).casefold() for name in self.names])
+        if self.labels is not None:
+            assert len(self.labels) == len(self.names)
+            _refuse_duplicates("label", self.labels)
+
+
+def read_classes(spec: str) -> ClassList:
+    """Class names from a comma list or a text file, one a line, each a `name` or a `label<TAB>name`.
+
+    Raises ValueError when the file cannot be read, mixes the two forms, or its names are no ClassList.
+    """
+    if not names_a_file(spec):
+        return ClassList(names=tuple(name.strip() for name in spec.split(",")) if spec.strip() else ())
+    rows = [line.split("\t") for line in read_lines(spec)]
+    widths = {len(row) for row in rows}
+    if widths == {2}:
+        labels, names = zip(*rows, strict=True)
+        return ClassList(names=tuple(map(str.strip, names)), labels=tuple(map(str.strip, labels)))
+    if widths - {1}:
+        raise ValueError(f"{spec}: every line must be a class name, or every line label<TAB>name")
+    return ClassList(names=tuple(row[0].strip() for row in rows))
+
+
+def readable(name: str) -> str:
+    """A class name as a prompt has it: `aquarium_fish` reads "aquarium fish"."""
+    return " ".join(name.replace("_", " ").split())
+
+
+def names_a_file(spec: str) -> bool:
+    """Whether `spec` means a file; ValueError when it looks like one that is not there."""
+    if "," not in spec and (Path(spec).suffix in (".txt", ".tsv", ".csv") or os.sep in spec):
+        if not Path(spec).is_file():
+            raise ValueError(f"no such file: {spec}")
+        return True
+    return len(spec) < 256 and Path(spec).is_file()
+
+
+def read_lines(path: str) -> list[str]:
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path} as text: {error}") from error
+    return text.rstrip().splitlines()
+
+
+def _refuse_duplicates(kind: str, values: Sequence[str]) -> None:
+    seen: set[str] = set()
+    for value in values:
+        if value in seen:
+            raise ValueError(f"{kind} {value!r} occurs twice")
+        seen.add(value)

@@ -15,11 +15,17 @@ from pyarrow import fs
 
 from lpclip.config import PairsConfig, SourceConfig
 from lpclip.files import locate
-from lpclip.images.fetch import fetch_all, followed, join, reason, scheme
-from lpclip.images.source import (
+from lpclip.images.columns import (
     ID_COLUMNS,
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
+    as_texts,
+    pick_column,
+    pick_texts,
+    refuse_duplicates,
+)
+from lpclip.images.fetch import fetch_all, followed, join, reason, scheme
+from lpclip.images.source import (
     TABLE_BYTES,
     UNIT_ROWS,
     File,
@@ -27,14 +33,10 @@ from lpclip.images.source import (
     Reader,
     Row,
     Source,
-    as_texts,
     choose,
     make_identity,
     make_pair,
     make_row,
-    pick_column,
-    pick_texts,
-    refuse_duplicates,
 )
 
 FETCH_ROWS = 32

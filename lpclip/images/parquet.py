@@ -17,25 +17,18 @@ import pyarrow.parquet as pq
 
 from lpclip.config import SourceConfig
 from lpclip.files import locate, split
-from lpclip.images.fetch import fetch_all, followed, join, reason, retry
-from lpclip.images.source import (
+from lpclip.images.columns import (
     ID_COLUMNS,
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
-    UNIT_ROWS,
-    Listing,
-    Reader,
-    Row,
-    Source,
     as_texts,
-    choose,
     is_text,
-    make_identity,
-    make_row,
     pick_column,
     pick_texts,
     refuse_duplicates,
 )
+from lpclip.images.fetch import fetch_all, followed, join, reason, retry
+from lpclip.images.source import UNIT_ROWS, Listing, Reader, Row, Source, choose, make_identity, make_row
 
 T = TypeVar("T")
 

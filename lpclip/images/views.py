@@ -5,20 +5,13 @@ Only Pillow and NumPy are imported here, so that the processes that decode stay 
 
 from __future__ import annotations
 
-import io
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-Pixels = NDArray[np.uint8]
+from lpclip.images.pixels import Pixels, Preprocess
 
 CORRUPTIONS = (
     *(
@@ -46,64 +39,13 @@ MIRROR = "mirror"
 BASE_VIEWS = ("weak", MIRROR)
 """Views whose mean is an image's feature; students are fitted to the others as well."""
 
-# Formats that Pillow decodes by itself: EPS, for one, would start another program on the user's bytes.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "JPEG2000", "AVIF", "PPM", "ICO", "DIB")
 
 # Of strong views: the others keep what corruptions hide.
 CORRUPTED_SHARE = 0.75
 
-# JPEGs may be decoded at a half, a quarter or an eighth of their size, as long as both sides keep so many times the
-# encoder's: decoding large photographs costs more than encoding them. Fewer than three times are seen in features.
-REDUCING_GAP = 3
 
 # Beyond this aspect ratio only the middle is resized: a 1 x 1,000,000 image would fill the memory otherwise.
 MAX_ASPECT = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preprocess:
-    """What an encoder wants its images to be; the fields are open_clip's, so is their meaning."""
-
-    size: int
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    resize: Literal["shortest", "squash", "longest"] = "shortest"
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    fill: int = 0
-
-    @property
-    def resample(self) -> Image.Resampling:
-        """Pillow's filter for `interpolation`."""
-        return Image.Resampling[self.interpolation.upper()]
-
-
-def decode_image(data: bytes, *, max_pixels: int, max_bytes: int, size: int | None = None) -> Image.Image:
-    """The first frame of an encoded image as upright RGB; transparency is laid on white, 16 bits become 8.
-
-    With the side of the encoder's input as `size`, a large JPEG is decoded at a fraction that still has both sides
-    REDUCING_GAP times as long.
-    Raises ValueError with a short reason for whatever cannot be decoded; sizes are checked in the header.
-    """
-    if not data:
-        raise ValueError("empty")
-    if len(data) > max_bytes:
-        raise ValueError(f"{len(data)} bytes, more than {max_bytes}")
-    try:
-        with _pillow_limits(max_pixels), Image.open(io.BytesIO(data), formats=_formats()) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ValueError(f"{width}x{height}, more than {max_pixels} pixels")
-            if size is not None:
-                image.draft(None, (REDUCING_GAP * size, REDUCING_GAP * size))
-            image.load()
-            return _to_rgb(_upright(image))
-    except Image.UnidentifiedImageError as error:
-        raise ValueError("not an image that can be decoded") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"more than {max_pixels} pixels") from error
-    except Exception as error:
-        # Decoders raise whatever broken bytes lead them to (SyntaxError, struct.error, MemoryError, ...).
-        raise ValueError(str(error) or type(error).__name__) from error
 
 
 def weak_view(image: Image.Image, preprocess: Preprocess) -> Pixels:
@@ -230,48 +172,6 @@ def _check_view(view: str) -> None:
         raise ValueError(f"unknown view {view!r}; known are {known}")
     if severity not in ("1", "2", "3", "4", "5"):
         raise ValueError(f"view {view!r} needs a severity from 1 to 5, as in {name}:3")
-
-
-def _formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-@contextmanager
-def _pillow_limits(max_pixels: int) -> Iterator[None]:
-    # Pillow has a pixel limit of its own, from which it warns, and at twice of which it raises.
-    before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = max_pixels
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # A broken EXIF block says nothing about the pixels, which are decoded by now.
-        return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        image = Image.fromarray(_to_8_bit(np.asarray(image)))
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")
-
-
-def _to_8_bit(grey: NDArray[np.generic]) -> Pixels:
-    """Wide grey values (H, W) to uint8: integers from 16 bits, floats from [0, 1] if all lie there."""
-    if grey.dtype.kind == "f":
-        values = np.nan_to_num(grey.astype(np.float32))
-        return np.round(np.clip(values * (255 if values.max() <= 1 else 1), 0, 255)).astype(np.uint8)
-    return ((np.clip(grey.astype(np.int64), 0, 65535) + 128) // 257).astype(np.uint8)
 
 
 def _trim(image: Image.Image) -> Image.Image:

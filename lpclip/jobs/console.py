@@ -6,18 +6,18 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lpclip import files, report
+from lpclip import files
 from lpclip.config import SelftrainJob, TuneJob
-from lpclip.encoders.head import Head
-from lpclip.encoders.prompts import ClassList
-from lpclip.features.describe import EncoderInfo
+from lpclip.encoders.head import EncoderInfo, Head
 from lpclip.features.find_or_encode import Data, Encoded
+from lpclip.images.classes import ClassList
 from lpclip.images.views import base_views, parse_views
 from lpclip.jobs import tracking
 from lpclip.method.confirmation import MIN_IMAGES_PER_CLASS, MIN_KAPPA, Confirmation
 from lpclip.method.probe import Probe
 from lpclip.report.evaluation_page import corruption_table, ood_table, overview_table, retrieval_table
 from lpclip.report.sweep_page import status_line, trials_table
+from lpclip.report.tables import format_table
 from lpclip.training.search_space import Space
 
 LITE_NOTE = "the embedded lite encoder is not CLIP: it serves first impressions, its figures are its own"
@@ -108,7 +108,7 @@ def print_result(
     rows = [encoded_row(data, encoded)]
     if test is not None and tested is not None:
         rows.append(encoded_row(test, tested))
-    print(f"\n{report.table(rows)}\n")
+    print(f"\n{format_table(rows)}\n")
     where = summary["evaluated_on"]
     if where["setting"] is None:
         print("no labels: nothing to evaluate; OUT/pseudo_labels.parquet is there to be looked at")
@@ -118,7 +118,7 @@ def print_result(
         kind = "self-trained" if trusted else "fell back to zero-shot"
         names = {"zero_shot": "zero-shot", "probe": f"probe ({kind})", "supervised": "supervised"}
         print(
-            report.table(
+            format_table(
                 [
                     {
                         "classifier": text,
@@ -171,7 +171,7 @@ def print_evaluation(summary: dict[str, Any], *, out: str, run: tracking.Run) ->
         print(f"\nencoded {rates['images']:,.0f} images, {rates['features']:,.0f} features a second")
     for rows in (corruption_table(results), ood_table(results), overview_table(results)):
         if rows:
-            print(f"\n{report.table(rows)}")
+            print(f"\n{format_table(rows)}")
     for cell in summary["significantly_worse"]:
         where = " ".join(str(cell[key]) for key in ("set", "corruption", "severity") if cell[key] is not None)
         low, high = (100 * end for end in cell["interval"])
@@ -180,14 +180,14 @@ def print_evaluation(summary: dict[str, Any], *, out: str, run: tracking.Run) ->
             f"({low:+.1f} to {high:+.1f})"
         )
     if summary["retrieval"]:
-        print(f"\n{report.table(retrieval_table(summary['retrieval']))}")
+        print(f"\n{format_table(retrieval_table(summary['retrieval']))}")
     print()
     _print_places(out, run, report="report.html", summary="summary.json")
 
 
 def print_retrieval(summary: dict[str, Any], *, out: str, run: tracking.Run) -> None:
     """The table of an evaluation of retrieval alone, and where everything lies."""
-    print(f"\n{report.table(retrieval_table(summary['retrieval']))}\n")
+    print(f"\n{format_table(retrieval_table(summary['retrieval']))}\n")
     _print_places(out, run, summary="summary.json")
 
 
@@ -207,7 +207,7 @@ def print_sweep_plan(job: TuneJob, space: Space, *, classes: ClassList, count: i
 
 def print_sweep(summary: dict[str, Any], *, out: str, run: tracking.Run) -> None:
     """A sweep's last words: the best trials, what the choice was worth, and how to repeat it."""
-    print(f"\n{report.table(trials_table(summary))}\n\n{status_line(summary)}")
+    print(f"\n{format_table(trials_table(summary))}\n\n{status_line(summary)}")
     where, evidence, chosen = summary["evaluated_on"], summary["evidence"], summary["chosen"]
     if where["setting"] is None:
         print("no labels: the criterion has chosen, and nothing can tell how well")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lpclip import files, report
+from lpclip import files
 from lpclip.config import EncodeJob, to_dict
 from lpclip.encoders.head import make_head
 from lpclip.encoders.prompts import templates
@@ -14,6 +14,7 @@ from lpclip.images.classes import resolve_classes
 from lpclip.images.views import parse_views
 from lpclip.jobs.console import encoded_row, print_plan
 from lpclip.jobs.runtime import output_folder, start_ray, versions
+from lpclip.report.tables import format_table
 
 
 def encode_job(job: EncodeJob) -> dict[str, Any]:
@@ -49,5 +50,5 @@ def encode_job(job: EncodeJob) -> dict[str, Any]:
             "versions": versions(),
         }
         files.write_json(files.join(out, "summary.json"), summary)
-        print(report.table([encoded_row(data, encoded)]))
+        print(format_table([encoded_row(data, encoded)]))
         return summary

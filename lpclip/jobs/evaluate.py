@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from lpclip import files, report
+from lpclip import files
 from lpclip.config import EncoderConfig, EvaluateJob, to_dict
-from lpclip.encoders.prompts import ClassList
+from lpclip.encoders.head import EncoderInfo
 from lpclip.evaluation.judge import (
     ZERO_SHOT,
     Cell,
@@ -29,10 +29,10 @@ from lpclip.evaluation.judge import (
     ood_rows,
     shift_rows,
 )
-from lpclip.features.describe import EncoderInfo, describe_probes_encoder
 from lpclip.features.find_or_encode import Data, Encoded, Views
-from lpclip.images.classes import map_labels
-from lpclip.images.views import base_views, decode_image
+from lpclip.images.classes import ClassList, map_labels
+from lpclip.images.pixels import decode_image
+from lpclip.images.views import base_views
 from lpclip.jobs import tracking
 from lpclip.jobs.console import print_evaluation, print_evaluation_plan
 from lpclip.jobs.evaluate_retrieval import (
@@ -49,10 +49,13 @@ from lpclip.jobs.evaluate_sets import (
     open_sets,
     parse_corruptions,
 )
-from lpclip.jobs.inputs import encode_evaluated
+from lpclip.jobs.inputs import describe_probes_encoder, encode_evaluated
 from lpclip.jobs.runtime import claim, output_folder, start_ray, versions
 from lpclip.method.probe import Probe, load_probe, zero_shot_probe
+from lpclip.report.evaluation_figures import corruption_figure
 from lpclip.report.evaluation_page import Evidence, corruption_curves, evaluation_page, plain_values
+from lpclip.report.page import Example
+from lpclip.report.style import save
 
 EXAMPLES = 12
 # Images that the examples are looked for among: more would be read for pictures alone.
@@ -372,13 +375,13 @@ def _evidence(found: _Found, data: EvaluationSet, probes: Mapping[str, Probe]) -
     places = {name: place for place, name in enumerate(found.ids.tolist())}
     names = probes[rival].class_names
 
-    def example(name: str, image: bytes) -> report.Example:
+    def example(name: str, image: bytes) -> Example:
         place = places[name]
         answers = {
             who: (names[clean[who].predicted[place]], float(clean[who].confidence[place]))
             for who in (ZERO_SHOT, rival)
         }
-        return report.Example(image=image, predictions=answers, truth=names[labels[place]], name=name)
+        return Example(image=image, predictions=answers, truth=names[labels[place]], name=name)
 
     return Evidence(
         probes=probes,
@@ -433,8 +436,8 @@ def _draw(rows: list[Row], folder: str) -> None:
     (clean,) = plain_values(rows, "clean", "accuracy").values()
     for name, kind in dict.fromkeys((row["set"], row["kind"]) for row in rows if row["corruption"]):
         curves = corruption_curves(rows, name)
-        figure = report.corruption_figure(curves, clean=clean if kind == "corrupted" else None)
-        report.save(figure, files.join(folder, f"corruptions-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}.png"))
+        figure = corruption_figure(curves, clean=clean if kind == "corrupted" else None)
+        save(figure, files.join(folder, f"corruptions-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}.png"))
 
 
 TRACKED = ("accuracy", "accuracy_gain", "ece", "adaptive_ece", "nll", "brier", "aurc", "retained_accuracy")

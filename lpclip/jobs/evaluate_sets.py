@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lpclip.config import ClassConfig, EvaluateJob, to_dict
-from lpclip.encoders.prompts import ClassList
 from lpclip.evaluation.judge import Cell, Kind
 from lpclip.features.find_or_encode import Data, open_data
 from lpclip.images.captions import images_config
-from lpclip.images.classes import map_labels, resolve_classes
+from lpclip.images.classes import ClassList, map_labels, resolve_classes
 from lpclip.images.published import Published, published_sets
 from lpclip.images.views import CORRUPTIONS, base_views, mirror_view
 from lpclip.method.probe import Probe

@@ -17,9 +17,9 @@ from lpclip.config import (
     TuneJob,
     to_dict,
 )
-from lpclip.encoders.head import Head
-from lpclip.encoders.prompts import ClassList, templates
-from lpclip.features.describe import EncoderInfo
+from lpclip.encoders.head import EncoderInfo, Head
+from lpclip.encoders.prompts import templates
+from lpclip.features.describe import describe_encoder
 from lpclip.features.find_or_encode import (
     Data,
     Encoded,
@@ -31,10 +31,11 @@ from lpclip.features.find_or_encode import (
 )
 from lpclip.features.store import Features
 from lpclip.images.captions import images_config, with_captions
-from lpclip.images.classes import map_labels, resolve_classes
+from lpclip.images.classes import ClassList, map_labels, resolve_classes
 from lpclip.images.named import CLASSES
 from lpclip.images.open import Source, open_source
 from lpclip.images.views import base_views
+from lpclip.method.probe import Probe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,3 +192,25 @@ def _check_label_names(data: Data, test: Data | None, classes: ClassList) -> Non
         if item is not None and item.source is not None and item.source.kind == "folder" and item.label_names:
             places = np.arange(len(item.label_names), dtype=np.int32)
             map_labels(places, label_names=item.label_names, classes=classes, data=item.name)
+
+
+def describe_probes_encoder(
+    probe: Probe, *, pretrained: str | None, with_head: bool
+) -> tuple[EncoderConfig, EncoderInfo]:
+    """The encoder that a probe was trained with, `pretrained` being where its checkpoint lies now, if it has moved.
+
+    With the zero-shot head of the probe's classes, if asked. Raises ValueError when the encoder has changed.
+    """
+    made = probe.encoder["config"]
+    encoder = EncoderConfig(
+        encoder=made["encoder"], pretrained=pretrained or made["pretrained"], precision=made["precision"]
+    )
+    names = probe.class_names if with_head else ()
+    templates = tuple(probe.encoder["templates"]) if with_head else ()
+    info = describe_encoder(encoder, class_names=names, templates=templates)
+    if info.identity != probe.encoder["identity"]:
+        raise ValueError(
+            f"the probe was trained on features of another encoder than {encoder.encoder} as it is now: "
+            "the weights, the precision or the preprocessing differ"
+        )
+    return encoder, info

@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lpclip import files, report
+from lpclip import files
 from lpclip.config import EncodeConfig, PredictJob
-from lpclip.features.describe import describe_probes_encoder
 from lpclip.features.find_or_encode import encode_views, open_data
 from lpclip.images.views import base_views
 from lpclip.jobs.console import print_plan
+from lpclip.jobs.inputs import describe_probes_encoder
 from lpclip.jobs.runtime import output_folder, start_ray
 from lpclip.method.probe import load_probe
+from lpclip.report.tables import format_table
 
 
 def predict_job(job: PredictJob) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
         files.delete_folder(folder)
     counts = np.bincount(places[:, 0].numpy(), minlength=p.shape[1])
     order = np.argsort(-counts)[:20]
-    print(report.table([{"label": probe.class_names[i], "images": int(counts[i])} for i in order]))
+    print(format_table([{"label": probe.class_names[i], "images": int(counts[i])} for i in order]))
     print(
         f"{len(table):,} images labelled, {found.latest.manifest['num_quarantined']:,} quarantined: {job.out}"
     )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lpclip import files, report
+from lpclip import files
 from lpclip.config import ModelConfig, PretrainConfig, PretrainJob, digest, to_dict
 from lpclip.encoders.encoder import weights_digest
 from lpclip.encoders.open_clip import Trainable, load_trainable
@@ -23,6 +23,7 @@ from lpclip.jobs.inputs import open_pairs
 from lpclip.jobs.runtime import claim, output_folder, start_ray, versions
 from lpclip.method.contrastive_step import check_pretraining, num_steps
 from lpclip.progress import Progress, watched
+from lpclip.report.tables import format_table
 from lpclip.training.contrastive import WEIGHTS, Pretraining, go_on, is_finished, pretrain, read_metrics
 
 # Of the texts, more are not counted: their tokens take a minute.
@@ -238,7 +239,7 @@ def _print_result(job: PretrainJob, summary: dict[str, Any], run: tracking.Run) 
         "pairs/s": round(last["pairs_per_second"]),
         "seconds": round(summary["timings"]["training"]),
     }
-    print(f"\n{report.table([row])}\n")
+    print(f"\n{format_table([row])}\n")
     if summary["pairs"]["quarantined"]:
         print(f"bad      {shown(files.join(summary['pairs']['store'], 'quarantine.parquet'))}")
     print(f"model    {shown(summary['model'])}")

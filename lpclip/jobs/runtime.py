@@ -19,16 +19,6 @@ from lpclip import files
 
 PACKAGES = ("ray", "torch", "open_clip_torch", "pyarrow", "mlflow", "numpy", "timm", "transformers")
 
-# The environment of processes that hold an encoder. glibc gives the large activations of every forward pass back to
-# the kernel and takes them anew, page by page: on CPUs that can cost more than the arithmetic. One heap that only
-# grows costs a peak's worth of memory.
-ENCODER_ENV = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-    "MALLOC_TOP_PAD_": str(64 << 20),
-}
-
 
 def start_ray() -> None:
     """Join the cluster that RAY_ADDRESS names, as in a submitted job, or start a private one on this machine."""

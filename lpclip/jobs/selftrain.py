@@ -10,23 +10,27 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from lpclip import files, report
+from lpclip import files
 from lpclip.config import SelftrainJob, to_dict
-from lpclip.encoders.head import Head, make_head
-from lpclip.encoders.prompts import ClassList, templates
-from lpclip.features.describe import EncoderInfo, describe_encoder
+from lpclip.encoders.head import EncoderInfo, Head, make_head
+from lpclip.encoders.prompts import templates
+from lpclip.evaluation.judge import evaluate, pictures
+from lpclip.features.describe import describe_encoder
 from lpclip.features.store import Features
-from lpclip.images.classes import map_labels
+from lpclip.images.classes import ClassList, map_labels
 from lpclip.images.views import parse_views
 from lpclip.jobs import tracking
 from lpclip.jobs.console import print_plan, print_result, print_training
 from lpclip.jobs.inputs import Inputs, encode_inputs, evaluated_on, open_inputs
 from lpclip.jobs.runtime import claim, output_folder, start_ray, versions
 from lpclip.jobs.settle_prior import load_prior, settle_prior
-from lpclip.method.calibration import evaluate, label_free_temperature, pictures, supervised_probe
+from lpclip.method.calibration import label_free_temperature
+from lpclip.method.priors import Prior
 from lpclip.method.probe import Probe, zero_shot_probe
-from lpclip.method.pseudo_labels import Prior
 from lpclip.method.self_training import State, check_config, neighbour_count
+from lpclip.method.supervised import supervised_probe
+from lpclip.report.style import save
+from lpclip.report.training_figures import confusion_matrix_figure, reliability_figure, rounds_figure
 from lpclip.training.rounds import fit, make_work, read_labels
 
 
@@ -214,12 +218,12 @@ def _track(
     run.log({f"images_per_second_{k}": v for k, v in summary["rates"].items()}, step=last)
     figures = files.join(out, "figures")
     files.make_folder(figures)
-    report.save(report.rounds_figure(summary["rounds"]), files.join(figures, "rounds.png"))
+    save(rounds_figure(summary["rounds"]), files.join(figures, "rounds.png"))
     if (y >= 0).any():
         drawn = {name: pictures(probe, x, y) for name, probe in probes.items()}
-        matrix = report.confusion_matrix_figure(drawn["probe"]["confusion"], classes.names)
-        report.save(matrix, files.join(figures, "confusion_matrix.png"))
+        matrix = confusion_matrix_figure(drawn["probe"]["confusion"], classes.names)
+        save(matrix, files.join(figures, "confusion_matrix.png"))
         bins = {name.replace("_", "-"): found["reliability"] for name, found in drawn.items()}
-        report.save(report.reliability_figure(bins), files.join(figures, "reliability.png"))
+        save(reliability_figure(bins), files.join(figures, "reliability.png"))
     for name in ("probe", "figures", "summary.json", "pseudo_labels.parquet"):
         run.artifact(files.join(out, name))

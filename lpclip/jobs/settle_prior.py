@@ -14,8 +14,8 @@ from lpclip.encoders.encoder import resolve_precision
 from lpclip.encoders.head import Head
 from lpclip.jobs.console import print_prior, print_tried
 from lpclip.method.confirmation import Confirmation, Sample, choose_prior
-from lpclip.method.pseudo_labels import Prior
-from lpclip.method.self_training import PRIORS, config_identity, read_prior
+from lpclip.method.priors import PRIORS, Prior, read_prior
+from lpclip.method.self_training import config_identity
 
 
 @dataclass(frozen=True, kw_only=True)

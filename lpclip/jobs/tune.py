@@ -15,25 +15,27 @@ import ray
 import torch
 from torchmetrics.functional import spearman_corrcoef
 
-from lpclip import files, report
+from lpclip import files
 from lpclip.config import Criterion, SelfTrainingConfig, SelftrainJob, TuneJob, flags, to_dict
 from lpclip.encoders.encoder import resolve_precision
-from lpclip.encoders.head import Head, make_head
+from lpclip.encoders.head import EncoderInfo, Head, make_head
 from lpclip.encoders.prompts import templates
+from lpclip.evaluation.judge import evaluate
 from lpclip.features import store
-from lpclip.features.describe import EncoderInfo, describe_encoder
+from lpclip.features.describe import describe_encoder
 from lpclip.images.views import BASE_VIEWS, parse_views
 from lpclip.jobs import tracking
 from lpclip.jobs.console import LITE_NOTE, print_plan, print_sweep, print_sweep_plan, shown
 from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
 from lpclip.jobs.runtime import claim, output_folder, start_ray, versions
 from lpclip.jobs.settle_prior import ChosenPrior, load_prior, settle_prior
-from lpclip.method.calibration import evaluate, label_free_temperature
+from lpclip.method.calibration import label_free_temperature
 from lpclip.method.criteria import ALONE, CRITERIA, Candidate, make_yardstick, measure_all, predict
+from lpclip.method.priors import Prior
 from lpclip.method.probe import Probe, zero_shot_probe
-from lpclip.method.pseudo_labels import Prior
 from lpclip.method.self_training import check_config, config_identity
 from lpclip.progress import TrialProgress
+from lpclip.report.style import save
 from lpclip.report.sweep_page import criterion_figure, parallel_coordinates_figure, sweep_page
 from lpclip.training.search_space import (
     FACTOR,
@@ -431,8 +433,8 @@ class _Sweep:
         files.write_bytes(files.join(out, "report.html"), sweep_page(summary, facts=facts).encode())
         figures = files.join(out, "figures")
         files.make_folder(figures)
-        report.save(criterion_figure(summary), files.join(figures, "criterion.png"))
-        report.save(parallel_coordinates_figure(summary), files.join(figures, "parameters.png"))
+        save(criterion_figure(summary), files.join(figures, "criterion.png"))
+        save(parallel_coordinates_figure(summary), files.join(figures, "parameters.png"))
         for trial in summary["trials"]:
             values = {f"criterion_{name}": value for name, value in trial["criteria"].items()}
             values |= {"criterion": trial["criterion"]}

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from lpclip.config import SelfTrainingConfig
+from lpclip.method.gaussian import Space
 from lpclip.method.neighbours import nearest
-from lpclip.method.probe import Space
-from lpclip.method.pseudo_labels import Prior
-from lpclip.method.self_training import PRIORS, ZERO_SHOT_SHARE, Shard, fit_space, neighbour_count, self_train
+from lpclip.method.priors import PRIORS, Prior
+from lpclip.method.self_training import ZERO_SHOT_SHARE, Shard, fit_space, neighbour_count, self_train
 
 SAMPLE_ROWS = 10_000
 VIEW_ROWS = 6_000

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lpclip.config import Criterion
 from lpclip.method.calibration import temperature_at
-from lpclip.method.probe import feature_space, gaussian_probe, row_moments
+from lpclip.method.gaussian import feature_space, gaussian_probe, row_moments
 
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 # Criteria that a probe has by itself. The others compare all candidates, so that no trial can report them.

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpclip.method.probe import Space
+from lpclip.method.gaussian import Space
 
 BLOCK_ROWS = 1024
 

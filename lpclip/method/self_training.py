@@ -17,21 +17,10 @@ import torch
 from torch import Tensor
 
 from lpclip.config import SelfTrainingConfig
-from lpclip.method.probe import (
-    Space,
-    feature_space,
-    gaussian_probe,
-    row_moments,
-    weighted_cross_entropy_gradient,
-)
-from lpclip.method.pseudo_labels import (
-    AllReduce,
-    Prior,
-    prior_sums,
-    scale_to_confidence,
-    soft_targets,
-    update_factors,
-)
+from lpclip.method.gaussian import Space, feature_space, gaussian_probe, row_moments
+from lpclip.method.priors import Prior, prior_sums, update_factors
+from lpclip.method.probe import weighted_cross_entropy_gradient
+from lpclip.method.pseudo_labels import AllReduce, scale_to_confidence, soft_targets
 
 CHUNK_ROWS = 4096
 # Rows that set the Gaussian logits' scale: enough for a mean, few enough to bisect on.
@@ -43,9 +32,6 @@ CONFIDENCE = 0.8
 ZERO_SHOT_SHARE = 0.3
 # Of the last student, which faces other images than the unlabelled ones: the text weights know more of these.
 LAST_ZERO_SHOT_SHARE = 0.6
-# Of the pull to equal shares where nothing says that they are equal: enough for classes that zero-shot hardly
-# ever names, not enough to cut one class into many.
-WEAK_STRENGTH = 0.3
 NEIGHBOUR_WEIGHT = 2.0
 NEIGHBOUR_FLOOR = 1e-3
 MAX_NEIGHBOUR_ROWS = 100_000
@@ -137,41 +123,6 @@ class Pass:
     kept: np.ndarray
     targets: Tensor | None
     """(num_rows, K) float32, the targets of all shards' rows, where neighbours are used."""
-
-
-# `auto` chooses between the first two: lpclip/method/confirmation.py.
-PRIORS = {"uniform": Prior(), "weak": Prior(strength=WEAK_STRENGTH), "none": Prior(strength=0.0)}
-
-
-def read_prior(spec: str, class_names: tuple[str, ...], *, text: str | None = None) -> Prior | None:
-    """The prior that `--prior` names, None for `auto`; `text` is its file, one weight a line or `name<TAB>weight`.
-
-    Raises ValueError when the weights do not fit the classes.
-    """
-    if spec == "auto":
-        return None
-    if spec in PRIORS:
-        return PRIORS[spec]
-    assert text is not None, spec
-    rows = [line.strip().rsplit("\t", 1) for line in text.splitlines() if line.strip()]
-    try:
-        weights = [float(row[-1]) for row in rows]
-    except ValueError as error:
-        raise ValueError(f"--prior {spec} holds something that is not a weight: {error}") from error
-    if any(len(row) == 2 for row in rows):
-        names = [row[0].strip() for row in rows if len(row) == 2]
-        if len(names) != len(rows) or sorted(names) != sorted(class_names):
-            missing = [name for name in class_names if name not in names]
-            raise ValueError(
-                f"--prior {spec} must name each class once; missing: {', '.join(missing) or 'none'}"
-            )
-        weights = [weights[names.index(name)] for name in class_names]
-    if len(weights) != len(class_names):
-        raise ValueError(f"--prior {spec} has {len(weights)} weights for {len(class_names)} classes")
-    if not all(math.isfinite(w) and w > 0 for w in weights):
-        raise ValueError(f"--prior {spec}: weights must be positive numbers")
-    shares = torch.tensor(weights, dtype=torch.float64)
-    return Prior(shares=shares / shares.sum())
 
 
 def check_config(config: SelfTrainingConfig) -> None:

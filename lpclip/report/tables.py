@@ -27,7 +27,7 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
     return [_column(name, [row.get(name) for row in rows]) for name in names]
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as aligned text, one column for each key in order of appearance.
 
     Texts are aligned left, numbers right, also those written as text ("72.4 ± 0.3"). A column whose name ends

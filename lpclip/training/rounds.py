@@ -30,9 +30,9 @@ from lpclip.config import SelfTrainingConfig
 from lpclip.encoders.encoder import resolve_precision
 from lpclip.encoders.head import Head
 from lpclip.features import store
+from lpclip.method.gaussian import Space
 from lpclip.method.neighbours import nearest
-from lpclip.method.probe import Space
-from lpclip.method.pseudo_labels import Prior
+from lpclip.method.priors import Prior
 from lpclip.method.self_training import (
     CHUNK_ROWS,
     Pass,

@@ -36,7 +36,7 @@ from lpclip.config import Criterion, SelfTrainingConfig, digest
 from lpclip.encoders.head import Head
 from lpclip.method.criteria import Candidate, Yardstick, measure
 from lpclip.method.neighbours import nearest
-from lpclip.method.pseudo_labels import Prior
+from lpclip.method.priors import Prior
 from lpclip.method.self_training import Shard, Spaces, fit_spaces, neighbour_count, self_train
 from lpclip.training.search_space import Parameters, Space, plain, trial_config
 

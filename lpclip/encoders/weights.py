@@ -1,0 +1,249 @@
+"""Weights of open_clip models: found by tag, on the Hugging Face hub or in a local checkpoint, and never unpickled."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import pickle
+import re
+import ssl
+import threading
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import huggingface_hub.constants
+import open_clip
+from open_clip.factory import get_model_config
+from open_clip.pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg
+from safetensors import SafetensorError
+
+T = TypeVar("T")
+
+
+HUB = "hf-hub:"
+
+
+QUICK_GELU = "-quickgelu"
+
+
+PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
+
+
+REACH_SECONDS = 5.0
+
+
+def load_model(name: str, pretrained: str | None) -> Any:
+    """The open_clip model in float32 on the CPU, with `visual.preprocess_cfg` from its own configuration."""
+    if name.startswith(HUB):
+        if pretrained is not None:
+            raise ValueError(f"{name} carries its own weights: drop --pretrained")
+        return _load_hub_model(name.removeprefix(HUB))
+    check_name(name)
+    if pretrained is None:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise ValueError(
+            f"{name} without --pretrained would have random weights: pass a checkpoint file"
+            + (f" or one of {', '.join(tags)}" if tags else "")
+        )
+    tag_config = get_pretrained_cfg(name, pretrained)
+    if Path(pretrained).is_file():
+        path, config, quick_gelu = Path(pretrained), *_config_of_file(name, Path(pretrained))
+    elif tag_config:
+        path = Path(cached_or_online(lambda: download_pretrained(tag_config), what=f"{name} {pretrained}"))
+        config, quick_gelu = tag_config, bool(tag_config.get("quick_gelu"))
+    else:
+        raise ValueError(_unknown_weights(name, pretrained))
+    _warn_activation(name, quick_gelu, weights=pretrained)
+    overrides = {key: config[key] for key in PREPROCESS_KEYS if key in config}
+    return create_model(
+        name, what=f"{name} from {pretrained}", pretrained=str(path), force_preprocess_cfg=overrides
+    )
+
+
+def _load_hub_model(repository: str) -> Any:
+    what = f"{HUB}{repository}"
+    file = cached_or_online(
+        lambda: download_pretrained_from_hf(repository, filename="open_clip_config.json"), what=what
+    )
+    cached_or_online(lambda: download_pretrained_from_hf(repository), what=what)
+    # Both files lie in one snapshot folder now: loading from there asks the hub nothing.
+    return create_model(f"local-dir:{Path(file).parent}", what=what)
+
+
+def create_model(name: str, *, what: str, **options: Any) -> Any:
+    def create() -> Any:
+        # open_clip logs every step through the root logger, and warns of what is warned of here already.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="QuickGELU mismatch")
+            return open_clip.create_model(name, weights_only=True, **{"require_pretrained": True, **options})
+
+    try:
+        return cached_or_online(create, what=what)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{what}: not a file of plain weights (a pickle or TorchScript archive is never run): convert it"
+            " to safetensors; OpenAI's own weights come with --pretrained openai"
+        ) from error
+    except (
+        RuntimeError,
+        SafetensorError,
+        KeyError,
+        AttributeError,
+        EOFError,
+        TypeError,
+        UnicodeError,
+    ) as error:
+        raise ValueError(f"{what}: the weights do not fit the model ({_first_line(error)})") from error
+
+
+def check_name(name: str) -> None:
+    known = open_clip.list_models()
+    if name not in known:
+        by_lower = {model.lower(): model for model in [*known, "lite"]}
+        near = [
+            by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
+        ]
+        hint = f": did you mean {', '.join(near)}?" if near else ""
+        raise ValueError(
+            f"unknown encoder {name!r}{hint or ': use lite, an open_clip model name or hf-hub:OWNER/NAME'}"
+        )
+
+
+def _unknown_weights(name: str, pretrained: str) -> str:
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    near = difflib.get_close_matches(pretrained.lower().replace("-", "_"), tags, n=3, cutoff=0.5)
+    if near:
+        return (
+            f"{name} has no weights {pretrained!r} and no such file exists: did you mean {', '.join(near)}?"
+        )
+    known = f"its tags are {', '.join(tags)}" if tags else "it has no published weights, so pass a file"
+    return f"{name} has no weights {pretrained!r} and no such file exists: {known}"
+
+
+def _config_of_file(name: str, path: Path) -> tuple[dict[str, Any], bool | None]:
+    """Preprocessing of a local checkpoint and whether it wants QuickGELU (None: unknown).
+
+    In this order: the open_clip_config.json beside it, the tag that its path names, and what the tags of the
+    architecture have in common. open_clip itself would take OpenAI's mean and deviation for any file.
+    """
+    beside = path.parent / "open_clip_config.json"
+    if beside.is_file():
+        content = json.loads(beside.read_text())
+        return content.get("preprocess_cfg", {}), bool(content.get("model_cfg", {}).get("quick_gelu", False))
+    published = _published(name)
+    spelled = re.sub(r"[^a-z0-9]+", "_", "/".join(path.absolute().parts[-4:]).lower())
+    named = [tag for tag in published if f"_{tag}_" in f"_{spelled}_"]
+    if named:
+        config = published[max(named, key=len)]
+        return config, bool(config.get("quick_gelu"))
+    if not published:
+        return {}, None
+    views = [
+        {key: config.get(key) for key in PREPROCESS_KEYS if key in config} for config in published.values()
+    ]
+    common = max(views, key=views.count)
+    if any(view != common for view in views):
+        warnings.warn(
+            f"{path.name} does not say how its images are preprocessed, and {name}'s published weights differ"
+            f" in it: assuming {common}; put its open_clip_config.json beside it to be sure",
+            stacklevel=2,
+        )
+    activations = {bool(config.get("quick_gelu")) for config in published.values()}
+    return common, activations.pop() if len(activations) == 1 else None
+
+
+def _published(name: str) -> dict[str, dict[str, Any]]:
+    """The published weights of an architecture by tag, with either activation."""
+    base = name.removesuffix(QUICK_GELU)
+    return {
+        tag: get_pretrained_cfg(model, tag)
+        for model in (base, base + QUICK_GELU)
+        for tag in open_clip.list_pretrained_tags_by_model(model)
+    }
+
+
+def _warn_activation(name: str, quick_gelu: bool | None, *, weights: str) -> None:
+    """Warn when the weights were trained with another activation than the model has, or may have been."""
+    base = name.removesuffix(QUICK_GELU)
+    has = bool((get_model_config(name) or {}).get("quick_gelu"))
+    other = base if has else base + QUICK_GELU
+    if quick_gelu is None and other in open_clip.list_models():
+        uses = "QuickGELU" if has else "GELU"
+        warnings.warn(
+            f"{Path(weights).name} does not say its activation and {name} uses {uses}: if accuracy is poor,"
+            f" try --encoder {other} (OpenAI's weights want QuickGELU)",
+            stacklevel=2,
+        )
+    elif quick_gelu is not None and quick_gelu != has:
+        wants = "QuickGELU" if quick_gelu else "GELU"
+        hint = f": use --encoder {other}" if other in open_clip.list_models() else ""
+        warnings.warn(
+            f"{Path(weights).name} was trained with {wants}, which {name} does not use, so it loses"
+            f" accuracy{hint}",
+            stacklevel=2,
+        )
+
+
+def cached_or_online(action: Callable[[], T], *, what: str) -> T:
+    """Run an action on what is cached and, only if that fails, with the hub, which must answer in seconds.
+
+    Left to itself the hub's client retries for most of a minute on a machine without a network.
+    """
+    try:
+        with _offline():
+            return action()
+    except OSError as error:
+        endpoint = huggingface_hub.constants.ENDPOINT
+        if huggingface_hub.constants.HF_HUB_OFFLINE or not reachable(endpoint, seconds=REACH_SECONDS):
+            raise ValueError(
+                f"{what} is not in the Hugging Face cache and {endpoint} cannot be reached: connect to a"
+                " network, set HF_HOME to a cache that has it, or pass a checkpoint file as --pretrained FILE"
+            ) from error
+    try:
+        return action()
+    except OSError as error:
+        raise ValueError(f"cannot load {what}: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Make the hub's client use its cache alone."""
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = before
+
+
+def reachable(url: str, *, seconds: float) -> bool:
+    """Whether a server answers within so many seconds, whatever it answers; proxies are honoured."""
+    answers: list[bool] = []
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds):
+                answers.append(True)
+        except urllib.error.HTTPError:
+            answers.append(True)
+        except urllib.error.URLError as error:
+            answers.append(isinstance(error.reason, ssl.SSLError))
+        except OSError:
+            answers.append(False)
+
+    # A name look-up has no timeout of its own, hence the thread.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return any(answers)
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says first; a line that ends with a colon says nothing without the next."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]
