@@ -43,6 +43,7 @@ lint: $(INSTALLED)
 	@$(BIN)/python -m ruff check
 	@$(BIN)/python -m ruff format --check
 	@$(BIN)/python -m mypy
+	@$(BIN)/lint-imports
 
 format: $(INSTALLED)
 	@$(BIN)/python -m ruff check --fix

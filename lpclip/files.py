@@ -8,6 +8,7 @@ import os
 import re
 import urllib.parse
 import uuid
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from lpclip.errors import UserError
+
 # Whoever may read logs, summaries and MLflow's pages must not find keys there.
 _SECRETS = re.compile(
     r"(?:^|=)\w+://([^/?#]*:(?!\d+/)[^?#]*@|.*[?&]\w*(secret|password|token|key)\w*=)", re.IGNORECASE
@@ -23,9 +26,9 @@ _SECRETS = re.compile(
 
 
 def refuse_secrets(path: str, *, what: str = "a URI") -> None:
-    """ValueError, which does not repeat it, when a URI holds a password or a secret key."""
+    """UserError, which does not repeat it, when a URI holds a password or a secret key."""
     if _SECRETS.search(path):
-        raise ValueError(
+        raise UserError(
             f"{what} holds a password or a secret key, which logs and summaries would keep: leave it out of the URI "
             "and give it in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://)"
         )
@@ -34,7 +37,7 @@ def refuse_secrets(path: str, *, what: str = "a URI") -> None:
 def resolve(path: str) -> tuple[fs.FileSystem, str]:
     """The file system of a path or URI, and the path on it.
 
-    Raises ValueError when the URI's scheme is none that pyarrow knows, or the URI holds a secret.
+    Raises UserError when the URI's scheme is none that pyarrow knows, or the URI holds a secret.
     """
     if "://" not in path:
         return fs.LocalFileSystem(), str(Path(path).expanduser().absolute())
@@ -42,7 +45,7 @@ def resolve(path: str) -> tuple[fs.FileSystem, str]:
     try:
         return locate(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot open {path!r}: {error}") from error
+        raise UserError(f"cannot open {path!r}: {error}") from error
 
 
 def locate(uri: str) -> tuple[fs.FileSystem, str]:
@@ -58,6 +61,17 @@ def locate(uri: str) -> tuple[fs.FileSystem, str]:
     authority, _, path = rest.partition("/")
     filesystem, start = _filesystem(f"{scheme}://{authority}{options}")
     return filesystem, f"{start.rstrip('/')}/{path}".rstrip("/")
+
+
+@contextlib.contextmanager
+def _explained(action: str, path: str) -> Iterator[None]:
+    """Turn a file system's refusal into a UserError. A file that is not there stays a FileNotFoundError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot {action} {path}: {error}") from error
 
 
 @lru_cache(maxsize=64)
@@ -98,25 +112,28 @@ def add_suffix(path: str, suffix: str) -> str:
 def exists(path: str) -> bool:
     """Whether a file or folder is there."""
     filesystem, inner = resolve(path)
-    return filesystem.get_file_info(inner).type != fs.FileType.NotFound
+    with _explained("look for", path):
+        return filesystem.get_file_info(inner).type != fs.FileType.NotFound
 
 
 def list_names(folder: str) -> list[str]:
     """Sorted names of the files in a folder, empty when the folder is not there."""
     filesystem, inner = resolve(folder)
-    infos = filesystem.get_file_info(fs.FileSelector(inner, allow_not_found=True))
-    return sorted(info.base_name for info in infos if info.type == fs.FileType.File)
+    with _explained("list", folder):
+        infos = filesystem.get_file_info(fs.FileSelector(inner, allow_not_found=True))
+        return sorted(info.base_name for info in infos if info.type == fs.FileType.File)
 
 
 def list_folders(folder: str) -> list[str]:
     """Sorted names of the folders in a folder, empty when the folder is not there."""
     filesystem, inner = resolve(folder)
-    infos = filesystem.get_file_info(fs.FileSelector(inner, allow_not_found=True))
-    return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
+    with _explained("list", folder):
+        infos = filesystem.get_file_info(fs.FileSelector(inner, allow_not_found=True))
+        return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
 
 
 def make_folder(folder: str) -> None:
-    """Create a folder and its parents; ValueError when it cannot be written."""
+    """Create a folder and its parents; UserError when it cannot be written."""
     filesystem, inner = resolve(folder)
     try:
         filesystem.create_dir(inner, recursive=True)
@@ -125,11 +142,11 @@ def make_folder(folder: str) -> None:
             stream.write(b"")
         filesystem.delete_file(probe)
     except OSError as error:
-        raise ValueError(f"cannot write to the output folder {folder}: {error}") from error
+        raise UserError(f"cannot write to the output folder {folder}: {error}") from error
 
 
 def write_bytes(path: str, data: bytes | memoryview) -> None:
-    """Write a file so that it is there whole or not at all. Raises OSError with its path when the disk is full."""
+    """Write a file so that it is there whole or not at all. Raises UserError with its path when the disk is full."""
     filesystem, inner = resolve(path)
     temporary = f"{inner}.{uuid.uuid4().hex}.tmp"
     try:
@@ -139,7 +156,7 @@ def write_bytes(path: str, data: bytes | memoryview) -> None:
         # What was written of it would keep a full disk full.
         with contextlib.suppress(OSError):
             filesystem.delete_file(temporary)
-        raise OSError(f"cannot write {path}: {error}; what was finished before is kept") from error
+        raise UserError(f"cannot write {path}: {error}; what was finished before is kept") from error
     if isinstance(filesystem, fs.LocalFileSystem):
         os.replace(temporary, inner)
     else:
@@ -156,7 +173,7 @@ def write_parquet(path: str, table: pa.Table) -> None:
 def read_bytes(path: str) -> bytes:
     """A whole file; FileNotFoundError when it is not there."""
     filesystem, inner = resolve(path)
-    with filesystem.open_input_file(inner) as stream:
+    with _explained("read", path), filesystem.open_input_file(inner) as stream:
         return stream.read()
 
 
@@ -166,20 +183,22 @@ def write_json(path: str, value: Any) -> None:
 
 
 def read_json(path: str) -> Any:
-    """Read JSON; ValueError with the path when it is not valid."""
+    """Read JSON; UserError with the path when it is not valid."""
     try:
         return json.loads(read_bytes(path))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): it may be damaged") from error
+        raise UserError(f"{path} is not valid JSON ({error}): it may be damaged") from error
 
 
 def delete(path: str) -> None:
     """Delete a file."""
     filesystem, inner = resolve(path)
-    filesystem.delete_file(inner)
+    with _explained("delete", path):
+        filesystem.delete_file(inner)
 
 
 def delete_folder(folder: str) -> None:
     """Delete a folder and all in it."""
     filesystem, inner = resolve(folder)
-    filesystem.delete_dir(inner)
+    with _explained("delete", folder):
+        filesystem.delete_dir(inner)

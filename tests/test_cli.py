@@ -12,6 +12,7 @@ import pytest
 import ray
 
 from lpclip.config import EncodeJob, EvaluateJob, PredictJob, SelftrainJob, to_dict
+from lpclip.errors import UserError
 from lpclip.jobs.cli import main, users_mistake
 
 
@@ -105,7 +106,7 @@ class Job:
 
 def run(job):
     if job.end == "value":
-        raise ValueError("no such path: photos\\nreally")
+        raise UserError("no such path: photos\\nreally")
     if job.end == "file":
         open("photos/missing")
     if job.end == "bug":
@@ -146,13 +147,13 @@ def test_how_a_job_ends(end: str, code: int, last_line: str) -> None:
 def raise_in_task(kind: str) -> None:
     if kind == "nested":
         ray.get(raise_in_task.remote("value"))
-    raise {"value": ValueError("no such class"), "bug": KeyError("bug")}[kind]
+    raise {"value": UserError("no such class"), "bug": KeyError("bug")}[kind]
 
 
 @ray.remote(num_cpus=0)
 class Encoder:
     def __init__(self) -> None:
-        raise ValueError("no such model")
+        raise UserError("no such model")
 
     def encode(self) -> None:
         pass
@@ -163,7 +164,7 @@ def test_a_mistake_found_by_a_ray_worker_is_told_as_one_found_here() -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
 
     def raise_in_stage(batch: dict) -> dict:
-        raise ValueError("every image is bad")
+        raise UserError("every image is bad")
 
     broken = {
         "no such class": lambda: ray.get(raise_in_task.remote("nested")),

@@ -115,12 +115,13 @@ def test_paths_are_joined_with_one_slash():
 FULL_DISK = """
 import resource, signal, sys
 from lpclip import files
+from lpclip.errors import UserError
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
     files.write_bytes(sys.argv[1], b"new" * 10_000)
-except OSError as error:
+except UserError as error:
     print(error)
 """
 

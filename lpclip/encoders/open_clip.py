@@ -28,6 +28,7 @@ from lpclip.encoders.weights import (
     create_model,
     load_model,
 )
+from lpclip.errors import UserError
 from lpclip.images.pixels import Preprocess, preprocess_identity
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class OpenClipEncoder:
 
         `name` may be a JSON file with a model's configuration.
 
-        Raises ValueError for unknown names and tags, missing, unreachable or unfit weights.
+        Raises UserError for unknown names and tags, missing, unreachable or unfit weights.
         """
         self.name = register(name)
         self.device = torch.device(device)
@@ -104,7 +105,7 @@ class OpenClipEncoder:
 def register(name: str) -> str:
     """The model's name as open_clip knows it from now on; `name` may be a JSON file with its configuration.
 
-    Raises ValueError when the file is none.
+    Raises UserError when the file is none.
     """
     if name.startswith(HUB):
         return name
@@ -114,9 +115,9 @@ def register(name: str) -> str:
     try:
         known = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"--encoder {name}: not a JSON file that can be read ({error})") from error
+        raise UserError(f"--encoder {name}: not a JSON file that can be read ({error})") from error
     if not isinstance(known, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= known.keys():
-        raise ValueError(
+        raise UserError(
             f"--encoder {name}: a model's configuration has embed_dim, vision_cfg and text_cfg, as open_clip's own"
         )
     open_clip.add_model_config(path)
@@ -152,15 +153,15 @@ class Trainable:
 def load_trainable(config: ModelConfig, *, seed: int) -> Trainable:
     """The model that `config` names, with its pretrained weights or with those that the seed gives.
 
-    Raises ValueError when it cannot be had, or is not trained on pairs alone.
+    Raises UserError when it cannot be had, or is not trained on pairs alone.
     """
     if config.encoder == "lite":
-        raise ValueError(f"the lite encoder is not trained: choose an open_clip model, or {', '.join(SMALL)}")
+        raise UserError(f"the lite encoder is not trained: choose an open_clip model, or {', '.join(SMALL)}")
     if config.encoder.startswith(HUB):
-        raise ValueError(f"{config.encoder}: give the model's name, and its weights as --pretrained")
+        raise UserError(f"{config.encoder}: give the model's name, and its weights as --pretrained")
     name = register(config.encoder)
     if "multimodal_cfg" in (get_model_config(name) or {}):
-        raise ValueError(f"{name} is trained on captions that it writes: choose a model without a decoder")
+        raise UserError(f"{name} is trained on captions that it writes: choose a model without a decoder")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.pretrained is None:
@@ -208,7 +209,7 @@ def _preprocess(config: dict[str, Any]) -> Preprocess:
     size = config["size"]
     height, width = (size, size) if isinstance(size, int) else size
     if height != width:
-        raise ValueError(f"the model takes {width}x{height} images; only square ones are supported")
+        raise UserError(f"the model takes {width}x{height} images; only square ones are supported")
     return Preprocess(
         size=height,
         # open_clip's `random` is bicubic outside of training.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, cat
 
+from lpclip.errors import UserError
 from lpclip.images.classes import names_a_file, read_lines, readable
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ DEFAULT_TEMPLATES = (
 def templates(spec: str) -> tuple[str, ...]:
     """Prompt templates, `{}` for the class name: default, simple, openai, or the lines of a text file.
 
-    Raises ValueError when the file is missing or empty, or a template has no `{}`.
+    Raises UserError when the file is missing or empty, or a template has no `{}`.
     """
     if spec == "default":
         return DEFAULT_TEMPLATES
@@ -36,13 +37,13 @@ def templates(spec: str) -> tuple[str, ...]:
         known = {"simple": open_clip.SIMPLE_IMAGENET_TEMPLATES, "openai": open_clip.OPENAI_IMAGENET_TEMPLATES}
         return tuple(template("{}") for template in known[spec])
     if not names_a_file(spec):
-        raise ValueError(f"unknown templates {spec!r}: use default, simple, openai or a text file")
+        raise UserError(f"unknown templates {spec!r}: use default, simple, openai or a text file")
     lines = tuple(line.strip() for line in read_lines(spec) if line.strip())
     if not lines:
-        raise ValueError(f"{spec} holds no templates")
+        raise UserError(f"{spec} holds no templates")
     for line in lines:
         if "{}" not in line:
-            raise ValueError(f"{spec}: template {line!r} has no {{}} for the class name")
+            raise UserError(f"{spec}: template {line!r} has no {{}} for the class name")
     return lines
 
 

@@ -22,6 +22,8 @@ from open_clip.factory import get_model_config
 from open_clip.pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg
 from safetensors import SafetensorError
 
+from lpclip.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -41,12 +43,12 @@ def load_model(name: str, pretrained: str | None) -> Any:
     """The open_clip model in float32 on the CPU, with `visual.preprocess_cfg` from its own configuration."""
     if name.startswith(HUB):
         if pretrained is not None:
-            raise ValueError(f"{name} carries its own weights: drop --pretrained")
+            raise UserError(f"{name} carries its own weights: drop --pretrained")
         return _load_hub_model(name.removeprefix(HUB))
     check_name(name)
     if pretrained is None:
         tags = open_clip.list_pretrained_tags_by_model(name)
-        raise ValueError(
+        raise UserError(
             f"{name} without --pretrained would have random weights: pass a checkpoint file"
             + (f" or one of {', '.join(tags)}" if tags else "")
         )
@@ -57,7 +59,7 @@ def load_model(name: str, pretrained: str | None) -> Any:
         path = Path(cached_or_online(lambda: download_pretrained(tag_config), what=f"{name} {pretrained}"))
         config, quick_gelu = tag_config, bool(tag_config.get("quick_gelu"))
     else:
-        raise ValueError(_unknown_weights(name, pretrained))
+        raise UserError(_unknown_weights(name, pretrained))
     _warn_activation(name, quick_gelu, weights=pretrained)
     overrides = {key: config[key] for key in PREPROCESS_KEYS if key in config}
     return create_model(
@@ -85,7 +87,7 @@ def create_model(name: str, *, what: str, **options: Any) -> Any:
     try:
         return cached_or_online(create, what=what)
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise UserError(
             f"{what}: not a file of plain weights (a pickle or TorchScript archive is never run): convert it"
             " to safetensors; OpenAI's own weights come with --pretrained openai"
         ) from error
@@ -98,7 +100,7 @@ def create_model(name: str, *, what: str, **options: Any) -> Any:
         TypeError,
         UnicodeError,
     ) as error:
-        raise ValueError(f"{what}: the weights do not fit the model ({_first_line(error)})") from error
+        raise UserError(f"{what}: the weights do not fit the model ({_first_line(error)})") from error
 
 
 def check_name(name: str) -> None:
@@ -109,7 +111,7 @@ def check_name(name: str) -> None:
             by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
         ]
         hint = f": did you mean {', '.join(near)}?" if near else ""
-        raise ValueError(
+        raise UserError(
             f"unknown encoder {name!r}{hint or ': use lite, an open_clip model name or hf-hub:OWNER/NAME'}"
         )
 
@@ -200,14 +202,14 @@ def cached_or_online(action: Callable[[], T], *, what: str) -> T:
     except OSError as error:
         endpoint = huggingface_hub.constants.ENDPOINT
         if huggingface_hub.constants.HF_HUB_OFFLINE or not reachable(endpoint, seconds=REACH_SECONDS):
-            raise ValueError(
+            raise UserError(
                 f"{what} is not in the Hugging Face cache and {endpoint} cannot be reached: connect to a"
                 " network, set HF_HOME to a cache that has it, or pass a checkpoint file as --pretrained FILE"
             ) from error
     try:
         return action()
     except OSError as error:
-        raise ValueError(f"cannot load {what}: {_first_line(error)}") from error
+        raise UserError(f"cannot load {what}: {_first_line(error)}") from error
 
 
 @contextlib.contextmanager

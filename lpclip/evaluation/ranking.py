@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lpclip.errors import UserError
 from lpclip.evaluation.bootstrap import bootstrap_blocks
 
 RECALLS = (1, 5, 10)
@@ -30,7 +31,7 @@ def retrieval_metrics(
     the text text_index[p], both (P,) int64; an image may have several texts and a text several images, and each is
     in one pair at least. In image_to_text the images are the queries and all texts the candidates, in text_to_image
     the other way round. recall_k is the share of queries whose rank, as `ranks` says, is k at most.
-    `advance` is called with the number of queries that were ranked now. Raises ValueError as `ranks` does.
+    `advance` is called with the number of queries that were ranked now. Raises UserError as `ranks` does.
     """
     # An image's texts say much the same of it: they are drawn with it. A text of several is drawn with the first.
     order = np.argsort(text_index, kind="stable")
@@ -91,12 +92,12 @@ def ranks(
     Scores are inner products in float32. A rank is 1 + the number of foreign candidates that score higher than the
     best own one + half the number of those that score the same: what it is on the mean over all orders of ties.
     About `max_scores` scores are held at once, those of one query at least; `advance` is called with the number of
-    queries that were ranked now. Raises ValueError for features that are NaN or infinite.
+    queries that were ranked now. Raises UserError for features that are NaN or infinite.
     """
     q, c = (torch.from_numpy(np.asarray(features, np.float32)) for features in (queries, candidates))
     # A NaN scores neither higher nor the same: all ranks would be 1.
     if not (q.isfinite().all() and c.isfinite().all()):
-        raise ValueError("features that are NaN or infinite have no ranks: the encoder's weights are damaged")
+        raise UserError("features that are NaN or infinite have no ranks: the encoder's weights are damaged")
     assert len(np.unique(query_index)) == len(q), "each query owns a candidate"
     order = np.argsort(query_index, kind="stable")
     owner, own = query_index[order], torch.from_numpy(candidate_index[order])

@@ -42,7 +42,7 @@ def describe_encoder(
 ) -> EncoderInfo:
     """An encoder's identity, preprocessing and, for class names, zero-shot weights, computed where GPUs are.
 
-    Raises ValueError when the encoder cannot be loaded.
+    Raises UserError when the encoder cannot be loaded.
     """
     if not has_gpus():
         # Another process would cost its start and torch's import for nothing. On the CPU, as the encoders will be,

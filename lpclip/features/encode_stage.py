@@ -25,6 +25,7 @@ from lpclip import files
 from lpclip.config import EncodeConfig, EncoderConfig
 from lpclip.encoders.head import EncoderInfo, Head
 from lpclip.encoders.load import load_encoder
+from lpclip.errors import UserError
 from lpclip.features.commit_stage import commit
 from lpclip.features.decode_stage import pixel_array, rows_at_once
 from lpclip.features.describe import has_gpus
@@ -87,7 +88,7 @@ class _Encode:
     def __call__(self, table: pa.Table) -> pa.Table:
         if self.is_other:
             # Not where it is loaded: Ray would start a failing actor again.
-            raise ValueError(
+            raise UserError(
                 f"another encoder was found on {platform.node()} than where the job began: its weights, its "
                 "precision or its preprocessing differ; all nodes must have the same checkpoint"
             )
@@ -151,7 +152,7 @@ def plan_actors(num_actors: int | None) -> Plan:
     of them fit into half of the smallest node, whatever others are lost, and hold nothing of a single CPU.
     """
     if num_actors is not None and num_actors < 1:
-        raise ValueError(f"--num-actors must be at least 1, not {num_actors}")
+        raise UserError(f"--num-actors must be at least 1, not {num_actors}")
     if has_gpus():
         count = num_actors or int(ray.cluster_resources()["GPU"])
         return Plan(num_actors=count, cpus_per_actor=0, gpus_per_actor=1, num_threads=1)
@@ -179,7 +180,7 @@ def encode(
     """Encode a source into the feature store at `path`, going on from what is there. Returns its manifest.
 
     With a head, zero-shot pseudo-labels of the images that are encoded now go to `scores_path`, part by part.
-    Raises ValueError when too many images are bad, or the folder is another store's.
+    Raises UserError when too many images are bad, or the folder is another store's.
     """
     views = parse_views(config.views)
     if head is not None:

@@ -11,6 +11,7 @@ import numpy as np
 from lpclip import files
 from lpclip.config import EncodeConfig, EncoderConfig, PairsConfig, SourceConfig
 from lpclip.encoders.head import EncoderInfo, Head
+from lpclip.errors import UserError
 from lpclip.features import store
 from lpclip.features.encode_stage import encode, plan_actors, store_identity
 from lpclip.features.pipeline import check_manifest
@@ -52,12 +53,12 @@ class Encoded:
 
 
 def open_data(data: str, *, config: SourceConfig, split: str, limit: int | None = None) -> Data:
-    """The images, or the feature store, that `data` names. Raises ValueError when it is neither."""
+    """The images, or the feature store, that `data` names. Raises UserError when it is neither."""
     if files.exists(files.join(data, "manifest.json")):
         manifest = store.read_manifest(data)
         assert manifest is not None
         if limit is not None:
-            raise ValueError(f"{data} is a feature store: --limit works on images, before they are encoded")
+            raise UserError(f"{data} is a feature store: --limit works on images, before they are encoded")
         names = manifest["identity"]["source"]["label_names"]
         labels = store.read_ids(data)[1]
         return Data(
@@ -67,7 +68,7 @@ def open_data(data: str, *, config: SourceConfig, split: str, limit: int | None 
             path=data,
         )
     if files.exists(files.join(data, "identity.json")):
-        raise ValueError(
+        raise UserError(
             f"{data} is a feature store that is not complete; run the job that made it again, it goes on there"
         )
     source = open_source(data, config=config, split=split, limit=limit)
@@ -87,7 +88,7 @@ def encode_data(
 ) -> Encoded:
     """The feature store of the data under `folder`: found there by its fingerprint, or encoded.
 
-    Raises ValueError when a given store was made by another encoder or preprocessing, or too many images are bad.
+    Raises UserError when a given store was made by another encoder or preprocessing, or too many images are bad.
     """
     begin = time.monotonic()
     if data.source is None:
@@ -126,7 +127,7 @@ class Views:
     """Views of one set of images, spread over complete stores; a view is read when it is asked for.
 
     `ids` (N,) str and `labels` (N,) int32, -1 for none, are in row order. `stores` is what the views lie in.
-    Raises ValueError when the stores do not hold the same images.
+    Raises UserError when the stores do not hold the same images.
     """
 
     def __init__(self, encoded: dict[str, Encoded]) -> None:
@@ -139,7 +140,7 @@ class Views:
             if item is self.stores[0]:
                 self.ids, self.labels = ids[order], labels[order]
             elif not np.array_equal(ids[order], self.ids):
-                raise ValueError(
+                raise UserError(
                     f"{self.stores[0].path} and {item.path} do not hold the same images; remove one of them, it is "
                     "encoded again"
                 )
@@ -174,12 +175,12 @@ def encode_views(
 ) -> Views:
     """All these views of the data: those that stores under `folder` hold, the missing ones encoded in one pass.
 
-    `config.views` plays no part. Raises ValueError when a given store lacks a view, and as `encode_data` does.
+    `config.views` plays no part. Raises UserError when a given store lacks a view, and as `encode_data` does.
     """
     found = _find_views(data, info=info, seed=seed, folder=folder)
     missing = tuple(view for view in views if view not in found)
     if data.source is None and missing:
-        raise ValueError(
+        raise UserError(
             f"{data.path} is a feature store without the view {missing[0]}: name the images, or encode them with "
             f"--views {','.join(views)}"
         )

@@ -21,6 +21,7 @@ import pyarrow as pa
 import ray
 
 from lpclip import files
+from lpclip.errors import UserError
 from lpclip.features import store
 from lpclip.features.commit_stage import commit
 from lpclip.features.decode_stage import pixel_array
@@ -48,7 +49,7 @@ def pairs_identity(source: Source, preprocess: Preprocess) -> dict[str, Any]:
 def prepare_pairs(source: Source, *, preprocess: Preprocess, path: str) -> dict[str, Any]:
     """Decode a source of pairs into the store at `path`, going on from what is there. Returns its manifest.
 
-    Raises ValueError when too many pairs are bad, or the folder is another store's.
+    Raises UserError when too many pairs are bad, or the folder is another store's.
     """
 
     def stages(todo: list[int], name: str) -> ray.data.Dataset:
@@ -105,7 +106,7 @@ class PairStore:
         return [self._texts[part][place].as_py() for part, place in self._places[rows].tolist()]
 
     def pixels(self, rows: Sequence[int] | np.ndarray) -> Pixels:
-        """The images of these rows, (B, S, S, 3) uint8. Raises ValueError when the store is damaged."""
+        """The images of these rows, (B, S, S, 3) uint8. Raises UserError when the store is damaged."""
         places = self._places[rows].tolist()
         found = b"".join(self._threads.map(self._read, places))
         return np.frombuffer(bytearray(found), np.uint8).reshape(-1, self.size, self.size, 3)
@@ -114,7 +115,7 @@ class PairStore:
         part, row = place
         data = self._open(self._files[part]).read_at(self._row_bytes, row * self._row_bytes)
         if len(data) != self._row_bytes:
-            raise ValueError(f"{self._files[part]} is damaged: remove its folder, the images are read again")
+            raise UserError(f"{self._files[part]} is damaged: remove its folder, the images are read again")
         return data
 
 
@@ -123,4 +124,4 @@ def _open(path: str) -> pa.NativeFile:
     try:
         return filesystem.open_input_file(inner)
     except FileNotFoundError as error:
-        raise ValueError(f"{path} is lost: remove its folder, the images are read again") from error
+        raise UserError(f"{path} is lost: remove its folder, the images are read again") from error

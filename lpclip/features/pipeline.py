@@ -21,6 +21,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as NodeAffinity
 
 from lpclip import files
+from lpclip.errors import UserError
 from lpclip.features import store
 from lpclip.features.decode_stage import PIXEL_BYTES, decode_unit
 from lpclip.images.open import Source
@@ -55,7 +56,7 @@ def fill_store(
 
     `stages` makes the pipeline for the units that are still to do; its rows are the counts of committed parts, and the
     names of its actors begin with the given one. `what` is the word for the work: "encoding".
-    Raises ValueError when too many images are bad, or the folder is another store's.
+    Raises UserError when too many images are bad, or the folder is another store's.
     """
     done = store.open_store(path, identity)
     todo = [unit for unit in range(len(source.units)) if unit not in done]
@@ -144,17 +145,17 @@ def _end_actors(name: str) -> None:
 
 
 def _go_on_after(error: BaseException, num_losses: int) -> str:
-    """What was lost, in words; ValueError when it is no use to go on."""
+    """What was lost, in words; UserError when it is no use to go on."""
     cause = str(error).splitlines()[0]
     kept = f"the last time with: {cause}; what is encoded is kept, the same command goes on"
     if isinstance(error, ray.exceptions.WorkerCrashedError):
-        raise ValueError(
+        raise UserError(
             f"a process that reads and decodes images died {MAX_LOSSES} times over the same ones, {kept}; a file "
             "that brings its decoder down must be taken out, and memory that is short wants fewer CPUs"
         ) from error
     what = "an encoder" if isinstance(error, ray.exceptions.RayActorError) else "a machine or its memory"
     if num_losses == MAX_LOSSES:
-        raise ValueError(
+        raise UserError(
             f"{what} died {num_losses} times, {kept}; a smaller --batch-size needs less memory"
         ) from error
     return what
@@ -172,7 +173,7 @@ def _wait_for_nodes() -> None:
 
 
 def check_manifest(source: Source, path: str, manifest: dict[str, Any]) -> None:
-    """ValueError when a complete store of this source has too many quarantined images."""
+    """UserError when a complete store of this source has too many quarantined images."""
     bad = manifest["num_quarantined"]
     _check_bad(source, path, bad=bad, seen=manifest["num_rows"] + bad)
 
@@ -181,7 +182,7 @@ def _check_bad(source: Source, path: str, *, bad: int, seen: int | None) -> None
     limit = source.config.max_bad_fraction
     if seen and (bad > limit * seen or bad == seen):
         first = store.write_quarantine(path)[0]
-        raise ValueError(
+        raise UserError(
             f"{bad:,} of {seen:,} images of {source.name} cannot be read, more than --max-bad-fraction {limit:g} "
             f"allows; the first is {first['id']} ({first['error']}), all are in "
             f"{files.join(path, 'quarantine.parquet')}"

@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 
 from lpclip import files
 from lpclip.config import digest
+from lpclip.errors import UserError
 from lpclip.images.views import BASE_VIEWS
 
 FORMAT = 1
@@ -104,13 +105,13 @@ def open_store(path: str, identity: dict[str, Any]) -> dict[int, int]:
 
     Parts of unfinished units are removed: the unit is encoded again as a whole, perhaps cut otherwise. So are
     parts that a killed process had begun to write.
-    Raises ValueError when the folder holds a store of another fingerprint, or cannot be written.
+    Raises UserError when the folder holds a store of another fingerprint, or cannot be written.
     """
     files.make_folder(path)
     if files.exists(files.join(path, "identity.json")):
         _require(path, files.read_json(files.join(path, "identity.json")), identity)
     elif list_parts(path):
-        raise ValueError(
+        raise UserError(
             f"{path} holds parts without identity.json: it is no feature store; use another folder"
         )
     else:
@@ -134,7 +135,7 @@ def _require(path: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     if fingerprint(found) == fingerprint(wanted):
         return
     changed = [k for k in wanted if found.get(k) != wanted[k]]
-    raise ValueError(
+    raise UserError(
         f"the feature store {path} was made with another {' and another '.join(changed) or 'format'}; "
         "features of different origin are never mixed: name another folder, or remove this one"
     )
@@ -193,30 +194,30 @@ def finish_store(
 def read_manifest(path: str) -> dict[str, Any] | None:
     """The manifest of a complete store, None where there is none.
 
-    Raises ValueError when it is damaged or of an unknown format.
+    Raises UserError when it is damaged or of an unknown format.
     """
     try:
         manifest = files.read_json(files.join(path, "manifest.json"))
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ValueError(f"{error}; remove the store {path}, it is encoded again") from error
+        raise UserError(f"{error}; remove the store {path}, it is encoded again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(
+        raise UserError(
             f"{files.join(path, 'manifest.json')} is not of format {FORMAT}: another version of lpclip made it"
         )
     if manifest["fingerprint"] != fingerprint(manifest["identity"]):
-        raise ValueError(
+        raise UserError(
             f"{files.join(path, 'manifest.json')} does not fit its own fingerprint: it was changed or damaged"
         )
     return manifest
 
 
 def check_store(path: str, identity: dict[str, Any]) -> None:
-    """ValueError unless the complete store at `path` has this identity, as far as `identity` says."""
+    """UserError unless the complete store at `path` has this identity, as far as `identity` says."""
     manifest = read_manifest(path)
     if manifest is None:
-        raise ValueError(f"{path} is not a complete feature store: it has no manifest.json; encode it again")
+        raise UserError(f"{path} is not a complete feature store: it has no manifest.json; encode it again")
     found = manifest["identity"]
     _require(path, {k: found.get(k) for k in identity}, identity)
 
@@ -226,11 +227,11 @@ def _open_part(path: str, name: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(filesystem.open_input_file(inner))
     except FileNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"the feature store {path} has lost {name}; remove the store, it is encoded again"
         ) from error
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"{files.join(path, name)} is damaged ({error}); remove the store, it is encoded again"
         ) from error
 

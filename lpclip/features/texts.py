@@ -16,6 +16,7 @@ import torch
 from lpclip.config import EncoderConfig
 from lpclip.encoders.head import EncoderInfo
 from lpclip.encoders.load import load_encoder
+from lpclip.errors import UserError
 from lpclip.features import store
 from lpclip.features.describe import has_gpus
 from lpclip.progress import Progress
@@ -39,7 +40,7 @@ def encode_texts(
 ) -> np.ndarray:
     """Features (M, d) float32, unit norm, of M texts, computed where GPUs are.
 
-    Raises ValueError when the encoder is another one than `info` tells of.
+    Raises UserError when the encoder is another one than `info` tells of.
     """
     if has_gpus():
         task: Any = ray.remote(num_cpus=1, num_gpus=1, max_retries=1)(_text_batches)
@@ -62,7 +63,7 @@ def _text_batches(
     # `auto` may mean another precision on this node.
     encoder = load_encoder(replace(config, precision=info.identity["precision"]), device=device)
     if {**encoder.identity, "dim": encoder.dim} != info.identity:
-        raise ValueError(
+        raise UserError(
             f"another encoder was found on {platform.node()} than where the job began: its weights, its precision or "
             "its preprocessing differ; all nodes must have the same checkpoint"
         )

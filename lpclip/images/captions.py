@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from lpclip.config import PairsConfig, SourceConfig
+from lpclip.errors import UserError
 from lpclip.images.source import Reader, Row, Source
 
 
@@ -30,10 +31,10 @@ def images_config(config: PairsConfig) -> SourceConfig:
 def with_captions(source: Source, *, templates: tuple[str, ...], config: PairsConfig) -> Source:
     """A labelled source as one of pairs: each image has a text a template, `{}` being the name of its class.
 
-    Raises ValueError when the source's labels have no names.
+    Raises UserError when the source's labels have no names.
     """
     if not source.label_names:
-        raise ValueError(
+        raise UserError(
             f"{source.name} has no names of classes to make texts of: --caption-templates is for labelled images"
         )
     captions = tuple(tuple(t.format(name) for t in templates) for name in source.label_names)

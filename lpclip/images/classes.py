@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lpclip.errors import UserError
+
 if TYPE_CHECKING:
     pass
 
@@ -19,12 +21,12 @@ from lpclip.config import ClassConfig
 def resolve_classes(config: ClassConfig, *, label_names: tuple[str, ...] | None) -> ClassList:
     """The classes that `--classes` names, or those that the data itself names.
 
-    Raises ValueError when neither does, or the names do not make a classifier.
+    Raises UserError when neither does, or the names do not make a classifier.
     """
     if config.classes is not None:
         return read_classes(config.classes)
     if label_names is None:
-        raise ValueError(
+        raise UserError(
             "no class names: give --classes with a comma list or a text file (one name a line); only folders "
             "with a subfolder for each class and data with named labels bring their own"
         )
@@ -36,7 +38,7 @@ def map_labels(
 ) -> np.ndarray:
     """Labels (N,) int32 of a source to class indices (N,) int64; -1 stays -1, for rows without a label.
 
-    Named labels are matched by name, bare numbers are places in the class list. Raises ValueError when a
+    Named labels are matched by name, bare numbers are places in the class list. Raises UserError when a
     label that occurs is none of the classes.
     """
     seen = np.unique(labels[labels >= 0])
@@ -51,7 +53,7 @@ def map_labels(
         places = {str(place): place for place in range(len(classes.names))}
     missing = [name for name, key in zip(found, keys, strict=True) if key not in places]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{len(missing)} labels of {data} are not in the class list ({', '.join(missing[:5])}); the classes are "
             f"{', '.join(classes.names[:5])}{', ...' if len(classes.names) > 5 else ''}: name them alike, or map each "
             "label in a --classes file with lines label<TAB>name"
@@ -69,7 +71,7 @@ def _key(name: str) -> str:
 class ClassList:
     """Class names in the order of the head's rows, and what the data calls them if it is something else.
 
-    Raises ValueError for fewer than two classes, an empty name, and names or labels that occur twice.
+    Raises UserError for fewer than two classes, an empty name, and names or labels that occur twice.
     """
 
     names: tuple[str, ...]
@@ -77,10 +79,10 @@ class ClassList:
 
     def __post_init__(self) -> None:
         if len(self.names) < 2:
-            raise ValueError(f"at least two class names are needed, got {len(self.names)}")
+            raise UserError(f"at least two class names are needed, got {len(self.names)}")
         for position, name in enumerate(self.names, start=1):
             if not readable(name):
-                raise ValueError(f"class name {position} of {len(self.names)} is empty")
+                raise UserError(f"class name {position} of {len(self.names)} is empty")
         _refuse_duplicates("class name", [readable(name).casefold() for name in self.names])
         if self.labels is not None:
             assert len(self.labels) == len(self.names)
@@ -90,7 +92,7 @@ class ClassList:
 def read_classes(spec: str) -> ClassList:
     """Class names from a comma list or a text file, one a line, each a `name` or a `label<TAB>name`.
 
-    Raises ValueError when the file cannot be read, mixes the two forms, or its names are no ClassList.
+    Raises UserError when the file cannot be read, mixes the two forms, or its names are no ClassList.
     """
     if not names_a_file(spec):
         return ClassList(names=tuple(name.strip() for name in spec.split(",")) if spec.strip() else ())
@@ -100,7 +102,7 @@ def read_classes(spec: str) -> ClassList:
         labels, names = zip(*rows, strict=True)
         return ClassList(names=tuple(map(str.strip, names)), labels=tuple(map(str.strip, labels)))
     if widths - {1}:
-        raise ValueError(f"{spec}: every line must be a class name, or every line label<TAB>name")
+        raise UserError(f"{spec}: every line must be a class name, or every line label<TAB>name")
     return ClassList(names=tuple(row[0].strip() for row in rows))
 
 
@@ -110,10 +112,10 @@ def readable(name: str) -> str:
 
 
 def names_a_file(spec: str) -> bool:
-    """Whether `spec` means a file; ValueError when it looks like one that is not there."""
+    """Whether `spec` means a file; UserError when it looks like one that is not there."""
     if "," not in spec and (Path(spec).suffix in (".txt", ".tsv", ".csv") or os.sep in spec):
         if not Path(spec).is_file():
-            raise ValueError(f"no such file: {spec}")
+            raise UserError(f"no such file: {spec}")
         return True
     return len(spec) < 256 and Path(spec).is_file()
 
@@ -122,7 +124,7 @@ def read_lines(path: str) -> list[str]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path} as text: {error}") from error
+        raise UserError(f"cannot read {path} as text: {error}") from error
     return text.rstrip().splitlines()
 
 
@@ -130,5 +132,5 @@ def _refuse_duplicates(kind: str, values: Sequence[str]) -> None:
     seen: set[str] = set()
     for value in values:
         if value in seen:
-            raise ValueError(f"{kind} {value!r} occurs twice")
+            raise UserError(f"{kind} {value!r} occurs twice")
         seen.add(value)

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lpclip.config import PairsConfig, SourceConfig
+from lpclip.errors import UserError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "bytes", "uri", "url", "path")
 
@@ -24,39 +25,39 @@ TEXT_COLUMNS = ("text", "texts", "caption", "captions", "txt")
 def pick_column(
     wanted: str | None, defaults: Sequence[str], names: Sequence[str], *, what: str
 ) -> str | None:
-    """The wanted column (ValueError if it is missing), or the first default that is there; None for ""."""
+    """The wanted column (UserError if it is missing), or the first default that is there; None for ""."""
     if wanted is None:
         return next((name for name in defaults if name in names), None)
     if wanted and wanted not in names:
-        raise ValueError(f"{what}: no column {wanted!r}; there are {', '.join(names)}")
+        raise UserError(f"{what}: no column {wanted!r}; there are {', '.join(names)}")
     return wanted or None
 
 
 def refuse_duplicates(ids: pa.Array | pa.ChunkedArray, *, what: str) -> None:
-    """ValueError with examples when two ids are equal, or one is null."""
+    """UserError with examples when two ids are equal, or one is null."""
     if ids.null_count:
-        raise ValueError(f"{what}: {ids.null_count} rows have no id; --id-column '' numbers the rows instead")
+        raise UserError(f"{what}: {ids.null_count} rows have no id; --id-column '' numbers the rows instead")
     if pc.count_distinct(ids).as_py() == len(ids):
         return
     counts = pc.value_counts(ids)
     counts = counts.filter(pc.greater(counts.field("counts"), 1))
     examples = ", ".join(counts.field("values")[:3].to_pylist())
-    raise ValueError(
+    raise UserError(
         f"{what}: {len(counts)} ids are there more than once, such as {examples}; --id-column names another "
         "column, and --id-column '' numbers the rows instead"
     )
 
 
 def pick_texts(config: SourceConfig, schema: pa.Schema, *, what: str) -> str | None:
-    """The column of texts of a source of pairs, None of another; ValueError when there is none."""
+    """The column of texts of a source of pairs, None of another; UserError when there is none."""
     if not isinstance(config, PairsConfig):
         return None
     column = pick_column(config.text_column, TEXT_COLUMNS, schema.names, what=what)
     if not column:
-        raise ValueError(f"{what}: no column of texts; there are {', '.join(schema.names)} (--text-column)")
+        raise UserError(f"{what}: no column of texts; there are {', '.join(schema.names)} (--text-column)")
     dtype = schema.field(column).type
     if not is_text(dtype.value_type if _is_list(dtype) else dtype):
-        raise ValueError(
+        raise UserError(
             f"{what}: column {column!r} holds {dtype}, neither texts nor lists of texts (--text-column)"
         )
     return column

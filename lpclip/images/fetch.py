@@ -15,6 +15,7 @@ from typing import IO, TypeVar
 import pyarrow as pa
 
 from lpclip import files
+from lpclip.errors import UserError
 
 RETRY_SECONDS = (0.2, 0.8)
 # Of the client errors, those that say "later": request timeout and too many requests.
@@ -34,23 +35,23 @@ def scheme(uri: str) -> str:
 
 
 def followed(schemes: str, *, root: str) -> tuple[str, ...]:
-    """The schemes that are named by comma, and root's own. Raises ValueError when one is no scheme's name."""
+    """The schemes that are named by comma, and root's own. Raises UserError when one is no scheme's name."""
     return tuple(sorted({*scheme_names(schemes), scheme(root)}))
 
 
 def scheme_names(schemes: str) -> list[str]:
-    """Names by comma, in lower case and sorted. Raises ValueError when one is no scheme's name."""
+    """Names by comma, in lower case and sorted. Raises UserError when one is no scheme's name."""
     names = [name.strip().lower() for name in schemes.split(",") if name.strip()]
     for name in names:
         if not re.fullmatch(r"[a-z][a-z0-9+.-]*", name):
-            raise ValueError(f"--schemes {schemes}: {name!r} is no scheme; it takes names, as in https,s3")
+            raise UserError(f"--schemes {schemes}: {name!r} is no scheme; it takes names, as in https,s3")
     return sorted(set(names))
 
 
 def refuse_scheme(uri: str, schemes: Sequence[str]) -> None:
-    """ValueError when a URI's scheme is not among those that are followed."""
+    """UserError when a URI's scheme is not among those that are followed."""
     if scheme(uri) not in schemes:
-        raise ValueError(f"{scheme(uri)}:// is not followed (--schemes)")
+        raise UserError(f"{scheme(uri)}:// is not followed (--schemes)")
 
 
 def fetch_all(
@@ -123,7 +124,7 @@ def _fetch(uri: str, *, max_bytes: int, schemes: Sequence[str], timeout: float) 
     filesystem, path = files.locate(uri)
     with filesystem.open_input_file(path) as file:
         if file.size() > max_bytes:
-            raise ValueError(f"{file.size()} bytes, more than {max_bytes}")
+            raise UserError(f"{file.size()} bytes, more than {max_bytes}")
         return file.read()
 
 
@@ -139,7 +140,7 @@ def _fetch_http(uri: str, *, max_bytes: int, schemes: Sequence[str], timeout: fl
             if time.monotonic() > deadline:
                 raise TimeoutError(f"timed out after {len(data)} bytes")
     if len(data) > max_bytes:
-        raise ValueError(f"more than {max_bytes} bytes")
+        raise UserError(f"more than {max_bytes} bytes")
     if size is not None and len(data) < size:
         raise ConnectionError(f"the connection ended after {len(data)} of {size} bytes")
     return bytes(data)

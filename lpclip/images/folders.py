@@ -14,6 +14,7 @@ import pyarrow.json
 from pyarrow import fs
 
 from lpclip.config import PairsConfig, SourceConfig
+from lpclip.errors import UserError
 from lpclip.files import locate
 from lpclip.images.columns import (
     ID_COLUMNS,
@@ -93,7 +94,7 @@ def open_folder(listing: Listing, *, config: SourceConfig, limit: int | None) ->
     if isinstance(config, PairsConfig):
         texts = {_stem(file.path): file.path for file in listing.files if is_text_file(file.path)}
         if not texts:
-            raise ValueError(f"{listing.root}: no .txt file with the texts of an image")
+            raise UserError(f"{listing.root}: no .txt file with the texts of an image")
         work["text_paths"] = [texts.get(_stem(images[row].path)) for row in chosen]
     return Source(
         name=listing.name,
@@ -132,7 +133,7 @@ def open_manifest(listing: Listing, *, config: SourceConfig, limit: int | None) 
     id_column = pick_column(config.id_column, ID_COLUMNS, names, what=file.path)
     label_column = pick_column(config.label_column, LABEL_COLUMNS, names, what=file.path)
     if image_column is None:
-        raise ValueError(
+        raise UserError(
             f"{file.path}: no column of URIs or paths; there are {', '.join(names)} (--image-column)"
         )
     paths = table[image_column].cast(pa.string()).fill_null("").to_pylist()
@@ -180,7 +181,7 @@ def open_manifest(listing: Listing, *, config: SourceConfig, limit: int | None) 
 
 
 def _refused(paths: Sequence[str], schemes: Sequence[str], root: str, name: str) -> tuple[str, ...]:
-    """A note on URIs whose schemes are not followed; ValueError when there are no others."""
+    """A note on URIs whose schemes are not followed; UserError when there are no others."""
     counts = Counter(scheme(join(root, path)) for path in paths)
     refused = {kind: count for kind, count in counts.items() if kind not in schemes}
     if not refused:
@@ -188,9 +189,7 @@ def _refused(paths: Sequence[str], schemes: Sequence[str], root: str, name: str)
     found = ", ".join(f"{count:,} at {kind}://" for kind, count in sorted(refused.items()))
     flag = f"--schemes {','.join(sorted({*schemes, *refused} - {'file'}))}"
     if len(refused) == len(counts):
-        raise ValueError(
-            f"{name}: URIs of these schemes are not followed unless you say so: {found} ({flag})"
-        )
+        raise UserError(f"{name}: URIs of these schemes are not followed unless you say so: {found} ({flag})")
     return (f"{name}: {found} will be quarantined, as their scheme is not followed ({flag} follows it)",)
 
 
@@ -220,7 +219,7 @@ def _read_manifest(uri: str) -> pa.Table:
             convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
             return pa.csv.read_csv(file, parse_options=parse, convert_options=convert)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{uri}: the manifest cannot be read ({reason(error)})") from error
+        raise UserError(f"{uri}: the manifest cannot be read ({reason(error)})") from error
 
 
 def _labels(table: pa.Table, column: str | None) -> tuple[list[int | None] | None, tuple[str, ...] | None]:

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from lpclip.errors import UserError
 from lpclip.images.fetch import reason
 
 CLASSES: dict[str, tuple[str, ...] | None] = {
@@ -50,7 +51,7 @@ def cache_folder() -> Path:
 def named_parquet(name: str, *, split: str) -> Path:
     """The data set's Parquet file: id, image (PNG bytes), label, class names in the metadata `classes`.
 
-    It is made on first use. Raises ValueError when the data set can be had in no way.
+    It is made on first use. Raises UserError when the data set can be had in no way.
     """
     folder = cache_folder() / "datasets" / name
     if not (folder / f"{split}.parquet").exists():
@@ -59,7 +60,7 @@ def named_parquet(name: str, *, split: str) -> Path:
             with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
                 _make(name, folder, Path(temporary))
         except OSError as error:
-            raise ValueError(f"{name}: cannot be kept in the cache {folder} ({reason(error)})") from error
+            raise UserError(f"{name}: cannot be kept in the cache {folder} ({reason(error)})") from error
     return folder / f"{split}.parquet"
 
 
@@ -74,9 +75,9 @@ def _make(name: str, folder: Path, temporary: Path) -> None:
                 parts = _load(name, temporary)
             except (OSError, RuntimeError, subprocess.SubprocessError) as second:
                 failures += f", nor taken from Debian's package {DEBIAN_PACKAGE} ({_last_words(second)})"
-                raise ValueError(_advice(name, failures, folder)) from second
+                raise UserError(_advice(name, failures, folder)) from second
         else:
-            raise ValueError(_advice(name, failures, folder)) from error
+            raise UserError(_advice(name, failures, folder)) from error
     for split, part in parts.items():
         _write(temporary / "part.parquet", part, name=name, split=split)
         (temporary / "part.parquet").replace(folder / f"{split}.parquet")

@@ -11,6 +11,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from lpclip.config import PairsConfig, SourceConfig
+from lpclip.errors import UserError
 from lpclip.files import locate
 from lpclip.files import split as split_uri
 from lpclip.images.fetch import reason
@@ -40,11 +41,11 @@ def open_source(data: str, *, config: SourceConfig, split: str = "train", limit:
     """The images in a folder, Parquet, WebDataset tars, a manifest or a named data set; none is read yet.
 
     A path that exists goes before a data set of that name; `split` is the part of one named without it.
-    With a limit, rows are chosen by a hash of their ids; with a PairsConfig, images have texts. Raises ValueError
+    With a limit, rows are chosen by a hash of their ids; with a PairsConfig, images have texts. Raises UserError
     when there is nothing to read.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"the limit must be at least 1, not {limit}")
+        raise UserError(f"the limit must be at least 1, not {limit}")
     if "://" in data or Path(data).expanduser().exists():
         listing, is_file = _list(data)
     else:
@@ -56,7 +57,7 @@ def open_source(data: str, *, config: SourceConfig, split: str = "train", limit:
     files = [f for f in listing.files if _kind(f.path) == kind or (has_texts and is_text_file(f.path))]
     source = OPENERS[kind](listing._replace(files=files), config=config, limit=limit)
     if source.num_rows == 0:
-        raise ValueError(f"{data}: no rows")
+        raise UserError(f"{data}: no rows")
     kept = set(files)
     skipped = Counter(Path(file.path).suffix or "no suffix" for file in listing.files if file not in kept)
     if not skipped:
@@ -70,9 +71,9 @@ def open_source(data: str, *, config: SourceConfig, split: str = "train", limit:
 def _parse_name(data: str, *, split: str) -> tuple[str, str]:
     name, separator, part = data.partition(":")
     if name not in CLASSES:
-        raise ValueError(f"{data}: no such path, nor one of the data sets {', '.join(CLASSES)}")
+        raise UserError(f"{data}: no such path, nor one of the data sets {', '.join(CLASSES)}")
     if separator and part not in ("train", "test"):
-        raise ValueError(f"{data}: no such part of {name}; there are {name}:train and {name}:test")
+        raise UserError(f"{data}: no such part of {name}; there are {name}:train and {name}:test")
     return name, part or split
 
 
@@ -83,11 +84,11 @@ def _list(data: str) -> tuple[Listing, bool]:
         filesystem, path = locate(uri)
         info = filesystem.get_file_info(path)
         if info.type == fs.FileType.NotFound:
-            raise ValueError(f"{data}: no such path")
+            raise UserError(f"{data}: no such path")
         is_file = info.is_file
         infos = [info] if is_file else filesystem.get_file_info(fs.FileSelector(path, recursive=True))
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{data}: cannot be listed ({reason(error)})") from error
+        raise UserError(f"{data}: cannot be listed ({reason(error)})") from error
     start = path.rpartition("/")[0] if is_file else path.rstrip("/")
     files = [
         File(entry.path[len(start) :].lstrip("/"), entry.size, entry.mtime_ns)
@@ -112,7 +113,7 @@ def _kind_of_file(data: str, listing: Listing) -> str:
     kind = _kind(listing.files[0].path) if listing.files else None
     if kind is None:
         known = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
-        raise ValueError(f"{data}: unknown kind of file; the known ones end in {known}")
+        raise UserError(f"{data}: unknown kind of file; the known ones end in {known}")
     return kind
 
 
@@ -122,9 +123,9 @@ def _kind_of_folder(data: str, listing: Listing) -> str:
         what = (
             f"{len(listing.files)} files, and no image, Parquet file or tar" if listing.files else "nothing"
         )
-        raise ValueError(f"{data}: the folder holds {what}")
+        raise UserError(f"{data}: the folder holds {what}")
     if len(kinds) > 1:
-        raise ValueError(
+        raise UserError(
             f"{data}: the folder holds files of different kinds ({', '.join(kinds)}); name one of them"
         )
     return kinds[0]

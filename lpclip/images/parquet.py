@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lpclip.config import SourceConfig
+from lpclip.errors import UserError
 from lpclip.files import locate, split
 from lpclip.images.columns import (
     ID_COLUMNS,
@@ -262,13 +263,13 @@ def _spans(
 def _columns(
     paths: Sequence[str], schemas: Sequence[pa.Schema], config: SourceConfig
 ) -> tuple[str, str | None, str | None, str | None]:
-    """The columns of images, ids, labels and texts, of one type in every file; ValueError when they are not."""
+    """The columns of images, ids, labels and texts, of one type in every file; UserError when they are not."""
     names = schemas[0].names
     image = pick_column(config.image_column, IMAGE_COLUMNS, names, what=paths[0])
     if image is None:
-        raise ValueError(f"{paths[0]}: no column of images; there are {', '.join(names)} (--image-column)")
+        raise UserError(f"{paths[0]}: no column of images; there are {', '.join(names)} (--image-column)")
     if not _holds_images(schemas[0].field(image).type):
-        raise ValueError(
+        raise UserError(
             f"{paths[0]}: column {image!r} holds {schemas[0].field(image).type}, not image bytes, URIs or "
             "bytes/path structs (--image-column)"
         )
@@ -281,9 +282,7 @@ def _columns(
         wanted = schemas[0].field(column).type
         for path, schema in zip(paths, schemas, strict=True):
             if column not in schema.names or schema.field(column).type != wanted:
-                raise ValueError(
-                    f"{path}: column {column!r} is not there as {wanted}, as it is in {paths[0]}"
-                )
+                raise UserError(f"{path}: column {column!r} is not there as {wanted}, as it is in {paths[0]}")
     return image, identity, label, text
 
 
@@ -306,12 +305,12 @@ def _label_names(listing: Listing, schemas: Sequence[pa.Schema], column: str) ->
         try:
             _read_column(listing, column).cast(pa.int32())
         except pa.ArrowException as error:
-            raise ValueError(
+            raise UserError(
                 f"{listing.name}: column {column!r} is no column of labels: {reason(error)}"
             ) from error
     names = {_names_in_metadata(schema, column) for schema in schemas}
     if len(names) > 1:
-        raise ValueError(f"{listing.name}: the files disagree on the names of the classes")
+        raise UserError(f"{listing.name}: the files disagree on the names of the classes")
     return names.pop()
 
 
@@ -330,7 +329,7 @@ def _footer(root: str, path: str) -> pq.FileMetaData:
     try:
         return retry(lambda: pq.read_metadata(inner, filesystem=filesystem))
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path}: not a Parquet file that can be read ({reason(error)})") from error
+        raise UserError(f"{path}: not a Parquet file that can be read ({reason(error)})") from error
 
 
 def _read_column(listing: Listing, column: str) -> pa.ChunkedArray:

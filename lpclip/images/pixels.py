@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from lpclip.errors import UserError
+
 Pixels = NDArray[np.uint8]
 
 
@@ -48,28 +50,28 @@ def decode_image(data: bytes, *, max_pixels: int, max_bytes: int, size: int | No
 
     With the side of the encoder's input as `size`, a large JPEG is decoded at a fraction that still has both sides
     REDUCING_GAP times as long.
-    Raises ValueError with a short reason for whatever cannot be decoded; sizes are checked in the header.
+    Raises UserError with a short reason for whatever cannot be decoded; sizes are checked in the header.
     """
     if not data:
-        raise ValueError("empty")
+        raise UserError("empty")
     if len(data) > max_bytes:
-        raise ValueError(f"{len(data)} bytes, more than {max_bytes}")
+        raise UserError(f"{len(data)} bytes, more than {max_bytes}")
     try:
         with _pillow_limits(max_pixels), Image.open(io.BytesIO(data), formats=_formats()) as image:
             width, height = image.size
             if width * height > max_pixels:
-                raise ValueError(f"{width}x{height}, more than {max_pixels} pixels")
+                raise UserError(f"{width}x{height}, more than {max_pixels} pixels")
             if size is not None:
                 image.draft(None, (REDUCING_GAP * size, REDUCING_GAP * size))
             image.load()
             return _to_rgb(_upright(image))
     except Image.UnidentifiedImageError as error:
-        raise ValueError("not an image that can be decoded") from error
+        raise UserError("not an image that can be decoded") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"more than {max_pixels} pixels") from error
+        raise UserError(f"more than {max_pixels} pixels") from error
     except Exception as error:
         # Decoders raise whatever broken bytes lead them to (SyntaxError, struct.error, MemoryError, ...).
-        raise ValueError(str(error) or type(error).__name__) from error
+        raise UserError(str(error) or type(error).__name__) from error
 
 
 def _formats() -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from PIL import Image
 from pyarrow import fs
 
 from lpclip.config import SourceConfig
+from lpclip.errors import UserError
 from lpclip.files import locate, split
 from lpclip.images.fetch import join, reason, retry
 from lpclip.images.open import open_source
@@ -54,14 +55,14 @@ class Published:
     def open(self, *, config: SourceConfig, limit: int | None = None) -> Source:
         """Its images with labels; a limit takes the same images at every corruption and severity.
 
-        Raises ValueError when there are no images or labels, or the files are not what the layout says.
+        Raises UserError when there are no images or labels, or the files are not what the layout says.
         """
         if self.place.endswith(".npy"):
             source = _open_array(self, config=config, limit=limit)
         else:
             source = open_source(join(self.root, self.place), config=config, limit=limit)
             if not source.has_labels:
-                raise ValueError(f"{source.root}: the images lie in no class folders, so they have no labels")
+                raise UserError(f"{source.root}: the images lie in no class folders, so they have no labels")
         # Corrupted files may be alike in names, sizes and times: the identity must tell them apart.
         identity = {**source.identity, "corruption": self.corruption, "severity": self.severity}
         return replace(source, name=f"{self.name}-{_prefix(self)}", identity=identity)
@@ -112,7 +113,7 @@ def published_sets(path: str) -> tuple[list[Published], list[str]]:
     """The corrupted sets in a folder or URI, by corruption and severity, and notes on what was left out.
 
     Folders of images are only listed when they are opened, but arrays are checked now: their headers and labels.
-    Raises ValueError when there is no such folder, no corruption in it, one of them twice, or a damaged array.
+    Raises UserError when there is no such folder, no corruption in it, one of them twice, or a damaged array.
     """
     root = path if "://" in path else str(Path(path).expanduser().absolute())
     folders, files = _list(root)
@@ -131,13 +132,13 @@ def published_sets(path: str) -> tuple[list[Published], list[str]]:
         sets += [(_stem(folder), _stem(place), place) for place in known]
         left_out += unknown
     if not sets:
-        raise ValueError(
+        raise UserError(
             f"{path}: no published corrupted data set; there should be folders CORRUPTION/SEVERITY/CLASS of images, or "
             f"files CORRUPTION.npy and {LABELS}, where CORRUPTION is one of {', '.join(CORRUPTIONS)}"
         )
     for before, after in pairwise(sorted(sets)):
         if before[:2] == after[:2]:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {after[0]} of severity {after[1]} is there twice, as {before[2]} and {after[2]}"
             )
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", _stem(locate(root)[1].rstrip("/"))).strip("-.") or "images"
@@ -166,12 +167,12 @@ def _list(root: str, folder: str = "") -> tuple[list[str], list[str]]:
         filesystem, path = locate(uri)
         info = filesystem.get_file_info(path)
         if info.type == fs.FileType.NotFound:
-            raise ValueError(f"{uri}: no such path")
+            raise UserError(f"{uri}: no such path")
         if info.is_file:
-            raise ValueError(f"{uri}: a file, where a folder of corruptions should be")
+            raise UserError(f"{uri}: a file, where a folder of corruptions should be")
         infos = filesystem.get_file_info(fs.FileSelector(path))
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{uri}: cannot be listed ({reason(error)})") from error
+        raise UserError(f"{uri}: cannot be listed ({reason(error)})") from error
     infos = sorted((i for i in infos if not i.base_name.startswith(".")), key=lambda i: i.base_name)
     return [i.base_name for i in infos if not i.is_file], [i.base_name for i in infos if i.is_file]
 
@@ -195,17 +196,17 @@ def _prefix(item: Published) -> str:
 def _open_array(item: Published, *, config: SourceConfig, limit: int | None) -> Source:
     """One severity of a .npy file: its header and the labels are read, but no image."""
     if limit is not None and limit < 1:
-        raise ValueError(f"the limit must be at least 1, not {limit}")
+        raise UserError(f"the limit must be at least 1, not {limit}")
     uri = join(item.root, item.place)
     array = _inspect(uri)
     if array.dtype != np.uint8 or len(array.shape) != 4 or array.shape[3] != 3 or array.fortran:
         order = "Fortran" if array.fortran else "C"
-        raise ValueError(
+        raise UserError(
             f"{uri}: {array.dtype} {array.shape} in {order} order, not uint8 (rows, height, width, 3) in C order"
         )
     num_rows, height, width, _ = array.shape
     if min(array.shape) < 1 or num_rows % len(SEVERITIES):
-        raise ValueError(
+        raise UserError(
             f"{uri}: {num_rows} rows of {width}x{height} pixels are not five severities of images"
         )
     count, row_bytes = num_rows // len(SEVERITIES), height * width * 3
@@ -238,20 +239,20 @@ def _labels(uri: str, *, num_rows: int) -> tuple[File, np.ndarray]:
     """The labels' file, and the labels (num_rows / 5,) that are the same at each severity."""
     array = _inspect(uri)
     if array.dtype.kind not in "iu" or len(array.shape) != 1:
-        raise ValueError(f"{uri}: {array.dtype} {array.shape}, where a list of integers should be")
+        raise UserError(f"{uri}: {array.dtype} {array.shape}, where a list of integers should be")
     if array.shape[0] != num_rows:
-        raise ValueError(f"{uri}: {array.shape[0]} labels, but the images are {num_rows}")
+        raise UserError(f"{uri}: {array.shape[0]} labels, but the images are {num_rows}")
     try:
         filesystem, path = locate(uri)
         with filesystem.open_input_file(path) as file:
             data = retry(lambda: file.read_at(num_rows * array.dtype.itemsize, array.offset))
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{uri}: cannot be read ({reason(error)})") from error
+        raise UserError(f"{uri}: cannot be read ({reason(error)})") from error
     labels = np.frombuffer(data, array.dtype).reshape(len(SEVERITIES), -1)
     if labels.min() < 0 or labels.max() > np.iinfo(np.int32).max:
-        raise ValueError(f"{uri}: labels from {labels.min()} to {labels.max()} are not numbers of classes")
+        raise UserError(f"{uri}: labels from {labels.min()} to {labels.max()} are not numbers of classes")
     if (labels != labels[0]).any():
-        raise ValueError(f"{uri}: the labels are not the same for each of the five severities")
+        raise UserError(f"{uri}: the labels are not the same for each of the five severities")
     return array.file, labels[0]
 
 
@@ -266,25 +267,25 @@ class _Array(NamedTuple):
 
 
 def _inspect(uri: str) -> _Array:
-    """A .npy file by its header; ValueError when it is missing, damaged, cut, or would have to be unpickled."""
+    """A .npy file by its header; UserError when it is missing, damaged, cut, or would have to be unpickled."""
     filesystem, path = locate(uri)
     try:
         info = filesystem.get_file_info(path)
         if info.type == fs.FileType.NotFound:
-            raise ValueError(f"{uri}: no such file")
+            raise UserError(f"{uri}: no such file")
         with filesystem.open_input_file(path) as file:
             head = io.BytesIO(retry(lambda: file.read_at(HEADER_BYTES, 0)))
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{uri}: cannot be read ({reason(error)})") from error
+        raise UserError(f"{uri}: cannot be read ({reason(error)})") from error
     try:
         shape, fortran, dtype = _parse(head)
     except Exception as error:  # Broken bytes lead NumPy's parser to whatever Python's own may raise.
-        raise ValueError(f"{uri}: not a .npy file that can be read ({reason(error)})") from error
+        raise UserError(f"{uri}: not a .npy file that can be read ({reason(error)})") from error
     if dtype.hasobject:
-        raise ValueError(f"{uri}: holds Python objects, which are never unpickled")
+        raise UserError(f"{uri}: holds Python objects, which are never unpickled")
     size = head.tell() + math.prod(shape) * dtype.itemsize
     if info.size != size:
-        raise ValueError(f"{uri}: cut or damaged, as it has {info.size} bytes and its header says {size}")
+        raise UserError(f"{uri}: cut or damaged, as it has {info.size} bytes and its header says {size}")
     return _Array(File(split(uri)[1], info.size, info.mtime_ns), dtype, shape, fortran, head.tell())
 
 
@@ -294,7 +295,7 @@ def _parse(head: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
         return npy.read_array_header_1_0(head)
     if version == (2, 0):
         return npy.read_array_header_2_0(head)
-    raise ValueError(f"format version {version[0]}.{version[1]}")
+    raise UserError(f"format version {version[0]}.{version[1]}")
 
 
 def _png(pixels: np.ndarray) -> bytes:

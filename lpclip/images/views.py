@@ -11,6 +11,7 @@ from hashlib import blake2b
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from lpclip.errors import UserError
 from lpclip.images.pixels import Pixels, Preprocess
 
 CORRUPTIONS = (
@@ -89,7 +90,7 @@ def strong_view(image: Image.Image, preprocess: Preprocess, *, seed: int) -> Pix
 def corrupt(pixels: Pixels, *, name: str, severity: int, seed: int) -> Pixels:
     """ImageNet-C's corruption `name` at severity 1 to 5 of uint8 (S, S, 3), S >= 32; seed is a uint32."""
     if min(pixels.shape[:2]) < 32:
-        raise ValueError(
+        raise UserError(
             f"corruptions need images of at least 32x32 pixels, not {pixels.shape[1]}x{pixels.shape[0]}"
         )
     import imagecorruptions
@@ -110,15 +111,15 @@ def view_seed(id: str, *, view: str, seed: int) -> int:  # noqa: A002
 
 
 def parse_views(spec: str) -> tuple[str, ...]:
-    """The views in a comma list, `weak` first; ValueError for unknown or repeated ones, or no `weak`."""
+    """The views in a comma list, `weak` first; UserError for unknown or repeated ones, or no `weak`."""
     views = [view.strip() for view in spec.split(",")]
     for view in views:
         _check_view(view)
     repeated = sorted({view for view in views if views.count(view) > 1})
     if repeated:
-        raise ValueError(f"view named twice: {', '.join(repeated)}")
+        raise UserError(f"view named twice: {', '.join(repeated)}")
     if "weak" not in views:
-        raise ValueError(f"the views must include weak, and {spec!r} does not")
+        raise UserError(f"the views must include weak, and {spec!r} does not")
     return ("weak", *(view for view in views if view != "weak"))
 
 
@@ -169,9 +170,9 @@ def _check_view(view: str) -> None:
         known = (
             f"weak, mirror, strong, strong2, ..., or corruption:severity with one of {', '.join(CORRUPTIONS)}"
         )
-        raise ValueError(f"unknown view {view!r}; known are {known}")
+        raise UserError(f"unknown view {view!r}; known are {known}")
     if severity not in ("1", "2", "3", "4", "5"):
-        raise ValueError(f"view {view!r} needs a severity from 1 to 5, as in {name}:3")
+        raise UserError(f"view {view!r} needs a severity from 1 to 5, as in {name}:3")
 
 
 def _trim(image: Image.Image) -> Image.Image:

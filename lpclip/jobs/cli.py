@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
+import errno
 import os
 import re
 import sys
@@ -14,9 +14,12 @@ from tyro import conf
 
 from lpclip import files
 from lpclip.config import to_dict
+from lpclip.errors import UserError
 
 Config = TypeVar("Config")
 
+# A disk may be full wherever something is written, in libraries too.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 OPTIONS = (conf.OmitArgPrefixes, conf.OmitSubcommandPrefixes, conf.FlagCreatePairsOff, conf.DisallowNone)
 
 
@@ -24,8 +27,9 @@ def main(run: Callable[[Config], object], config_type: type[Config]) -> None:
     """Parse the flags into `config_type` and run the job with them.
 
     The flags are the dataclass's fields, nested stages merged. The process exits with 2 on wrong flags, with
-    1 and `error: ...` on a user's mistake (ValueError or OSError, here or in a Ray worker), with 130 on
-    Ctrl-C. Anything else is a bug and keeps its traceback; LPCLIP_TRACEBACK=1 shows it always.
+    1 and `error: ...` on a UserError or a full disk, here or in a Ray worker, with 130 on Ctrl-C. Anything else is
+    a fault of the program: it keeps its traceback and asks to be reported. LPCLIP_TRACEBACK=1 shows tracebacks
+    of UserErrors too.
     """
     config = tyro.cli(config_type, config=OPTIONS)
     try:
@@ -36,6 +40,8 @@ def main(run: Callable[[Config], object], config_type: type[Config]) -> None:
         sys.exit(130)
     except Exception as error:
         mistake = users_mistake(error)
+        if mistake is None:
+            error.add_note("This is a fault of lpclip. Please report it with the traceback and the command.")
         if mistake is None or os.environ.get("LPCLIP_TRACEBACK") == "1":
             raise
         print(f"error: {mistake}", file=sys.stderr)
@@ -50,13 +56,13 @@ def _refuse_secrets(config: object) -> None:
 
 
 def users_mistake(error: BaseException) -> str | None:
-    """The message of the ValueError or OSError that lies at the bottom of an error, None when it is another.
+    """The message of the UserError or the full disk at the bottom of an error, None when it is another.
 
     Ray wraps what a task, a Ray Data stage or a Train worker raised, sometimes several times.
     """
     if not _is_ray(error):
-        is_mistake = isinstance(error, (ValueError, OSError))
-        return (" ".join(str(error).split()) or type(error).__name__) if is_mistake else None
+        is_mistake = isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in FULL)
+        return " ".join(str(error).split()) if is_mistake else None
     for inner in _wrapped(error):
         if message := users_mistake(inner):
             return message
@@ -84,5 +90,5 @@ def _mistake_in_traceback(text: str) -> str | None:
     if not own:
         return None
     name, message = own[-1]
-    kind = getattr(builtins, name, None)
-    return message.strip() if isinstance(kind, type) and issubclass(kind, (ValueError, OSError)) else None
+    is_mistake = name == f"{UserError.__module__}.{UserError.__name__}" or "[Errno 28]" in message
+    return message.strip() if is_mistake else None

@@ -17,6 +17,7 @@ import torch
 from lpclip import files
 from lpclip.config import EncoderConfig, EvaluateJob, to_dict
 from lpclip.encoders.head import EncoderInfo
+from lpclip.errors import UserError
 from lpclip.evaluation.judge import (
     ZERO_SHOT,
     Cell,
@@ -82,7 +83,7 @@ class _Found:
 def evaluate_job(job: EvaluateJob) -> dict[str, Any]:
     """Measure probes and zero-shot on everything that was asked for; rows, a page and MLflow runs come of it.
 
-    Retrieval alone has no page. Raises ValueError for flags that do not go together, and whatever cannot be read.
+    Retrieval alone has no page. Raises UserError for flags that do not go together, and whatever cannot be read.
     """
     check_evaluation(job)
     probes, digests = _load_probes(job.probe) if job.probe else ({}, {})
@@ -143,14 +144,14 @@ def _load_probes(specs: tuple[str, ...]) -> tuple[dict[str, Probe], dict[str, st
     for spec in specs:
         name, separator, path = spec.partition("=")
         if separator and not (name and path):
-            raise ValueError(f"--probe {spec}: give it as NAME=FOLDER")
+            raise UserError(f"--probe {spec}: give it as NAME=FOLDER")
         if not separator:
             path, parts = spec, _parts(spec)
             name = parts[-1]
             if name in paths or sum(_parts(other)[-1] == name for other in specs) > 1:
                 name = "/".join(parts[-2:])
         if name in paths or name == ZERO_SHOT:
-            raise ValueError(
+            raise UserError(
                 f"two classifiers are called {name}: name one of them, as in --probe other={path}"
             )
         paths[name] = path
@@ -158,19 +159,17 @@ def _load_probes(specs: tuple[str, ...]) -> tuple[dict[str, Probe], dict[str, st
     (first, reference), *others = probes.items()
     for name, probe in others:
         if probe.encoder["identity"] != reference.encoder["identity"]:
-            raise ValueError(
+            raise UserError(
                 f"the probes {first} and {name} are of different encoders: evaluate them one by one"
             )
         if probe.class_names != reference.class_names:
-            raise ValueError(
-                f"the probes {first} and {name} have different classes: evaluate them one by one"
-            )
+            raise UserError(f"the probes {first} and {name} have different classes: evaluate them one by one")
         for key in ("views", "templates"):
             mine, theirs = (
                 base_views(p.encoder[key]) if key == "views" else p.encoder[key] for p in (reference, probe)
             )
             if mine != theirs:
-                raise ValueError(
+                raise UserError(
                     f"the probes {first} and {name} have different {key} ({mine} and {theirs}): "
                     "evaluate them one by one"
                 )
@@ -252,7 +251,7 @@ def _judge_set(
         # Arrays' ids tell the corruption, and so the order of rows does: sorted by id, all have the same images' order.
         known = known[np.argsort(views.ids[known])]
     if not len(known):
-        raise ValueError(f"{item.name} has no labelled image: there is nothing to measure on it")
+        raise UserError(f"{item.name} has no labelled image: there is nothing to measure on it")
     for cell, wanted in item.cells.items():
         features = views.mean(*wanted)[known]
         outcomes = judge(probes, features, labels[known], seed=seed)
@@ -278,7 +277,7 @@ def _detect(
     (cell, wanted), *_ = item.cells.items()
     foreign = views.mean(*wanted)
     if not len(foreign):
-        raise ValueError(f"{item.name} has no image: there is nothing to detect")
+        raise UserError(f"{item.name} has no image: there is nothing to detect")
     scores = {
         name: (
             detection_scores(probe, found.clean[0], cosine_temperature=cosine_temperature),

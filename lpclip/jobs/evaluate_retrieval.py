@@ -9,6 +9,7 @@ from typing import Any
 from lpclip import files
 from lpclip.config import EncoderConfig, EvaluateJob, to_dict
 from lpclip.encoders.head import EncoderInfo
+from lpclip.errors import UserError
 from lpclip.evaluation.ranking import retrieval_metrics
 from lpclip.features.describe import describe_encoder
 from lpclip.features.find_or_encode import Data
@@ -32,7 +33,7 @@ class PairSet:
 
 
 def open_pair_sets(job: EvaluateJob, probe: Probe | None) -> list[PairSet]:
-    """The sets of --retrieval, opened but not read. Raises ValueError when there are no texts, or a name is taken."""
+    """The sets of --retrieval, opened but not read. Raises UserError when there are no texts, or a name is taken."""
     views = base_views(probe.encoder["views"]) if probe else ("weak",)
     found: dict[str, PairSet] = {}
     for spec in job.retrieval:
@@ -40,13 +41,13 @@ def open_pair_sets(job: EvaluateJob, probe: Probe | None) -> list[PairSet]:
         if not separator or "/" in name:  # the = is a path's own
             name, path = "", spec
         elif not name or not path:
-            raise ValueError(f"--retrieval {spec}: give it as NAME=PATH")
+            raise UserError(f"--retrieval {spec}: give it as NAME=PATH")
         source = open_pairs(
             path, config=job.source, caption_templates=job.caption_templates, split="test", limit=job.limit
         )
         name = name or source.name
         if name in found:
-            raise ValueError(
+            raise UserError(
                 f"--retrieval {spec}: another set is called {name}; give it a name, as in other={path}"
             )
         data = Data(
@@ -110,7 +111,7 @@ def measure_retrieval(
 ) -> list[dict[str, Any]]:
     """What the summary tells of each set: what it holds, recalls and median rank, and what it took in seconds.
 
-    Raises ValueError when too many pairs are bad.
+    Raises UserError when too many pairs are bad.
     """
     found = []
     for item in sets:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lpclip.config import ClassConfig, EvaluateJob, to_dict
+from lpclip.errors import UserError
 from lpclip.evaluation.judge import Cell, Kind
 from lpclip.features.find_or_encode import Data, open_data
 from lpclip.images.captions import images_config
@@ -40,19 +41,19 @@ class EvaluationSet:
 
 
 def check_evaluation(job: EvaluateJob) -> None:
-    """ValueError for flags that do not go together."""
+    """UserError for flags that do not go together."""
     if job.probe and job.encoder is not None:
-        raise ValueError(
+        raise UserError(
             "--encoder is for --retrieval without --probe: with it, the encoder is the probes' own"
         )
     if job.data is not None and not job.probe:
-        raise ValueError("--data has the images that probes are measured on: it needs --probe")
+        raise UserError("--data has the images that probes are measured on: it needs --probe")
     if job.data is None and not job.retrieval:
-        raise ValueError(
+        raise UserError(
             "there is nothing to measure: give --probe and --data, or --retrieval, or all of them"
         )
     if job.retrieval and not job.probe and job.encoder is None:
-        raise ValueError("--retrieval needs an encoder: give --encoder, or --probe to take its own")
+        raise UserError("--retrieval needs an encoder: give --encoder, or --probe to take its own")
     measured = ("corruptions", "corrupted", "shift", "ood", "classes")
     needs = {
         "--probe and --data": () if job.data is not None else measured,
@@ -62,28 +63,28 @@ def check_evaluation(job: EvaluateJob) -> None:
     for flags, names in needs.items():
         for name in names:
             if given.get(name) != default[name]:
-                raise ValueError(f"--{name.replace('_', '-')} needs {flags}")
+                raise UserError(f"--{name.replace('_', '-')} needs {flags}")
 
 
 def parse_corruptions(job: EvaluateJob) -> list[tuple[str, int]]:
-    """Name and severity of every corruption that is asked for. Raises ValueError for unknown or repeated ones."""
+    """Name and severity of every corruption that is asked for. Raises UserError for unknown or repeated ones."""
     severities = [text.strip() for text in job.severities.split(",")]
     for text in severities:
         if text not in ("1", "2", "3", "4", "5"):
-            raise ValueError(
+            raise UserError(
                 f"--severities: {text!r} is not a whole number from 1 to 5; give them by comma, as in 1,3,5"
             )
     named = [name.strip() for name in job.corruptions.split(",")]
     names = {"none": [], "all": list(IMAGENET_C)}.get(job.corruptions, named)
     for name in names:
         if name not in CORRUPTIONS:
-            raise ValueError(
+            raise UserError(
                 f"--corruptions: {name!r} is no corruption; there are {', '.join(CORRUPTIONS)}, and all for the "
                 "first 15"
             )
     found = [(name, int(severity)) for name in names for severity in severities]
     if len(set(found)) < len(found):
-        raise ValueError("--corruptions or --severities name one of them twice")
+        raise UserError("--corruptions or --severities name one of them twice")
     return found
 
 
@@ -97,7 +98,7 @@ def open_sets(job: EvaluateJob, probe: Probe, corruptions: list[tuple[str, int]]
         name: str, kind: Kind, data: Data, cells: dict[Cell, tuple[str, ...]] | None = None
     ) -> EvaluationSet:
         if kind != "ood" and not data.has_labels and data.source is not None:
-            raise ValueError(f"{name} has no labels: there is nothing to measure on it")
+            raise UserError(f"{name} has no labels: there is nothing to measure on it")
         return EvaluationSet(
             name=name, kind=kind, data=data, cells=cells or {Cell(set=name, kind=kind): base}
         )
@@ -106,9 +107,9 @@ def open_sets(job: EvaluateJob, probe: Probe, corruptions: list[tuple[str, int]]
         for spec in specs:
             name, separator, path = spec.partition("=")
             if not separator or not name or not path:
-                raise ValueError(f"--{flag} {spec}: give it as NAME=PATH")
+                raise UserError(f"--{flag} {spec}: give it as NAME=PATH")
             if name in taken:
-                raise ValueError(f"--{flag} {spec}: another set is called {name}")
+                raise UserError(f"--{flag} {spec}: another set is called {name}")
             taken.add(name)
             yield name, path
 
@@ -148,7 +149,7 @@ def evaluation_classes(job: EvaluateJob, probe: Probe) -> ClassList:
         return ClassList(names=probe.class_names)
     classes = resolve_classes(ClassConfig(classes=job.classes), label_names=None)
     if classes.names != probe.class_names:
-        raise ValueError(
+        raise UserError(
             f"--classes {job.classes} has other names than the probe, or another order: the probe's are "
             f"{', '.join(probe.class_names[:5])}{', ...' if len(probe.class_names) > 5 else ''}"
         )
@@ -166,12 +167,12 @@ def check_label_names(item: EvaluationSet, classes: ClassList) -> None:
             map_labels(
                 np.array(chosen, dtype=np.int32), label_names=names, classes=classes, data=item.data.name
             )
-        except ValueError:
+        except UserError:
             if whole:
                 raise
         else:
             return
-    raise ValueError(
+    raise UserError(
         f"none of {item.data.name}'s labels ({', '.join(names[:5])}) is a class of the probe "
         f"({', '.join(classes.names[:5])})"
     )

@@ -19,6 +19,7 @@ from lpclip.config import (
 )
 from lpclip.encoders.head import EncoderInfo, Head
 from lpclip.encoders.prompts import templates
+from lpclip.errors import UserError
 from lpclip.features.describe import describe_encoder
 from lpclip.features.find_or_encode import (
     Data,
@@ -68,7 +69,7 @@ class EncodedInputs:
 
 
 def open_inputs(job: SelftrainJob | TuneJob) -> Inputs:
-    """The images and class names of a job. Raises ValueError when they cannot be had or do not fit each other."""
+    """The images and class names of a job. Raises UserError when they cannot be had or do not fit each other."""
     data = open_data(job.data, config=job.source, split="train", limit=job.limit)
     classes = resolve_classes(job.names, label_names=data.label_names)
     test = _open_test(job)
@@ -81,7 +82,7 @@ def open_pairs(
 ) -> Source:
     """The source of image-text pairs that `data` names; texts are made of labels where templates are given.
 
-    Named data sets have simple templates without any. Raises ValueError when there are no texts.
+    Named data sets have simple templates without any. Raises UserError when there are no texts.
     """
     spec = caption_templates
     if spec is None and data.partition(":")[0] in CLASSES and not files.exists(data):
@@ -95,7 +96,7 @@ def open_pairs(
 def encode_inputs(
     job: SelftrainJob | TuneJob, inputs: Inputs, *, info: EncoderInfo, head: Head, out: str
 ) -> EncodedInputs:
-    """Find or make the features. Raises ValueError when too many images are bad or a label is no class."""
+    """Find or make the features. Raises UserError when too many images are bad or a label is no class."""
     data, test, classes = inputs.data, inputs.test, inputs.classes
     options: dict[str, Any] = {
         "info": info,
@@ -146,7 +147,7 @@ def encode_evaluated(
     encoder: EncoderConfig,
     out: str,
 ) -> Views:
-    """Views of images that are evaluated on, found or made. Raises ValueError when too many images are bad."""
+    """Views of images that are evaluated on, found or made. Raises UserError when too many images are bad."""
     return encode_views(
         data,
         views=views,
@@ -182,7 +183,7 @@ def _open_test(job: SelftrainJob | TuneJob) -> Data | None:
         return None
     test = open_data(name, config=job.source, split="test", limit=job.eval_limit)
     if not test.has_labels and test.source is None:
-        raise ValueError(f"--eval-data {name} has no labels: there is nothing to evaluate on")
+        raise UserError(f"--eval-data {name} has no labels: there is nothing to evaluate on")
     return test
 
 
@@ -199,7 +200,7 @@ def describe_probes_encoder(
 ) -> tuple[EncoderConfig, EncoderInfo]:
     """The encoder that a probe was trained with, `pretrained` being where its checkpoint lies now, if it has moved.
 
-    With the zero-shot head of the probe's classes, if asked. Raises ValueError when the encoder has changed.
+    With the zero-shot head of the probe's classes, if asked. Raises UserError when the encoder has changed.
     """
     made = probe.encoder["config"]
     encoder = EncoderConfig(
@@ -209,7 +210,7 @@ def describe_probes_encoder(
     templates = tuple(probe.encoder["templates"]) if with_head else ()
     info = describe_encoder(encoder, class_names=names, templates=templates)
     if info.identity != probe.encoder["identity"]:
-        raise ValueError(
+        raise UserError(
             f"the probe was trained on features of another encoder than {encoder.encoder} as it is now: "
             "the weights, the precision or the preprocessing differ"
         )

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from lpclip import files
 from lpclip.config import EncodeConfig, PredictJob
+from lpclip.errors import UserError
 from lpclip.features.find_or_encode import encode_views, open_data
 from lpclip.images.views import base_views
 from lpclip.jobs.console import print_plan
@@ -21,7 +22,7 @@ from lpclip.report.tables import format_table
 def predict_job(job: PredictJob) -> dict[str, Any]:
     """Label images with a saved probe: id, label, probability and the top k, one Parquet file."""
     if job.top_k < 1:
-        raise ValueError(f"--top-k must be at least 1, not {job.top_k}")
+        raise UserError(f"--top-k must be at least 1, not {job.top_k}")
     probe = load_probe(job.probe)
     data = open_data(job.data, config=job.source, split="test", limit=job.limit)
     if "://" not in job.out:
@@ -67,4 +68,4 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
 
 def _check_file_target(path: str) -> None:
     if path.endswith("/") or not path.endswith(".parquet"):
-        raise ValueError(f"--out {path}: a Parquet file is written, so its name must end in .parquet")
+        raise UserError(f"--out {path}: a Parquet file is written, so its name must end in .parquet")

@@ -16,6 +16,7 @@ import ray
 
 import lpclip
 from lpclip import files
+from lpclip.errors import UserError
 
 PACKAGES = ("ray", "torch", "open_clip_torch", "pyarrow", "mlflow", "numpy", "timm", "transformers")
 
@@ -49,7 +50,7 @@ def in_submitted_job() -> bool:
 def output_folder(out: str) -> Iterator[str]:
     """The output folder, made and held: a second job on it is refused. Yields it as an absolute path or URI.
 
-    Raises ValueError when it cannot be written or is in use, and for a relative path in a submitted job,
+    Raises UserError when it cannot be written or is in use, and for a relative path in a submitted job,
     whose working directory is a temporary copy that nobody would look into.
     """
     if "://" in out:
@@ -57,7 +58,7 @@ def output_folder(out: str) -> Iterator[str]:
         yield files.add_suffix(out, "")
         return
     if in_submitted_job() and not Path(out).expanduser().is_absolute():
-        raise ValueError(
+        raise UserError(
             f"--out {out} is relative to the job's temporary copy of the working directory: give an absolute "
             "path, or a URI that all nodes reach"
         )
@@ -67,7 +68,7 @@ def output_folder(out: str) -> Iterator[str]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
-        raise ValueError(f"another job is writing to {out}; wait for it, or choose another --out") from error
+        raise UserError(f"another job is writing to {out}; wait for it, or choose another --out") from error
     try:
         yield path
     finally:
@@ -75,7 +76,7 @@ def output_folder(out: str) -> Iterator[str]:
 
 
 def claim(out: str, identity: dict[str, Any], *, mark: bool = True, shared: str = "features") -> None:
-    """Mark the output folder as this work's, if wanted. Raises ValueError when it holds another work's results.
+    """Mark the output folder as this work's, if wanted. Raises UserError when it holds another work's results.
 
     `shared` is the folder in it, and the flag, by which other work saves itself reading the images again.
     """
@@ -87,7 +88,7 @@ def claim(out: str, identity: dict[str, Any], *, mark: bool = True, shared: str 
     found = files.read_json(path)
     changed = sorted(k for k in {*found, *identity} if found.get(k) != identity.get(k))
     if changed:
-        raise ValueError(
+        raise UserError(
             f"{out} holds the results of other work (it differs in {', '.join(changed)}); choose another --out. "
             f"--{shared} {files.join(out, shared)} shares the {shared}"
         )

@@ -14,6 +14,7 @@ from lpclip import files
 from lpclip.config import SelftrainJob, to_dict
 from lpclip.encoders.head import EncoderInfo, Head, make_head
 from lpclip.encoders.prompts import templates
+from lpclip.errors import UserError
 from lpclip.evaluation.judge import evaluate, pictures
 from lpclip.features.describe import describe_encoder
 from lpclip.features.store import Features
@@ -43,7 +44,7 @@ def selftrain_job(job: SelftrainJob) -> dict[str, Any]:
         classes = inputs.classes
         prior = load_prior(job.training.prior, classes.names)
         if job.supervised and not inputs.data.has_labels:
-            raise ValueError("--supervised needs labels in --data, and there are none")
+            raise UserError("--supervised needs labels in --data, and there are none")
         start_ray()
         info = describe_encoder(
             job.encoder, class_names=classes.names, templates=templates(job.names.templates)

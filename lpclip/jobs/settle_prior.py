@@ -12,6 +12,7 @@ from lpclip import files
 from lpclip.config import SelfTrainingConfig, digest
 from lpclip.encoders.encoder import resolve_precision
 from lpclip.encoders.head import Head
+from lpclip.errors import UserError
 from lpclip.jobs.console import print_prior, print_tried
 from lpclip.method.confirmation import Confirmation, Sample, choose_prior
 from lpclip.method.priors import PRIORS, Prior, read_prior
@@ -42,13 +43,13 @@ class ChosenPrior:
 
 
 def load_prior(spec: str, class_names: tuple[str, ...]) -> Prior | None:
-    """The prior that `--prior` names, None for `auto`. Raises ValueError when there is none of that name."""
+    """The prior that `--prior` names, None for `auto`. Raises UserError when there is none of that name."""
     text = None
     if spec != "auto" and spec not in PRIORS:
         try:
             text = files.read_bytes(spec).decode()
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"--prior {spec} is none of auto, uniform, weak, none, nor a text file: {error}"
             ) from error
     return read_prior(spec, class_names, text=text)

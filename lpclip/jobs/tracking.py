@@ -26,6 +26,7 @@ from pyarrow import fs
 
 from lpclip import files
 from lpclip.config import TrackingConfig, digest
+from lpclip.errors import UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -179,7 +180,7 @@ def track(
 
     `name` is the run's name unless the configuration has one; a run with a parent is nested in it and keeps
     `name`. With a `resume_key`, an unfinished run of the same key in the experiment goes on instead of a second one
-    beginning: two jobs that may run at once need different keys. Raises ValueError or OSError, with a sentence for
+    beginning: two jobs that may run at once need different keys. Raises UserError, with a sentence for
     the user, when the server or the database cannot be used.
     """
     # MLflow reports usage to its makers unless told otherwise before it is first imported.
@@ -216,11 +217,11 @@ def track(
 def tracking_uri() -> str:
     """Where runs go: MLFLOW_TRACKING_URI, or mlflow.db in the working directory; SQLite paths made absolute.
 
-    Raises ValueError for a folder of files, which MLflow has given up.
+    Raises UserError for a folder of files, which MLflow has given up.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
     if uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks")):
-        raise ValueError(
+        raise UserError(
             f"MLFLOW_TRACKING_URI is {uri}, a folder, and MLflow keeps runs in databases or on servers: "
             "set it to sqlite:////folder/mlflow.db or http://host:port, or unset it for ./mlflow.db"
         )
@@ -260,7 +261,7 @@ def _connect(uri: str) -> MlflowClient:
         with database.open("a+b") as file:
             file.seek(0)
             if file.read(16) not in (b"", b"SQLite format 3\0"):
-                raise ValueError(
+                raise UserError(
                     f"{database} is not an SQLite database: move it away or set MLFLOW_TRACKING_URI"
                 )
         return _patiently(lambda: _client(uri))
@@ -300,7 +301,7 @@ def _reach(uri: str) -> None:
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLError):  # MLflow has its own settings for certificates
             return
-        raise ConnectionError(
+        raise UserError(
             f"no MLflow server answers at {redact(uri)} ({reason}): start it, or unset MLFLOW_TRACKING_URI "
             "to keep the runs in ./mlflow.db"
         ) from error
@@ -321,7 +322,7 @@ def _experiment(client: MlflowClient, name: str, uri: str) -> str:
             if experiment is None:
                 raise
     if experiment.lifecycle_stage == "deleted":
-        raise ValueError(
+        raise UserError(
             f"the MLflow experiment {name!r} is deleted: restore it or choose another --experiment"
         )
     return experiment.experiment_id
@@ -353,7 +354,7 @@ def _explained(uri: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        raise ValueError(f"MLflow at {redact(uri)}: {redact(_line(error))}") from error
+        raise UserError(f"MLflow at {redact(uri)}: {redact(_line(error))}") from error
 
 
 def _line(error: BaseException) -> str:

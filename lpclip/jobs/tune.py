@@ -20,6 +20,7 @@ from lpclip.config import Criterion, SelfTrainingConfig, SelftrainJob, TuneJob, 
 from lpclip.encoders.encoder import resolve_precision
 from lpclip.encoders.head import EncoderInfo, Head, make_head
 from lpclip.encoders.prompts import templates
+from lpclip.errors import UserError
 from lpclip.evaluation.judge import evaluate
 from lpclip.features import store
 from lpclip.features.describe import describe_encoder
@@ -67,21 +68,21 @@ def tune_job(job: TuneJob) -> dict[str, Any]:
     check_config(job.training)
     parse_views(job.encode.views)
     if job.trials < 1:
-        raise ValueError(f"--trials must be at least 1, not {job.trials}")
+        raise UserError(f"--trials must be at least 1, not {job.trials}")
     if job.concurrent is not None and job.concurrent < 1:
-        raise ValueError(f"--concurrent must be at least 1, not {job.concurrent}")
+        raise UserError(f"--concurrent must be at least 1, not {job.concurrent}")
     space = read_space(job.space)
     if job.search == "optuna" and space.undrawable:
-        raise ValueError(
+        raise UserError(
             f"--search optuna draws values itself, and cannot draw {', '.join(space.undrawable)} of {job.space}: use "
             "other search spaces than tune.grid_search and tune.sample_from, or --search random"
         )
     if job.criterion == "views" and not _strong_views(job):
-        raise ValueError(
+        raise UserError(
             "--criterion views compares with a strong view: add it, as in --views weak,mirror,strong"
         )
     if job.resume and not files.exists(job.out):
-        raise ValueError(f"--resume: {job.out} is not there, so that nothing could go on")
+        raise UserError(f"--resume: {job.out} is not there, so that nothing could go on")
     with output_folder(job.out) as out:
         inputs = open_inputs(job)
         names = inputs.classes.names
@@ -202,7 +203,7 @@ class _Sweep:
         strong = _strong_views(job)
         loaded = store.load(known.encoded.path, views=strong, with_labels=False).strong if strong else {}
         if job.criterion == "views" and not loaded:
-            raise ValueError(
+            raise UserError(
                 "--criterion views compares with strong views: encode with --views weak,mirror,strong"
             )
         print("yardstick: clusters and neighbours of a sample, which criteria compare to", flush=True)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lpclip.config import PretrainConfig
+from lpclip.errors import UserError
 from lpclip.method.contrastive_loss import Loss, choose_distilled, contrastive_loss, distilled_share, gather
 
 MAX_SCALE = 100.0
@@ -46,40 +47,40 @@ class Draw:
 
 
 def check_pretraining(config: PretrainConfig, *, num_pairs: int | None = None) -> None:
-    """ValueError for whatever cannot be trained."""
+    """UserError for whatever cannot be trained."""
     size = config.batch_size
     for name in ("epochs", "batch_size", "accumulate"):
         if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
     if config.method == "psd" and size < 2:
-        raise ValueError("--batch-size 1 has no other pair to learn from")
+        raise UserError("--batch-size 1 has no other pair to learn from")
     if size % config.accumulate or size % (config.accumulate * max(1, config.num_workers)):
-        raise ValueError(
+        raise UserError(
             f"--batch-size {size} cannot be shared by {max(1, config.num_workers)} workers in {config.accumulate} "
             "parts each: choose a multiple of them"
         )
     if config.num_workers < 0:
-        raise ValueError(f"--num-workers must be at least 0, not {config.num_workers}")
+        raise UserError(f"--num-workers must be at least 0, not {config.num_workers}")
     if not 0 <= config.share_start <= config.share_end <= 1:
-        raise ValueError(
+        raise UserError(
             f"--share-start {config.share_start:g} and --share-end {config.share_end:g} must lie between 0 and 1, in "
             "this order"
         )
     for name in ("learning_rate", "teacher_sharpness"):
         if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be over 0, not {getattr(config, name):g}")
+            raise UserError(f"--{name.replace('_', '-')} must be over 0, not {getattr(config, name):g}")
     if not 0 <= config.label_smoothing < 1:
-        raise ValueError(f"--label-smoothing must be at least 0 and under 1, not {config.label_smoothing:g}")
+        raise UserError(f"--label-smoothing must be at least 0 and under 1, not {config.label_smoothing:g}")
     if config.label_smoothing and config.method == "psd":
-        raise ValueError("--label-smoothing is for --method infonce: psd's targets are soft already")
+        raise UserError("--label-smoothing is for --method infonce: psd's targets are soft already")
     if not 0 <= config.warmup < 1:
-        raise ValueError(f"--warmup must be at least 0 and under 1, not {config.warmup:g}")
+        raise UserError(f"--warmup must be at least 0 and under 1, not {config.warmup:g}")
     if not 0 <= config.checkpoint_minutes < math.inf:
-        raise ValueError(f"--checkpoint-minutes must be at least 0, not {config.checkpoint_minutes:g}")
+        raise UserError(f"--checkpoint-minutes must be at least 0, not {config.checkpoint_minutes:g}")
     if config.weight_decay < 0:
-        raise ValueError(f"--weight-decay must be at least 0, not {config.weight_decay:g}")
+        raise UserError(f"--weight-decay must be at least 0, not {config.weight_decay:g}")
     if num_pairs is not None and num_pairs < size:
-        raise ValueError(
+        raise UserError(
             f"{num_pairs} pairs are fewer than one batch: choose a smaller --batch-size than {size}"
         )
 
@@ -183,7 +184,7 @@ def train_step(
     """One step on this worker's share, images (b, 3, S, S) and tokens (b, L), of B pairs; `distilled` (B,) bool.
 
     Returns the loss in nats, the mean entropy of distilled targets in nats, and the temperature.
-    Raises ValueError when the loss is no number.
+    Raises UserError when the loss is no number.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -196,7 +197,7 @@ def train_step(
     else:
         loss = _accumulate(towers, parts, distilled, config, dtype=dtype)
     if not torch.isfinite(loss.total):
-        raise ValueError(
+        raise UserError(
             f"the loss is {loss.total.item()}: the training has come apart; try a smaller --learning-rate, or more "
             "--warmup"
         )

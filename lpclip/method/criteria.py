@@ -17,6 +17,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 
 from lpclip.config import Criterion
+from lpclip.errors import UserError
 from lpclip.method.calibration import temperature_at
 from lpclip.method.gaussian import feature_space, gaussian_probe, row_moments
 
@@ -62,11 +63,11 @@ def make_yardstick(
 ) -> Yardstick:
     """From features (N, d) in row order, and a strong view of them, the sample that candidates are judged on.
 
-    Raises ValueError with fewer than two rows.
+    Raises UserError with fewer than two rows.
     """
     rows = features[:SAMPLE_ROWS]
     if len(rows) < 2:
-        raise ValueError(f"{len(rows)} images are too few to choose between trials")
+        raise UserError(f"{len(rows)} images are too few to choose between trials")
     seen = torch.from_numpy(rows).float()
     centred = seen - seen.mean(dim=0)
     size = min(COMPONENTS, *centred.shape)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lpclip.errors import UserError
+
 # Factors stay within this ratio of the prior's own. Where it fits they need about 3; where it does not they would
 # grow without bound, round after round, for classes that have no image.
 MAX_FACTOR = 5.0
@@ -67,7 +69,7 @@ PRIORS = {"uniform": Prior(), "weak": Prior(strength=WEAK_STRENGTH), "none": Pri
 def read_prior(spec: str, class_names: tuple[str, ...], *, text: str | None = None) -> Prior | None:
     """The prior that `--prior` names, None for `auto`; `text` is its file, one weight a line or `name<TAB>weight`.
 
-    Raises ValueError when the weights do not fit the classes.
+    Raises UserError when the weights do not fit the classes.
     """
     if spec == "auto":
         return None
@@ -78,18 +80,18 @@ def read_prior(spec: str, class_names: tuple[str, ...], *, text: str | None = No
     try:
         weights = [float(row[-1]) for row in rows]
     except ValueError as error:
-        raise ValueError(f"--prior {spec} holds something that is not a weight: {error}") from error
+        raise UserError(f"--prior {spec} holds something that is not a weight: {error}") from error
     if any(len(row) == 2 for row in rows):
         names = [row[0].strip() for row in rows if len(row) == 2]
         if len(names) != len(rows) or sorted(names) != sorted(class_names):
             missing = [name for name in class_names if name not in names]
-            raise ValueError(
+            raise UserError(
                 f"--prior {spec} must name each class once; missing: {', '.join(missing) or 'none'}"
             )
         weights = [weights[names.index(name)] for name in class_names]
     if len(weights) != len(class_names):
-        raise ValueError(f"--prior {spec} has {len(weights)} weights for {len(class_names)} classes")
+        raise UserError(f"--prior {spec} has {len(weights)} weights for {len(class_names)} classes")
     if not all(math.isfinite(w) and w > 0 for w in weights):
-        raise ValueError(f"--prior {spec}: weights must be positive numbers")
+        raise UserError(f"--prior {spec}: weights must be positive numbers")
     shares = torch.tensor(weights, dtype=torch.float64)
     return Prior(shares=shares / shares.sum())

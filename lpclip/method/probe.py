@@ -13,6 +13,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from lpclip import files
+from lpclip.errors import UserError
 
 FORMAT = 1
 
@@ -59,25 +60,25 @@ class Probe:
 
 
 def load_probe(folder: str) -> Probe:
-    """Read a saved probe. Raises ValueError with the reason when the folder holds none, or a damaged one."""
+    """Read a saved probe. Raises UserError with the reason when the folder holds none, or a damaged one."""
     try:
         text = files.read_json(files.join(folder, "probe.json"))
         tensors = load_tensors(files.read_bytes(files.join(folder, "probe.safetensors")))
     except FileNotFoundError as error:
-        raise ValueError(f"{folder} holds no probe: probe.json and probe.safetensors belong there") from error
+        raise UserError(f"{folder} holds no probe: probe.json and probe.safetensors belong there") from error
     except SafetensorError as error:
-        raise ValueError(f"{files.join(folder, 'probe.safetensors')} is damaged: {error}") from error
+        raise UserError(f"{files.join(folder, 'probe.safetensors')} is damaged: {error}") from error
     if not isinstance(text, dict) or text.get("format") != FORMAT:
-        raise ValueError(
+        raise UserError(
             f"{files.join(folder, 'probe.json')} is not of format {FORMAT}: another version of lpclip made it"
         )
     missing = {"class_names", "temperature", "encoder", "summary"} - text.keys()
     missing |= {"weight", "bias"} - tensors.keys()
     if missing:
-        raise ValueError(f"{folder} is damaged: it lacks {', '.join(sorted(missing))}")
+        raise UserError(f"{folder} is damaged: it lacks {', '.join(sorted(missing))}")
     weight, bias = tensors["weight"], tensors["bias"]
     if weight.ndim != 2 or bias.shape != weight.shape[:1] or len(text["class_names"]) != len(weight):
-        raise ValueError(f"{folder} is damaged: weights, biases and class names do not fit each other")
+        raise UserError(f"{folder} is damaged: weights, biases and class names do not fit each other")
     return Probe(
         weight=weight,
         bias=bias,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lpclip.config import SelfTrainingConfig
+from lpclip.errors import UserError
 from lpclip.method.gaussian import Space, feature_space, gaussian_probe, row_moments
 from lpclip.method.priors import Prior, prior_sums, update_factors
 from lpclip.method.probe import weighted_cross_entropy_gradient
@@ -126,19 +127,19 @@ class Pass:
 
 
 def check_config(config: SelfTrainingConfig) -> None:
-    """ValueError for values out of range."""
+    """UserError for values out of range."""
     if config.temperature is not None and not 0 < config.temperature < math.inf:
-        raise ValueError(f"--temperature must be above 0, not {config.temperature}")
+        raise UserError(f"--temperature must be above 0, not {config.temperature}")
     if config.rounds < 1:
-        raise ValueError(f"--rounds must be at least 1, not {config.rounds}")
+        raise UserError(f"--rounds must be at least 1, not {config.rounds}")
     if not 0 <= config.threshold < 1:
-        raise ValueError(f"--threshold must be at least 0 and below 1, not {config.threshold}")
+        raise UserError(f"--threshold must be at least 0 and below 1, not {config.threshold}")
     if config.neighbours is not None and config.neighbours < 0:
-        raise ValueError(f"--neighbours must not be negative, not {config.neighbours}")
+        raise UserError(f"--neighbours must not be negative, not {config.neighbours}")
     if config.neighbours and config.solver == "gradient":
-        raise ValueError("--neighbours is for the gaussian solver: the gradient solver uses none")
+        raise UserError("--neighbours is for the gaussian solver: the gradient solver uses none")
     if config.num_workers < 0:
-        raise ValueError(f"--num-workers must not be negative, not {config.num_workers}")
+        raise UserError(f"--num-workers must not be negative, not {config.num_workers}")
 
 
 def neighbour_count(config: SelfTrainingConfig, *, num_rows: int, num_classes: int) -> int:
@@ -248,7 +249,7 @@ def self_train(
 
     Yields after every round the student with its metrics, and its own pass over the shard (sums of all shards). With
     strong views a last round of the gaussian solver follows, beyond `config.rounds`.
-    `start` is the state of the last round of an interrupted run, `spaces` what `fit_spaces` gives. Raises ValueError
+    `start` is the state of the last round of an interrupted run, `spaces` what `fit_spaces` gives. Raises UserError
     when no row is left to fit.
     """
     head = zero_shot / temperature
@@ -298,7 +299,7 @@ def self_train(
 
 def _require_labels(found: Pass, *, number: int, threshold: float) -> None:
     if found.numbers[1] == 0:
-        raise ValueError(
+        raise UserError(
             f"no pseudo-label has a confidence of at least {threshold:g} (--threshold) in round {number}; "
             "lower the threshold or the temperature"
         )

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from lpclip.errors import UserError
 from lpclip.method.probe import Probe
 
 
@@ -13,13 +14,13 @@ def supervised_probe(features: np.ndarray, labels: np.ndarray, *, like: Probe) -
     """The ceiling: logistic regression on true labels, its regularisation chosen on a fifth of the rows.
 
     Features (N, d) in row order, class indices (N,) with -1 for none. Classes that never occur keep a logit
-    far below all others. Raises ValueError with fewer than two classes or ten labelled rows.
+    far below all others. Raises UserError with fewer than two classes or ten labelled rows.
     """
     known = labels >= 0
     x, y = features[known].astype(np.float32), labels[known]
     held = len(y) // 5
     if len(y) < 10 or len(np.unique(y[held:])) < 2:
-        raise ValueError("--supervised needs at least ten labelled images of two classes in --data")
+        raise UserError("--supervised needs at least ten labelled images of two classes in --data")
     scores = {}
     for strength in (1.0, 10.0, 100.0):
         model = LogisticRegression(C=strength, max_iter=200, tol=1e-3).fit(x[held:], y[held:])

@@ -32,6 +32,7 @@ from lpclip import files
 from lpclip.config import ModelConfig, PretrainConfig
 from lpclip.encoders.encoder import to_input
 from lpclip.encoders.open_clip import Trainable, load_trainable
+from lpclip.errors import UserError
 from lpclip.features.pairs import PairStore
 from lpclip.method.contrastive_step import (
     Draw,
@@ -68,7 +69,7 @@ class Pretraining:
 def pretrain(work: Pretraining, *, storage: str, use_gpu: bool) -> None:
     """Train, going on after the last checkpoint that is there. The result is in `work.model_folder`.
 
-    Raises ValueError when the training comes apart, or a store or checkpoint is damaged.
+    Raises UserError when the training comes apart, or a store or checkpoint is damaged.
     """
     files.make_folder(work.folder)
     files.make_folder(work.model_folder)
@@ -248,21 +249,21 @@ class _Training:
                         # The fused step takes memory as it lies: moments must lie as their weights do.
                         moments[key] = torch.empty_like(weight).copy_(moment)
         except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error}); remove it to begin again") from error
+            raise UserError(f"{path} is damaged ({error}); remove it to begin again") from error
         step = int(_read_metadata(path)["step"])
         self.metrics = [entry for entry in read_metrics(self.work.folder) if entry["step"] <= step]
         return step
 
 
 def _read_metadata(path: str) -> dict[str, str]:
-    """What a safetensors file says beside its tensors. Raises ValueError when it is damaged."""
+    """What a safetensors file says beside its tensors. Raises UserError when it is damaged."""
     filesystem, inner = files.resolve(path)
     with filesystem.open_input_file(inner) as file:
         try:
             length = int.from_bytes(file.read(8), "little")
             return json.loads(file.read(min(length, MAX_HEADER)))["__metadata__"]
         except (ValueError, KeyError, OSError) as error:
-            raise ValueError(f"{path} is damaged ({error}); remove it to begin again") from error
+            raise UserError(f"{path} is damaged ({error}); remove it to begin again") from error
 
 
 def resolve_training_precision(precision: str, device: torch.device) -> torch.dtype:

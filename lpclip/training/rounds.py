@@ -29,6 +29,7 @@ from lpclip import files
 from lpclip.config import SelfTrainingConfig
 from lpclip.encoders.encoder import resolve_precision
 from lpclip.encoders.head import Head
+from lpclip.errors import UserError
 from lpclip.features import store
 from lpclip.method.gaussian import Space
 from lpclip.method.neighbours import nearest
@@ -85,13 +86,13 @@ def make_work(
 def fit(work: Work, *, storage: str) -> list[State]:
     """Train, going on after the last round that is there. Returns all rounds, oldest first.
 
-    Raises ValueError when the folder holds another work's rounds.
+    Raises UserError when the folder holds another work's rounds.
     """
     files.make_folder(work.folder)
     mark = files.join(work.folder, "identity.json")
     if files.exists(mark):
         if files.read_json(mark) != work.identity:
-            raise ValueError(f"{work.folder} holds the rounds of another training; choose another --out")
+            raise UserError(f"{work.folder} holds the rounds of another training; choose another --out")
     else:
         files.write_json(mark, work.identity)
     if files.exists(files.join(work.folder, "finished.json")):

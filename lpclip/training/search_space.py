@@ -16,6 +16,7 @@ from ray.tune.search.sample import Categorical, Domain, Float, Integer, Quantize
 from ray.tune.search.variant_generator import generate_variants
 
 from lpclip.config import SelfTrainingConfig, digest
+from lpclip.errors import UserError
 from lpclip.method.self_training import check_config
 
 # In units of the encoder's own temperature, so that one space fits every encoder.
@@ -51,20 +52,20 @@ class Space:
 
 
 def read_space(path: str) -> Space:
-    """The SPACE of a Python file, which is run. Raises ValueError when there is none, or none that can be searched."""
+    """The SPACE of a Python file, which is run. Raises UserError when there is none, or none that can be searched."""
     try:
         file = Path(path).expanduser()
         code = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError, RuntimeError) as error:
-        raise ValueError(f"--space {path} cannot be read: {error}") from error
+        raise UserError(f"--space {path} cannot be read: {error}") from error
     try:
         tree = ast.parse(code)
         found = runpy.run_path(str(file)).get("SPACE")
     # Whatever a file of the user's raises is the user's to mend, and should not look like a fault of ours.
     except (Exception, SystemExit) as error:
-        raise ValueError(f"--space {path} does not run: {type(error).__name__}: {error}") from error
+        raise UserError(f"--space {path} does not run: {type(error).__name__}: {error}") from error
     if not isinstance(found, Mapping):
-        raise ValueError(f"--space {path} has no SPACE, a dict from parameters to ray.tune's search spaces")
+        raise UserError(f"--space {path} has no SPACE, a dict from parameters to ray.tune's search spaces")
     if ast.get_docstring(tree) is not None:
         tree.body = tree.body[1:]
     space = Space(
@@ -74,21 +75,21 @@ def read_space(path: str) -> Space:
     )
     unknown = sorted(str(name) for name in found if name not in SEARCHABLE)
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"--space {path} names {', '.join(unknown)}, which the training does not have; "
             f"it has {', '.join(SEARCHABLE)}"
         )
     if not space.searched:
-        raise ValueError(
+        raise UserError(
             f"--space {path} is empty: SPACE gives no parameter anything to search, as tune.choice([...]) does"
         )
     if FACTOR in found and "temperature" in found:
-        raise ValueError(f"--space {path} has both temperature and {FACTOR}: they are one parameter")
+        raise UserError(f"--space {path} has both temperature and {FACTOR}: they are one parameter")
     return space
 
 
 def check_space(space: Space, *, base: SelfTrainingConfig, own_temperature: float) -> None:
-    """ValueError, with the parameter's name, when a value that the space can give is out of range."""
+    """UserError, with the parameter's name, when a value that the space can give is out of range."""
     for name in (*space.fixed, *space.searched):
         for value in space.values(name):
             trial_config({**space.fixed, name: value}, base=base, own_temperature=own_temperature)
@@ -97,28 +98,26 @@ def check_space(space: Space, *, base: SelfTrainingConfig, own_temperature: floa
 def trial_config(
     parameters: Parameters, *, base: SelfTrainingConfig, own_temperature: float
 ) -> SelfTrainingConfig:
-    """The training of a trial: the base with the trial's parameters. Raises ValueError for one out of range."""
+    """The training of a trial: the base with the trial's parameters. Raises UserError for one out of range."""
     values = plain(parameters)
     for name, value in values.items():
         hint = float if name == FACTOR else HINTS[name]
         if not _fits(value, hint):
             options = f": it has {', '.join(get_args(hint))}" if get_origin(hint) is Literal else ""
-            raise ValueError(
+            raise UserError(
                 f"the search space gives {name} the value {value!r}, which it cannot have{options}"
             )
     if FACTOR in values:
         if not 0 < values[FACTOR] < math.inf:
-            raise ValueError(
-                f"the search space gives {FACTOR} the value {values[FACTOR]}: it must be above 0"
-            )
+            raise UserError(f"the search space gives {FACTOR} the value {values[FACTOR]}: it must be above 0")
         values["temperature"] = own_temperature * values.pop(FACTOR)
     elif values.get("temperature", base.temperature) is None:
         values["temperature"] = own_temperature
     config = replace(base, **values)
     try:
         check_config(config)
-    except ValueError as error:
-        raise ValueError(f"the search space asks for what the training refuses: {error}") from error
+    except UserError as error:
+        raise UserError(f"the search space asks for what the training refuses: {error}") from error
     return config
 
 
@@ -137,7 +136,7 @@ def draw(space: Space, *, count: int, seed: int) -> list[Parameters]:
         except Exception as error:
             text = re.sub(r": <.* object at 0x\w+>", "", str(error))
             cause = f" ({error.__context__})" if error.__context__ else ""
-            raise ValueError(f"the search space cannot be drawn from: {text}{cause}") from error
+            raise UserError(f"the search space cannot be drawn from: {text}{cause}") from error
         empty = empty + 1 if len(found) == before else 0
     return list(found.values())[:count]
 
@@ -168,11 +167,11 @@ def _is_searched(value: Any) -> bool:
 
 
 def _extremes(name: str, value: Any) -> list[Any]:
-    """All values of a listed domain, the first and last of a range. Raises ValueError for one without any."""
+    """All values of a listed domain, the first and last of a range. Raises UserError for one without any."""
     if _is_grid(value) or isinstance(value, Categorical):
         listed = value["grid_search"] if _is_grid(value) else value.categories
         if not isinstance(listed, (Sequence, np.ndarray)) or isinstance(listed, str):
-            raise ValueError(f"the search space of {name} must be a list of values, not {listed!r}")
+            raise UserError(f"the search space of {name} must be a list of values, not {listed!r}")
         found = list(listed)
     elif isinstance(value, (Float, Integer)):
         low, high = value.lower, value.upper
@@ -184,5 +183,5 @@ def _extremes(name: str, value: Any) -> list[Any]:
     else:
         return []
     if not found:
-        raise ValueError(f"the search space of {name} is empty")
+        raise UserError(f"the search space of {name} is empty")
     return found

@@ -34,6 +34,7 @@ from safetensors.torch import save as save_tensors
 from lpclip import files
 from lpclip.config import Criterion, SelfTrainingConfig, digest
 from lpclip.encoders.head import Head
+from lpclip.errors import UserError
 from lpclip.method.criteria import Candidate, Yardstick, measure
 from lpclip.method.neighbours import nearest
 from lpclip.method.priors import Prior
@@ -244,7 +245,7 @@ def _run_trial(config: dict[str, Any], *, shared: list[ray.ObjectRef]) -> None:
             candidate = last
             rounds.append(metrics)
             tune.report(metrics)
-    except ValueError as found:
+    except UserError as found:
         error = str(found)
     if error is None:
         tensors = {
@@ -276,7 +277,7 @@ def _give_back_memory() -> None:
 def _train(
     training: SelfTrainingConfig, *, material: Material
 ) -> Iterator[tuple[Candidate, dict[str, float]]]:
-    """The rounds of a trial: probe and metrics of each. Raises ValueError when nothing can come of them."""
+    """The rounds of a trial: probe and metrics of each. Raises UserError when nothing can come of them."""
     assert training.temperature is not None
     head = torch.from_numpy(material.head)
     count = neighbour_count(training, num_rows=len(material.features), num_classes=len(head))
@@ -298,9 +299,9 @@ def _train(
     ):
         weight, bias = state.probe(head / training.temperature)
         if not (weight.isfinite().all() and bias.isfinite().all()):
-            raise ValueError(f"the probe of round {state.round} is not finite")
+            raise UserError(f"the probe of round {state.round} is not finite")
         if len(np.unique(found.labels)) < 2:
-            raise ValueError(f"collapse: in round {state.round} all labels fell into one class")
+            raise UserError(f"collapse: in round {state.round} all labels fell into one class")
         criterion = measure(material.yardstick, (weight, bias), criterion=material.criterion)
         assert criterion is not None, material.criterion
         yield (weight, bias), {"round": state.round, **state.metrics, "criterion": criterion}
