@@ -98,6 +98,7 @@ def test_help_explains_every_flag(
 JOB = """
 import os, signal, sys
 from dataclasses import dataclass
+from lpclip.errors import UserError
 from lpclip.jobs.cli import main
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,25 +119,26 @@ def run(job):
 
 main(run, Job)
 """
+REPORT_IT = "This is a fault of lpclip. Please report it with the traceback and the command."
 
 
 @pytest.mark.parametrize(
-    ("end", "code", "last_line"),
+    ("end", "code", "last_lines"),
     [
-        ("well", 0, ""),
-        ("value", 1, "error: no such path: photos really"),
-        ("file", 1, "error: [Errno 2] No such file or directory: 'photos/missing'"),
-        ("bug", 1, "KeyError: 'bug'"),
-        ("interrupt", 130, "interrupted: finished work is kept, the same command goes on from there"),
+        ("well", 0, [""]),
+        ("value", 1, ["error: no such path: photos really"]),
+        ("file", 1, ["FileNotFoundError: [Errno 2] No such file or directory: 'photos/missing'", REPORT_IT]),
+        ("bug", 1, ["KeyError: 'bug'", REPORT_IT]),
+        ("interrupt", 130, ["interrupted: finished work is kept, the same command goes on from there"]),
     ],
 )
-def test_how_a_job_ends(end: str, code: int, last_line: str) -> None:
+def test_how_a_job_ends(end: str, code: int, last_lines: list[str]) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-c", JOB, "--end", end]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == code
-    assert done.stderr.strip().split("\n")[-1] == last_line
-    assert ("Traceback" in done.stderr) == (end == "bug")
+    assert done.stderr.strip().split("\n")[-len(last_lines) :] == last_lines
+    assert ("Traceback" in done.stderr) == (end in ("file", "bug"))
     traced = subprocess.run(
         command, env={**environment, "LPCLIP_TRACEBACK": "1"}, capture_output=True, text=True, check=False
     )
