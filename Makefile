@@ -1,6 +1,7 @@
 # make demo   the whole job on a small fixed subset, from images to a table
 # make test   the tests                make lint   what .ci/run and pre-commit check
-# make ui     MLflow's pages           make lock   pin the newest versions that fit pyproject.toml
+# make ui     MLflow's pages           make docs   these pages as a site, in docs/_build/html
+# make lock   pin the newest versions that fit pyproject.toml
 # make clean  caches and runs/demo (the environment and other runs stay; they can be removed by hand)
 
 SHELL := bash
@@ -17,7 +18,7 @@ PROGRESS := while read -r verb what size; do case "$$verb $$size" in \
 	"Downloading ("[0-9][0-9]*.*" MB)") what=$${what\#\#*/}; echo "  $${what%%-*} $$size" ;; \
 	"Installing "*) echo "  unpacking" ;; esac; done
 
-.PHONY: help demo test lint format lock ui clean
+.PHONY: help demo test lint format docs lock ui clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -49,6 +50,10 @@ format: $(INSTALLED)
 	@$(BIN)/python -m ruff check --fix
 	@$(BIN)/python -m ruff format
 
+docs: $(INSTALLED)
+	@$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 lock: $(INSTALLED)
 	@$(BIN)/python -m uv pip compile --quiet --universal --python-version 3.11 --all-extras --upgrade \
 		--no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock" \
@@ -58,5 +63,5 @@ ui: $(INSTALLED)
 	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///mlflow.db
 
 clean:
-	@rm -rf runs/demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	@rm -rf runs/demo docs/_build build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
