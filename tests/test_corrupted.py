@@ -16,8 +16,8 @@ from PIL import Image
 
 from lpclip.config import SourceConfig
 from lpclip.images import published as corrupted
-from lpclip.images.open import ROWS, UNIT_ROWS, Source
 from lpclip.images.published import Published, published_sets
+from lpclip.images.source import ROWS, UNIT_ROWS, Source
 
 CONFIG = SourceConfig()
 N = 40

@@ -26,8 +26,8 @@ from lpclip.encoders.head import EncoderInfo
 from lpclip.features import store
 from lpclip.features.describe import describe_encoder
 from lpclip.features.encode_stage import encode
-from lpclip.images.open import Source, open_source
-from lpclip.images.source import Reader, Row
+from lpclip.images.open import open_source
+from lpclip.images.source import Reader, Row, Source
 
 pytestmark = pytest.mark.usefixtures("lite_map")
 LITE = EncoderConfig()

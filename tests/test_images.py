@@ -22,7 +22,8 @@ from PIL import Image
 
 from lpclip.config import SourceConfig
 from lpclip.images.fetch import fetch_all, followed
-from lpclip.images.open import ROWS, UNIT_ROWS, Source, open_source
+from lpclip.images.open import open_source
+from lpclip.images.source import ROWS, UNIT_ROWS, Source
 from lpclip.images.tars import MAX_HEADER_BYTES, MAX_MEMBERS
 
 CONFIG = SourceConfig()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 from conftest import draw, write_tar
 
 from lpclip.config import PairsConfig, SourceConfig
+from lpclip.images.columns import Texts
 from lpclip.images.open import open_source
 from lpclip.images.source import PAIRS, ROWS
 
+CONFIG = SourceConfig()
 TEXTS = {"a": ["one ball"], "b": ["a sign", "two words"], "c": []}
 IMAGES = {name: draw(place, 0) for place, name in enumerate(TEXTS)}
 
@@ -52,9 +55,10 @@ def write_jsonl(path: Path) -> Path:
     return folder / "list.jsonl"
 
 
-def pairs(data: Path, **options: Any) -> dict[str, dict[str, Any]]:
-    source = open_source(str(data), config=PairsConfig(**options))
-    tables = [table for unit in source.units for table in source.reader.tables(unit, schema=PAIRS)]
+def pairs(data: Path, *, column: str | None = None) -> dict[str, dict[str, Any]]:
+    source = open_source(str(data), config=CONFIG, texts=Texts(column=column))
+    assert source.has_texts
+    tables = [table for unit in source.units for table in source.reader.tables(unit)]
     assert all(table.schema == PAIRS for table in tables)
     return {Path(row["id"]).stem: row for row in pa.concat_tables(tables).to_pylist()}
 
@@ -86,16 +90,21 @@ def test_texts_are_utf8_with_or_without_a_mark_of_it_or_no_texts(tmp_path: Path)
 
 @pytest.mark.parametrize("write", [write_folder, write_tars, write_parquet, write_jsonl])
 def test_other_jobs_read_the_images_alone(write: Any, tmp_path: Path) -> None:
-    source = open_source(str(write(tmp_path)), config=SourceConfig())
+    data = str(write(tmp_path))
+    source = open_source(data, config=CONFIG)
+    assert not source.has_texts
     tables = [table for unit in source.units for table in source.reader.tables(unit)]
     assert all(table.schema == ROWS for table in tables)
     assert pa.concat_tables(tables)["error"].null_count == 3
+    # The flag for the column of texts asks for no texts: the job does.
+    config = PairsConfig(text_column="caption")
+    assert open_source(data, config=config) == replace(source, config=config)
 
 
 def test_a_csv_has_one_text_a_row(tmp_path: Path) -> None:
     folder = write_folder(tmp_path)
     (folder / "list.csv").write_text('path,title\na.png,"one, ball"\nb.png,\n')
-    found = pairs(folder / "list.csv", text_column="title")
+    found = pairs(folder / "list.csv", column="title")
     assert found["a"]["texts"] == ["one, ball"]
     assert found["b"]["error"] == "no text"
 
@@ -115,15 +124,15 @@ def test_an_image_that_is_gone_keeps_its_own_reason(tmp_path: Path) -> None:
 @pytest.mark.parametrize("write", [write_folder, write_tars, write_parquet, write_jsonl])
 def test_pairs_are_another_source_than_their_images(write: Any, tmp_path: Path) -> None:
     data = str(write(tmp_path))
-    identities = [open_source(data, config=config).identity for config in (PairsConfig(), SourceConfig())]
+    identities = [open_source(data, config=CONFIG, texts=texts).identity for texts in (Texts(), None)]
     assert identities[0] != identities[1]
 
 
 def test_a_change_of_texts_is_a_change_of_the_source(tmp_path: Path) -> None:
     data = str(write_folder(tmp_path))
-    before = open_source(data, config=PairsConfig()).identity
+    before = open_source(data, config=CONFIG, texts=Texts()).identity
     (tmp_path / "data" / "a.txt").write_text("another ball")
-    assert open_source(data, config=PairsConfig()).identity != before
+    assert open_source(data, config=CONFIG, texts=Texts()).identity != before
 
 
 @pytest.mark.parametrize(
@@ -140,11 +149,11 @@ def test_what_is_no_text_is_refused(
 ) -> None:
     data = write_parquet(tmp_path, texts, column)
     with pytest.raises(ValueError) as error:
-        open_source(str(data), config=PairsConfig(text_column=wanted))
+        open_source(str(data), config=CONFIG, texts=Texts(column=wanted))
     assert told in str(error.value)
 
 
 def test_a_folder_without_texts_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(IMAGES["a"])
     with pytest.raises(ValueError, match=r"no \.txt file with the texts of an image"):
-        open_source(str(tmp_path), config=PairsConfig())
+        open_source(str(tmp_path), config=CONFIG, texts=Texts())

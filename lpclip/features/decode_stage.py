@@ -13,9 +13,8 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from lpclip.config import PairsConfig, SourceConfig
+from lpclip.config import SourceConfig
 from lpclip.images.pixels import Preprocess, decode_image
-from lpclip.images.source import PAIRS, ROWS
 from lpclip.images.views import render
 
 # Pixels of the tables that travel from the decoding tasks to the encoder: many views make few rows.
@@ -34,15 +33,14 @@ def decode_unit(
 ) -> Iterator[pa.Table]:
     """One unit to tables with a row an image: id, label, error, place in the unit, digest, a pixel column a view.
 
-    A source of pairs has a column of texts as well.
+    A reader of texts adds a column of them.
     """
     (position,) = index["id"]
     row = ray.get(units).slice(int(position), 1)
     unit, start = row["unit"][0].as_py(), 0
     step = rows_at_once(views, preprocess)
     held: pa.Table | None = None
-    schema = PAIRS if isinstance(limits, PairsConfig) else ROWS
-    for rows in _pieces(reader.tables(row["spec"][0].as_py(), schema=schema), step):
+    for rows in _pieces(reader.tables(row["spec"][0].as_py()), step):
         if held is not None:
             yield held
         held = _decode_rows(rows, unit, start, limits=limits, views=views, preprocess=preprocess, seed=seed)

@@ -31,8 +31,8 @@ from lpclip.features.decode_stage import pixel_array, rows_at_once
 from lpclip.features.describe import has_gpus
 from lpclip.features.pipeline import TABLES_AHEAD, decode_units, fill_store
 from lpclip.features.zero_shot_labels import write_scores
-from lpclip.images.open import Source
 from lpclip.images.pixels import REDUCING_GAP, preprocess_identity
+from lpclip.images.source import Source
 from lpclip.images.views import BASE_VIEWS, STRONG_VERSION, parse_views, pixel_views, split_mirror
 
 # Images in one forward pass on a CPU. Kernels, and so roundings, may differ with the shape of a batch and with the

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from lpclip import files
-from lpclip.config import EncodeConfig, EncoderConfig, PairsConfig, SourceConfig
+from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
 from lpclip.encoders.head import EncoderInfo, Head
 from lpclip.errors import UserError
 from lpclip.features import store
 from lpclip.features.encode_stage import encode, plan_actors, store_identity
 from lpclip.features.pipeline import check_manifest
-from lpclip.images.open import Source, open_source
+from lpclip.images.open import open_source
+from lpclip.images.source import Source
 from lpclip.images.views import BASE_VIEWS, STRONG_VERSION, parse_views
 
 
@@ -35,7 +36,7 @@ class Data:
             return f"{self.name} (feature store)"
         count = f"{self.source.num_rows:,}" if self.source.num_rows is not None else "an unknown number of"
         kind = "labelled" if self.has_labels else "unlabelled"
-        if isinstance(self.source.config, PairsConfig):
+        if self.source.has_texts:
             kind = "with texts"
         return f"{self.name}: {count} images ({self.source.kind}, {kind})"
 

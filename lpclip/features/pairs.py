@@ -26,8 +26,8 @@ from lpclip.features import store
 from lpclip.features.commit_stage import commit
 from lpclip.features.decode_stage import pixel_array
 from lpclip.features.pipeline import TABLES_AHEAD, decode_units, fill_store
-from lpclip.images.open import Source
 from lpclip.images.pixels import REDUCING_GAP, Pixels, Preprocess, preprocess_identity
+from lpclip.images.source import Source
 
 FORMAT = 2
 VIEW = "weak"

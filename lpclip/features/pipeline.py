@@ -24,8 +24,8 @@ from lpclip import files
 from lpclip.errors import UserError
 from lpclip.features import store
 from lpclip.features.decode_stage import PIXEL_BYTES, decode_unit
-from lpclip.images.open import Source
 from lpclip.images.pixels import Preprocess
+from lpclip.images.source import Source
 from lpclip.progress import Progress
 
 # How often an encoder, a machine, or a process over one unit of work may die.

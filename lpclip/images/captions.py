@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
-from lpclip.config import PairsConfig, SourceConfig
 from lpclip.errors import UserError
 from lpclip.images.source import Reader, Row, Source
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionReader(Reader):
-    """Reads like another; an image's texts are those of its label, none without a label."""
+    """Gives the images of another reader the texts of their labels; an image without a label has none."""
 
+    has_texts: bool = True
     reader: Reader
     captions: tuple[tuple[str, ...], ...]
 
@@ -23,13 +23,8 @@ class CaptionReader(Reader):
             yield row._replace(texts=() if row.label is None else self.captions[row.label])
 
 
-def images_config(config: PairsConfig) -> SourceConfig:
-    """How the images alone are read."""
-    return SourceConfig(**{item.name: getattr(config, item.name) for item in fields(SourceConfig)})
-
-
-def with_captions(source: Source, *, templates: tuple[str, ...], config: PairsConfig) -> Source:
-    """A labelled source as one of pairs: each image has a text a template, `{}` being the name of its class.
+def with_captions(source: Source, *, templates: tuple[str, ...]) -> Source:
+    """A labelled source with texts: one for each template, with the name of the image's class in place of `{}`.
 
     Raises UserError when the source's labels have no names.
     """
@@ -41,6 +36,5 @@ def with_captions(source: Source, *, templates: tuple[str, ...], config: PairsCo
     return replace(
         source,
         reader=CaptionReader(reader=source.reader, captions=captions),
-        config=config,
         identity={**source.identity, "captions": [list(texts) for texts in captions]},
     )

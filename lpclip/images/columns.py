@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lpclip.config import PairsConfig, SourceConfig
 from lpclip.errors import UserError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "bytes", "uri", "url", "path")
@@ -20,6 +20,14 @@ LABEL_COLUMNS = ("label", "labels", "cls")
 
 
 TEXT_COLUMNS = ("text", "texts", "caption", "captions", "txt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Asks a source for the texts of each image."""
+
+    column: str | None = None
+    """A table's column of texts or lists of texts; by default the first of TEXT_COLUMNS that it has."""
 
 
 def pick_column(
@@ -48,11 +56,11 @@ def refuse_duplicates(ids: pa.Array | pa.ChunkedArray, *, what: str) -> None:
     )
 
 
-def pick_texts(config: SourceConfig, schema: pa.Schema, *, what: str) -> str | None:
-    """The column of texts of a source of pairs, None of another; UserError when there is none."""
-    if not isinstance(config, PairsConfig):
+def pick_texts(texts: Texts | None, schema: pa.Schema, *, what: str) -> str | None:
+    """The column of the texts that are asked for, None when none are; UserError when there is no such column."""
+    if texts is None:
         return None
-    column = pick_column(config.text_column, TEXT_COLUMNS, schema.names, what=what)
+    column = pick_column(texts.column, TEXT_COLUMNS, schema.names, what=what)
     if not column:
         raise UserError(f"{what}: no column of texts; there are {', '.join(schema.names)} (--text-column)")
     dtype = schema.field(column).type

@@ -13,13 +13,14 @@ import pyarrow.csv
 import pyarrow.json
 from pyarrow import fs
 
-from lpclip.config import PairsConfig, SourceConfig
+from lpclip.config import SourceConfig
 from lpclip.errors import UserError
 from lpclip.files import locate
 from lpclip.images.columns import (
     ID_COLUMNS,
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
+    Texts,
     as_texts,
     pick_column,
     pick_texts,
@@ -77,10 +78,10 @@ class FilesReader(Reader):
         )
 
 
-def open_folder(listing: Listing, *, config: SourceConfig, limit: int | None) -> Source:
+def open_folder(listing: Listing, *, config: SourceConfig, limit: int | None, texts: Texts | None) -> Source:
     """A folder of images; the subfolders right under it are the labels, and a flat folder has none.
 
-    Of pairs, the texts of `a/b.jpg` are in `a/b.txt`.
+    The texts of `a/b.jpg`, if asked for, are in `a/b.txt`. Raises UserError when there is no such file.
     """
     images = [file for file in listing.files if not is_text_file(file.path)]
     folders = [file.path.partition("/")[0] if "/" in file.path else None for file in images]
@@ -91,11 +92,11 @@ def open_folder(listing: Listing, *, config: SourceConfig, limit: int | None) ->
         "paths": [images[row].path for row in chosen],
         "labels": [places.get(folders[row] or "") for row in chosen] if names else None,
     }
-    if isinstance(config, PairsConfig):
-        texts = {_stem(file.path): file.path for file in listing.files if is_text_file(file.path)}
-        if not texts:
+    if texts is not None:
+        beside = {_stem(file.path): file.path for file in listing.files if is_text_file(file.path)}
+        if not beside:
             raise UserError(f"{listing.root}: no .txt file with the texts of an image")
-        work["text_paths"] = [texts.get(_stem(images[row].path)) for row in chosen]
+        work["text_paths"] = [beside.get(_stem(images[row].path)) for row in chosen]
     return Source(
         name=listing.name,
         kind="folder",
@@ -105,6 +106,7 @@ def open_folder(listing: Listing, *, config: SourceConfig, limit: int | None) ->
             max_bytes=config.max_bytes,
             schemes=(scheme(listing.root),),
             timeout=config.read_timeout,
+            has_texts=texts is not None,
         ),
         units=_units(work, [images[row].size or 0 for row in chosen]),
         num_rows=len(chosen),
@@ -124,7 +126,9 @@ def _stem(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def open_manifest(listing: Listing, *, config: SourceConfig, limit: int | None) -> Source:
+def open_manifest(
+    listing: Listing, *, config: SourceConfig, limit: int | None, texts: Texts | None
+) -> Source:
     """A CSV, TSV or JSONL file with a column of URIs or of paths relative to it, and maybe id and label."""
     (file,) = listing.files
     table = _read_manifest(join(listing.root, file.path))
@@ -143,8 +147,8 @@ def open_manifest(listing: Listing, *, config: SourceConfig, limit: int | None) 
         ids = id_array.to_pylist()
     else:
         ids = [f"{file.path}:{row}" for row in range(len(paths))]
-    text_column = pick_texts(config, table.schema, what=file.path)
-    texts = as_texts(table[text_column]) if text_column else None
+    text_column = pick_texts(texts, table.schema, what=file.path)
+    own_texts = as_texts(table[text_column]) if text_column else None
     labels, label_names = _labels(table, label_column)
     schemes = followed(config.schemes, root=listing.root)
     notes = _refused(paths, schemes, listing.root, file.path)
@@ -153,7 +157,7 @@ def open_manifest(listing: Listing, *, config: SourceConfig, limit: int | None) 
         "paths": [paths[row] for row in chosen],
         "ids": None if ids == paths else [ids[row] for row in chosen],
         "labels": [labels[row] for row in chosen] if labels else None,
-        "texts": [texts[row] for row in chosen] if texts else None,
+        "texts": [own_texts[row] for row in chosen] if own_texts else None,
     }
     columns = (image_column, id_column, label_column, *filter(None, (text_column,)))
     identity = make_identity(
@@ -168,7 +172,11 @@ def open_manifest(listing: Listing, *, config: SourceConfig, limit: int | None) 
         kind="manifest",
         root=listing.root,
         reader=FilesReader(
-            root=listing.root, max_bytes=config.max_bytes, schemes=schemes, timeout=config.read_timeout
+            root=listing.root,
+            max_bytes=config.max_bytes,
+            schemes=schemes,
+            timeout=config.read_timeout,
+            has_texts=texts is not None,
         ),
         units=_units(work, [0] * len(chosen)),
         num_rows=len(chosen),

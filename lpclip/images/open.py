@@ -10,18 +10,17 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs
 
-from lpclip.config import PairsConfig, SourceConfig
+from lpclip.config import SourceConfig
 from lpclip.errors import UserError
 from lpclip.files import locate
 from lpclip.files import split as split_uri
+from lpclip.images.columns import Texts
 from lpclip.images.fetch import reason
 from lpclip.images.folders import is_text_file, open_folder, open_manifest
 from lpclip.images.named import CLASSES, named_parquet
 from lpclip.images.parquet import open_parquet
-from lpclip.images.source import IMAGE_SUFFIXES, ROWS, UNIT_ROWS, File, Listing, Reader, Source
+from lpclip.images.source import IMAGE_SUFFIXES, File, Listing, Source
 from lpclip.images.tars import open_webdataset
-
-__all__ = ["ROWS", "UNIT_ROWS", "Reader", "Source", "open_source"]
 
 OPENERS = {
     "folder": open_folder,
@@ -37,12 +36,19 @@ SUFFIXES = {
 }
 
 
-def open_source(data: str, *, config: SourceConfig, split: str = "train", limit: int | None = None) -> Source:
+def open_source(
+    data: str,
+    *,
+    config: SourceConfig,
+    split: str = "train",
+    limit: int | None = None,
+    texts: Texts | None = None,
+) -> Source:
     """The images in a folder, Parquet, WebDataset tars, a manifest or a named data set; none is read yet.
 
     A path that exists goes before a data set of that name; `split` is the part of one named without it.
-    With a limit, rows are chosen by a hash of their ids; with a PairsConfig, images have texts. Raises UserError
-    when there is nothing to read.
+    With a limit, rows are chosen by a hash of their ids; with `texts`, images have texts. Raises UserError when
+    there is nothing to read.
     """
     if limit is not None and limit < 1:
         raise UserError(f"the limit must be at least 1, not {limit}")
@@ -53,9 +59,9 @@ def open_source(data: str, *, config: SourceConfig, split: str = "train", limit:
         listing, is_file = _list(str(named_parquet(name, split=split)))
         listing = listing._replace(name=f"{name}-{split}")
     kind = _kind_of_file(data, listing) if is_file else _kind_of_folder(data, listing)
-    has_texts = kind == "folder" and isinstance(config, PairsConfig)
-    files = [f for f in listing.files if _kind(f.path) == kind or (has_texts and is_text_file(f.path))]
-    source = OPENERS[kind](listing._replace(files=files), config=config, limit=limit)
+    beside = kind == "folder" and texts is not None
+    files = [f for f in listing.files if _kind(f.path) == kind or (beside and is_text_file(f.path))]
+    source = OPENERS[kind](listing._replace(files=files), config=config, limit=limit, texts=texts)
     if source.num_rows == 0:
         raise UserError(f"{data}: no rows")
     kept = set(files)

@@ -22,6 +22,7 @@ from lpclip.images.columns import (
     ID_COLUMNS,
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
+    Texts,
     as_texts,
     is_text,
     pick_column,
@@ -29,7 +30,16 @@ from lpclip.images.columns import (
     refuse_duplicates,
 )
 from lpclip.images.fetch import fetch_all, followed, join, reason, retry
-from lpclip.images.source import UNIT_ROWS, Listing, Reader, Row, Source, choose, make_identity, make_row
+from lpclip.images.source import (
+    UNIT_ROWS,
+    Listing,
+    Reader,
+    Row,
+    Source,
+    choose,
+    make_identity,
+    make_row,
+)
 
 T = TypeVar("T")
 
@@ -168,12 +178,12 @@ class _Cursor:
         return pa.Table.from_batches(parts).select(self.schema.names)
 
 
-def open_parquet(listing: Listing, *, config: SourceConfig, limit: int | None) -> Source:
+def open_parquet(listing: Listing, *, config: SourceConfig, limit: int | None, texts: Texts | None) -> Source:
     """Parquet files: footers are read, and the columns of ids and of labels in words, but no image."""
     paths = [file.path for file in listing.files]
     footers = _each(paths, lambda path: _footer(listing.root, path))
     schemas = [footer.schema.to_arrow_schema() for footer in footers]
-    image_column, id_column, label_column, text_column = _columns(paths, schemas, config)
+    image_column, id_column, label_column, text_column = _columns(paths, schemas, config, texts)
     counts = [
         [footer.row_group(group).num_rows for group in range(footer.num_row_groups)] for footer in footers
     ]
@@ -202,6 +212,7 @@ def open_parquet(listing: Listing, *, config: SourceConfig, limit: int | None) -
             label_column=label_column,
             label_names=label_names,
             text_column=text_column,
+            has_texts=texts is not None,
         ),
         units=tuple(_units(_spans(paths, counts, chosen))),
         num_rows=sum(map(sum, counts)) if chosen is None else len(chosen),
@@ -261,7 +272,7 @@ def _spans(
 
 
 def _columns(
-    paths: Sequence[str], schemas: Sequence[pa.Schema], config: SourceConfig
+    paths: Sequence[str], schemas: Sequence[pa.Schema], config: SourceConfig, texts: Texts | None
 ) -> tuple[str, str | None, str | None, str | None]:
     """The columns of images, ids, labels and texts, of one type in every file; UserError when they are not."""
     names = schemas[0].names
@@ -277,7 +288,7 @@ def _columns(
     label = pick_column(config.label_column, LABEL_COLUMNS, names, what=paths[0])
     if label and pa.types.is_null(schemas[0].field(label).type):
         label = None
-    text = pick_texts(config, schemas[0], what=paths[0])
+    text = pick_texts(texts, schemas[0], what=paths[0])
     for column in filter(None, (image, identity, label, text)):
         wanted = schemas[0].field(column).type
         for path, schema in zip(paths, schemas, strict=True):

@@ -32,7 +32,7 @@ PAIRS = ROWS.append(pa.field("texts", pa.list_(pa.string())))
 class Row(NamedTuple):
     """One image: `image` is None where `error` says why, `label` is None where there is none.
 
-    `texts` are there where the source was opened with a PairsConfig.
+    `texts` are there when the source was opened with them.
     """
 
     id: str
@@ -42,22 +42,27 @@ class Row(NamedTuple):
     texts: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
 class Reader(ABC):
-    """What all readers do: `rows` is each reader's own, the tables follow from it."""
+    """Base of all readers: each has `rows` of its own, and the tables follow from them."""
+
+    has_texts: bool = False
+    """The texts of each image are read as well."""
 
     @abstractmethod
     def rows(self, unit: str) -> Iterator[Row]:
         """The unit's images, one by one; what cannot be read is a row with an error."""
 
-    def tables(self, unit: str, *, schema: pa.Schema = ROWS) -> Iterator[pa.Table]:
+    def tables(self, unit: str) -> Iterator[pa.Table]:
         """The unit as tables, each of at most UNIT_ROWS rows and about TABLE_BYTES bytes.
 
-        The schema is ROWS or, of a source of pairs, PAIRS: there an image without texts is a row with an error.
+        Their schema is ROWS, or PAIRS with texts; then an image without any is a row with an error.
         """
+        schema = PAIRS if self.has_texts else ROWS
         rows: list[Row] = []
         num_bytes = 0
         for row in self.rows(unit):
-            if schema is PAIRS and not row.texts and row.error is None:
+            if self.has_texts and not row.texts and row.error is None:
                 row = row._replace(image=None, error="no text")
             rows.append(row)
             num_bytes += len(row.image or b"")
@@ -94,7 +99,12 @@ class Source:
     """JSON-able: whatever changes the rows, and not where they lie."""
     config: SourceConfig
     notes: tuple[str, ...] = ()
-    """Sentences that the user should read: files that were skipped, and the like."""
+    """Sentences that the user should read, for example about files that were skipped."""
+
+    @property
+    def has_texts(self) -> bool:
+        """True when the texts of the images are read with them."""
+        return self.reader.has_texts
 
 
 class File(NamedTuple):

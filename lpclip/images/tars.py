@@ -12,8 +12,9 @@ from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from lpclip.config import PairsConfig, SourceConfig
+from lpclip.config import SourceConfig
 from lpclip.files import locate
+from lpclip.images.columns import Texts
 from lpclip.images.fetch import join, reason
 from lpclip.images.source import IMAGE_SUFFIXES, Listing, Reader, Row, Source, make_identity, make_pair
 
@@ -32,7 +33,6 @@ class TarReader(Reader):
     root: str
     max_bytes: int
     image_extension: str | None = None
-    has_texts: bool = False
 
     def rows(self, unit: str) -> Iterator[Row]:
         """The samples in the tar's order; a damaged tar ends in a row that says so."""
@@ -172,7 +172,9 @@ class _StrictTarInfo(tarfile.TarInfo):
         return super()._proc_member(tar)  # type: ignore[misc]
 
 
-def open_webdataset(listing: Listing, *, config: SourceConfig, limit: int | None) -> Source:
+def open_webdataset(
+    listing: Listing, *, config: SourceConfig, limit: int | None, texts: Texts | None
+) -> Source:
     """Tars: one unit each. A limit takes the first samples, as only reading tells what is in a tar."""
     units = [{"file": file.path} for file in listing.files]
     notes = []
@@ -187,7 +189,7 @@ def open_webdataset(listing: Listing, *, config: SourceConfig, limit: int | None
             root=listing.root,
             max_bytes=config.max_bytes,
             image_extension=config.image_column,
-            has_texts=isinstance(config, PairsConfig),
+            has_texts=texts is not None,
         ),
         units=tuple(map(json.dumps, units)),
         num_rows=None,
@@ -198,7 +200,7 @@ def open_webdataset(listing: Listing, *, config: SourceConfig, limit: int | None
             listing.files,
             config=config,
             limit=limit,
-            columns=[config.image_column, *(["txt"] if isinstance(config, PairsConfig) else [])],
+            columns=[config.image_column, *(["txt"] if texts is not None else [])],
         ),
         config=config,
         notes=tuple(notes),

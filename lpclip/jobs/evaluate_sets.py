@@ -11,7 +11,6 @@ from lpclip.config import ClassConfig, EvaluateJob, to_dict
 from lpclip.errors import UserError
 from lpclip.evaluation.judge import Cell, Kind
 from lpclip.features.find_or_encode import Data, open_data
-from lpclip.images.captions import images_config
 from lpclip.images.classes import ClassList, map_labels, resolve_classes
 from lpclip.images.published import Published, published_sets
 from lpclip.images.views import CORRUPTIONS, base_views, mirror_view
@@ -91,7 +90,6 @@ def parse_corruptions(job: EvaluateJob) -> list[tuple[str, int]]:
 def open_sets(job: EvaluateJob, probe: Probe, corruptions: list[tuple[str, int]]) -> Iterator[EvaluationSet]:
     """All sets, opened but not read, --data's first."""
     base = base_views(probe.encoder["views"])
-    config = images_config(job.source)
     taken = set()
 
     def one(
@@ -114,7 +112,7 @@ def open_sets(job: EvaluateJob, probe: Probe, corruptions: list[tuple[str, int]]
             yield name, path
 
     assert job.data is not None
-    data = open_data(job.data, config=config, split="test", limit=job.limit)
+    data = open_data(job.data, config=job.source, split="test", limit=job.limit)
     taken.add(data.name)
     cells = {Cell(set=data.name, kind="clean"): base}
     for name, severity in corruptions:
@@ -123,9 +121,9 @@ def open_sets(job: EvaluateJob, probe: Probe, corruptions: list[tuple[str, int]]
         cells[Cell(set=data.name, kind="corrupted", corruption=name, severity=severity)] = views
     yield one(data.name, "clean", data, cells)
     for name, path in named(job.shift, "shift"):
-        yield one(name, "shift", open_data(path, config=config, split="test", limit=job.limit))
+        yield one(name, "shift", open_data(path, config=job.source, split="test", limit=job.limit))
     for name, path in named(job.ood, "ood"):
-        yield one(name, "ood", open_data(path, config=config, split="test", limit=job.limit))
+        yield one(name, "ood", open_data(path, config=job.source, split="test", limit=job.limit))
     for name, path in named(job.corrupted, "corrupted"):
         published, notes = published_sets(path)
         for item in published:
@@ -136,7 +134,7 @@ def open_sets(job: EvaluateJob, probe: Probe, corruptions: list[tuple[str, int]]
 def _published(
     name: str, item: Published, job: EvaluateJob, base: tuple[str, ...], *, notes: tuple[str, ...]
 ) -> EvaluationSet:
-    source = item.open(config=images_config(job.source), limit=job.limit)
+    source = item.open(config=job.source, limit=job.limit)
     source = replace(source, notes=(*source.notes, *notes))
     data = Data(name=source.name, label_names=source.label_names, has_labels=source.has_labels, source=source)
     cell = Cell(set=name, kind="published corruption", corruption=item.corruption, severity=item.severity)

@@ -31,10 +31,12 @@ from lpclip.features.find_or_encode import (
     open_data,
 )
 from lpclip.features.store import Features
-from lpclip.images.captions import images_config, with_captions
+from lpclip.images.captions import with_captions
 from lpclip.images.classes import ClassList, map_labels, resolve_classes
+from lpclip.images.columns import Texts
 from lpclip.images.named import CLASSES
-from lpclip.images.open import Source, open_source
+from lpclip.images.open import open_source
+from lpclip.images.source import Source
 from lpclip.images.views import base_views
 from lpclip.method.probe import Probe
 
@@ -88,9 +90,10 @@ def open_pairs(
     if spec is None and data.partition(":")[0] in CLASSES and not files.exists(data):
         spec = "simple"
     if spec is None:
-        return open_source(data, config=config, split=split, limit=limit)
-    source = open_source(data, config=images_config(config), split=split, limit=limit)
-    return with_captions(source, templates=templates(spec), config=config)
+        texts = Texts(column=config.text_column)
+        return open_source(data, config=config, split=split, limit=limit, texts=texts)
+    source = open_source(data, config=config, split=split, limit=limit)
+    return with_captions(source, templates=templates(spec))
 
 
 def encode_inputs(

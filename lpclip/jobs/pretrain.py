@@ -16,7 +16,7 @@ from lpclip.features.describe import has_gpus
 from lpclip.features.pairs import PairStore, pairs_identity, prepare_pairs
 from lpclip.features.pipeline import check_manifest
 from lpclip.features.store import fingerprint, read_manifest
-from lpclip.images.open import Source
+from lpclip.images.source import Source
 from lpclip.jobs import tracking
 from lpclip.jobs.console import shown
 from lpclip.jobs.inputs import open_pairs
