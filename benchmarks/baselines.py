@@ -126,8 +126,8 @@ def lp_clip(problem: Problem) -> Solution:
         config=SelfTrainingConfig(solver="gradient", rounds=4, prior="none"),
         prior=Prior(strength=0.0),
     )
-    weight, bias = state.probe(problem.head / problem.temperature)
-    return Solution(predict=Probe(weight=weight, bias=bias).probabilities)
+    student = state.classifier(problem.head / problem.temperature)
+    return Solution(predict=Probe(weight=student.weight, bias=student.bias).probabilities)
 
 
 def inmap(problem: Problem) -> Solution:

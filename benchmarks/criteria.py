@@ -46,12 +46,13 @@ from lpclip.images.classes import map_labels, resolve_classes
 from lpclip.jobs.cli import OPTIONS
 from lpclip.jobs.runtime import start_ray
 from lpclip.method.confirmation import Sample, choose_prior
-from lpclip.method.criteria import CRITERIA, make_yardstick, measure_all, predict
+from lpclip.method.criteria import CRITERIA, make_yardstick, measure_all
+from lpclip.method.linear import Linear
 from lpclip.method.priors import PRIORS
 from lpclip.progress import TrialProgress
 from lpclip.report.tables import format_table
 from lpclip.training.search_space import draw, read_space, trial_config
-from lpclip.training.trials import prepare, read_candidate, run_trials, trial_name
+from lpclip.training.trials import prepare, read_classifier, run_trials, trial_name
 
 RATIOS = (1, 10, 100)
 LIMIT = 10_000
@@ -194,13 +195,13 @@ def sweep(setting: Setting, options: Options) -> list[Row]:
             tell=lambda outcome: progress.advance(outcome.status),
         )
         finished = sorted(o.name for o in outcomes if o.status == "finished")
-        found = {name: read_candidate(folder, name) for name in finished}
+        found = {name: read_classifier(folder, name) for name in finished}
     plain = found.pop(trial_name(default))
-    zero_shot = (setting.head / setting.temperature, torch.zeros(len(setting.head)))
+    zero_shot = Linear(weight=setting.head / setting.temperature, bias=torch.zeros(len(setting.head)))
     candidates = [zero_shot, *found.values()]
 
-    def accuracy(candidate: tuple[Tensor, Tensor]) -> float:
-        return float((predict(setting.test.features, candidate) == setting.test.labels).mean())
+    def accuracy(candidate: Linear) -> float:
+        return float((candidate.predict(setting.test.features) == setting.test.labels).mean())
 
     accuracies = np.array([accuracy(candidate) for candidate in candidates])
     best = float(accuracies.max())

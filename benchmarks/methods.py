@@ -361,8 +361,9 @@ def train(problem: Problem, shard: Shard, *, prior: str, agreement: float | None
     *_, (state, found) = self_train(
         shard, zero_shot=head, temperature=temperature, config=CONFIG, prior=PRIORS[prior]
     )
-    weight, bias = state.probe(head / temperature)
-    probe, zero_shot = Probe(weight=weight, bias=bias), zero_shot_probe(head, temperature=temperature)
+    student = state.classifier(head / temperature)
+    probe = Probe(weight=student.weight, bias=student.bias)
+    zero_shot = zero_shot_probe(head, temperature=temperature)
     options = temperatures(probe, zero_shot=zero_shot, features=problem.features, agreement=agreement)
     probe = replace(probe, temperature=options[DEFAULT_TEMPERATURE])
     return Trained(probe=probe, labels=found.labels, temperatures=options)

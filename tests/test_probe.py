@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from lpclip import files
 from lpclip.method.gaussian import feature_space, gaussian_probe, row_moments
+from lpclip.method.linear import Linear
 from lpclip.method.probe import Probe, load_probe, weighted_cross_entropy_gradient, zero_shot_probe
 
 
@@ -28,7 +29,9 @@ def blobs(
 
 def fit(features: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     sums = (targets.T @ features).double()
-    return gaussian_probe(sums, targets.double().sum(dim=0), space=feature_space(row_moments(features)))
+    space = feature_space(row_moments(features))
+    fitted = gaussian_probe(sums, targets.double().sum(dim=0), space=space)
+    return fitted.weight, fitted.bias
 
 
 def longhand(features: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -225,6 +228,20 @@ def test_features_of_any_dtype_and_number_have_logits():
     assert probe.logits(features.half()).dtype == torch.float32
     assert probe.logits(np.zeros((0, 5), np.float16)).shape == (0, 3)
     assert probe.probabilities(np.zeros((0, 5), np.float16)).shape == (0, 3)
+    assert probe.predict(np.zeros((0, 5), np.float16)).shape == (0,)
+
+
+def test_predictions_are_arrays_of_the_largest_logits_and_of_the_probabilities():
+    probe, features = make_probe(), random(300, 5)
+    expected = (features @ probe.weight.T + probe.bias).argmax(dim=1).numpy()
+    predicted, probabilities = probe.predict(features.numpy()), probe.predict_proba(features.numpy())
+    assert isinstance(predicted, np.ndarray)
+    assert predicted.dtype == np.int64
+    assert (predicted == expected).all()
+    assert (Linear(weight=probe.weight, bias=probe.bias).predict(features) == expected).all()
+    assert isinstance(probabilities, np.ndarray)
+    assert (probabilities.dtype, probabilities.shape) == (np.float32, (300, 3))
+    np.testing.assert_array_equal(probabilities, probe.probabilities(features).numpy())
 
 
 def test_a_saved_probe_comes_back_bit_for_bit(tmp_path: Path):
@@ -232,7 +249,7 @@ def test_a_saved_probe_comes_back_bit_for_bit(tmp_path: Path):
     turned = replace(probe, weight=random(5, 3).T)
     for number, saved in enumerate([probe, turned]):
         saved.save(str(tmp_path / str(number)))
-        found = load_probe(str(tmp_path / str(number)))
+        found = Probe.load(str(tmp_path / str(number)))
         assert torch.equal(found.weight, saved.weight)
         assert torch.equal(found.bias, saved.bias)
         assert (found.temperature, found.class_names) == (saved.temperature, saved.class_names)

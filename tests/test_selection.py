@@ -20,7 +20,6 @@ from lpclip.method.criteria import (
     NEIGHBOURS,
     SAMPLE_ROWS,
     STARTS,
-    Candidate,
     Yardstick,
     class_ami,
     consensus,
@@ -29,14 +28,14 @@ from lpclip.method.criteria import (
     make_yardstick,
     measure,
     measure_all,
-    predict,
 )
+from lpclip.method.linear import Linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NUM_CLASSES, DIM = 6, 64
 SCALES = (1.0, 1.5, 2.0, 3.0)
-Field = tuple[Yardstick, dict[str, Candidate], dict[str, float]]
+Field = tuple[Yardstick, dict[str, Linear], dict[str, float]]
 
 
 def planted(
@@ -51,7 +50,7 @@ def planted(
     return rows, strong, labels, torch.tensor(means).float()
 
 
-def candidates(means: torch.Tensor, *, seed: int = 0) -> dict[str, Candidate]:
+def candidates(means: torch.Tensor, *, seed: int = 0) -> dict[str, Linear]:
     """The true classifier, worse ones by degree, and those that fail in a way of their own."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(means.shape, generator=generator) / means.shape[1] ** 0.5
@@ -60,16 +59,16 @@ def candidates(means: torch.Tensor, *, seed: int = 0) -> dict[str, Candidate]:
     weight[0] = means[:2].mean(dim=0)
     merged[:2] = torch.tensor([0.2 - float(weight[0] @ weight[0]) / 2, -1e3])
     return {
-        "true": (means, bias),
-        **{f"noise {scale}": (means + scale * noise, bias) for scale in SCALES},
-        "merged": (weight, merged),
-        "constant": (torch.zeros_like(means), torch.eye(len(means))[0]),
-        "random": (noise, torch.zeros(len(means))),
+        "true": Linear(weight=means, bias=bias),
+        **{f"noise {scale}": Linear(weight=means + scale * noise, bias=bias) for scale in SCALES},
+        "merged": Linear(weight=weight, bias=merged),
+        "constant": Linear(weight=torch.zeros_like(means), bias=torch.eye(len(means))[0]),
+        "random": Linear(weight=noise, bias=torch.zeros(len(means))),
     }
 
 
-def accuracy(features: np.ndarray, labels: np.ndarray, candidate: Candidate) -> float:
-    return float((predict(features, candidate) == labels).mean())
+def accuracy(features: np.ndarray, labels: np.ndarray, candidate: Linear) -> float:
+    return float((candidate.predict(features) == labels).mean())
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +84,7 @@ def field() -> Field:
     )
 
 
-def worth(yardstick: Yardstick, found: dict[str, Candidate], criterion: Criterion) -> dict[str, float]:
+def worth(yardstick: Yardstick, found: dict[str, Linear], criterion: Criterion) -> dict[str, float]:
     """What each candidate is worth; every one has an answer."""
     values = measure_all(yardstick, list(found.values()), criterion=criterion)
     assert all(value is not None and np.isfinite(value) for value in values)
@@ -151,10 +150,11 @@ def test_one_class_for_everything_never_wins_however_large_it_is(
 def test_how_sure_candidates_are_does_not_matter(criterion: Criterion, factor: float, field: Field) -> None:
     yardstick, found, _ = field
     values = list(worth(yardstick, found, criterion).values())
-    every = [(factor * weight, factor * bias + 3) for weight, bias in found.values()]
+    every = [Linear(weight=factor * c.weight, bias=factor * c.bias + 3) for c in found.values()]
     assert measure_all(yardstick, every, criterion=criterion) == pytest.approx(values, abs=0.003)
     # One candidate alone, too: it must not get a larger vote.
-    one = [(factor * w, factor * b - 2) if i == 3 else (w, b) for i, (w, b) in enumerate(found.values())]
+    one = list(found.values())
+    one[3] = Linear(weight=factor * one[3].weight, bias=factor * one[3].bias - 2)
     assert measure_all(yardstick, one, criterion=criterion) == pytest.approx(values, abs=0.003)
 
 
@@ -163,7 +163,9 @@ def test_the_order_of_classes_and_candidates_does_not_matter(criterion: Criterio
     yardstick, found, _ = field
     values = worth(yardstick, found, criterion)
     order = torch.tensor([3, 5, 0, 1, 4, 2])
-    turned = {name: (weight[order], bias[order]) for name, (weight, bias) in reversed(found.items())}
+    turned = {
+        name: Linear(weight=one.weight[order], bias=one.bias[order]) for name, one in reversed(found.items())
+    }
     again = worth(yardstick, turned, criterion)
     assert again == pytest.approx(values, abs=0.003)
 
@@ -172,8 +174,8 @@ def test_a_vote_counts_every_candidate_alike() -> None:
     features, _, labels, means = planted([100] * NUM_CLASSES)
     yardstick = make_yardstick(features, strong=None, num_classes=NUM_CLASSES, seed=0)
     true = candidates(means)["true"]
-    turned = (true[0].roll(1, dims=0), true[1].roll(1))
-    sure = (1000 * true[0], 1000 * true[1])
+    turned = Linear(weight=true.weight.roll(1, dims=0), bias=true.bias.roll(1))
+    sure = Linear(weight=1000 * true.weight, bias=1000 * true.bias)
     # Two agree against one that is a thousand times as sure.
     assert consensus(yardstick, [turned, sure, turned]) == [1.0, 0.0, 1.0]
     assert accuracy(features, labels, true) == 1.0
@@ -238,7 +240,7 @@ def test_kappa_of_one_class_against_itself_is_nothing() -> None:
 
 def test_the_amount_of_clusters_information_is_scikit_learns_mean(field: Field) -> None:
     yardstick, found, _ = field
-    predicted = predict(yardstick.features, found["noise 3.0"])
+    predicted = found["noise 3.0"].predict(yardstick.features)
     each = [adjusted_mutual_info_score(labels, predicted) for labels in yardstick.clusters]
     assert len(each) == len(CLUSTERS_PER_CLASS) * STARTS
     assert max(each) - min(each) > 0.01
@@ -257,7 +259,7 @@ def test_neighbours_are_the_nearest_others_and_count_one_by_one(field: Field) ->
     same = [len(set(a) & set(b)) for a, b in zip(nearest, yardstick.neighbours, strict=True)]
     assert yardstick.neighbours.shape == (len(rows), NEIGHBOURS)
     assert np.mean(same) > NEIGHBOURS - 0.05
-    predicted = predict(yardstick.features, found["noise 3.0"])
+    predicted = found["noise 3.0"].predict(yardstick.features)
     pairs = [(predicted[i], predicted[j]) for i, near in enumerate(yardstick.neighbours) for j in near]
     expected = cohen_kappa_score(*zip(*pairs, strict=True))
     assert measure(yardstick, found["noise 3.0"], criterion="neighbours") == pytest.approx(expected)
@@ -265,7 +267,7 @@ def test_neighbours_are_the_nearest_others_and_count_one_by_one(field: Field) ->
 
 def test_folds_ask_for_structure_and_not_for_the_right_names(field: Field) -> None:
     yardstick, found, _ = field
-    predicted = predict(yardstick.features, found["true"])
+    predicted = found["true"].predict(yardstick.features)
     shuffled = np.random.default_rng(0).permutation(predicted)
     right, wrong = (
         folds(labels, components=yardstick.components, num_classes=NUM_CLASSES)
@@ -277,7 +279,7 @@ def test_folds_ask_for_structure_and_not_for_the_right_names(field: Field) -> No
 
 def test_folds_do_not_need_every_class_to_be_predicted(field: Field) -> None:
     yardstick, found, _ = field
-    predicted = predict(yardstick.features, found["merged"])
+    predicted = found["merged"].predict(yardstick.features)
     assert 1 not in predicted
     known = folds(predicted, components=yardstick.components, num_classes=NUM_CLASSES)
     assert known > 0.9

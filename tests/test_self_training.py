@@ -71,8 +71,7 @@ def train(
 
 
 def labels_of(state: State, features: np.ndarray, *, head: torch.Tensor) -> np.ndarray:
-    weight, bias = state.probe(head / TEMPERATURE)
-    return (torch.tensor(features).float() @ weight.T + bias).argmax(dim=1).numpy()
+    return state.classifier(head / TEMPERATURE).predict(features)
 
 
 class Workers:
@@ -264,8 +263,7 @@ def test_a_pass_describes_its_own_student():
 def test_the_threshold_leaves_rows_out_of_the_sums():
     features, _, head = planted(1000)
     state, found = train(features, head, config=replace(CONFIG, rounds=1, threshold=0.9))[-1]
-    weight, bias = state.probe(head / TEMPERATURE)
-    logits = torch.tensor(features).float() @ weight.T + bias
+    logits = state.classifier(head / TEMPERATURE).logits(features)
     targets = torch.softmax(logits, dim=1) * torch.tensor(found.kept)[:, None]
     assert 0 < found.kept.sum() < 1000
     torch.testing.assert_close(found.counts, targets.sum(dim=0).double(), atol=1e-2, rtol=0)
@@ -313,7 +311,7 @@ def test_without_a_prior_the_factors_stay_one():
     features, _, head = planted(500)
     for state, _ in train(features, head, prior=Prior(strength=0.0)):
         assert state.factors.tolist() == [1.0] * NUM_CLASSES
-        assert torch.equal(state.probe(head)[1], state.bias)
+        assert torch.equal(state.classifier(head).bias, state.bias)
 
 
 def test_zero_shot_logits_can_come_from_elsewhere():
@@ -449,7 +447,9 @@ def test_extreme_rows_give_finite_probes(name: str, prior: str, solver: str):
     config = SelfTrainingConfig(solver=solver, rounds=3)
     for state, found in train(EXTREMES[name], head, config=config, prior=read_prior(prior, tuple("abcde"))):
         assert state.weight.isfinite().all()
-        assert all(part.isfinite().all() for part in state.probe(head))
+        classifier = state.classifier(head)
+        assert classifier.weight.isfinite().all()
+        assert classifier.bias.isfinite().all()
         assert np.isfinite(found.confidence).all()
         assert np.isfinite(list(state.metrics.values())).all()
 

@@ -39,10 +39,11 @@ from lpclip.features.encode_stage import store_identity
 from lpclip.jobs.console import shown
 from lpclip.jobs.tracking import track
 from lpclip.jobs.tune import ALIAS
-from lpclip.method.criteria import CRITERIA, predict
+from lpclip.method.criteria import CRITERIA
+from lpclip.method.linear import Linear
 from lpclip.method.probe import load_probe
 from lpclip.training.search_space import draw, read_space
-from lpclip.training.trials import GRACE_ROUNDS, METRICS, read_candidate, read_outcomes, trial_name
+from lpclip.training.trials import GRACE_ROUNDS, METRICS, read_classifier, read_outcomes, trial_name
 
 pytestmark = pytest.mark.usefixtures("cluster", "lite_map", "one_thread")
 NAMES = (*CLASSES, "fire truck")
@@ -225,16 +226,17 @@ def test_the_winners_probe_is_its_trials_and_classifies_as_the_summary_says(
 ) -> None:
     out = work.folder / "main"
     probe = load_probe(f"{out}/probe")
-    weight, bias = read_candidate(f"{out}/trials", swept["chosen"]["name"])
-    assert torch.equal(probe.weight, weight)
-    assert torch.equal(probe.bias, bias)
+    trained = read_classifier(f"{out}/trials", swept["chosen"]["name"])
+    assert torch.equal(probe.weight, trained.weight)
+    assert torch.equal(probe.bias, trained.bias)
     assert probe.class_names == NAMES
     features = store.load(f"{work.folder}/labelled")
-    for name, candidate in {
-        "chosen": (probe.weight, probe.bias),
-        **{trial["name"]: read_candidate(f"{out}/trials", trial["name"]) for trial in swept["trials"]},
-    }.items():
-        accuracy = (predict(features.base, candidate) == features.labels).mean()
+    candidates: dict[str, Linear] = {
+        "chosen": probe,
+        **{trial["name"]: read_classifier(f"{out}/trials", trial["name"]) for trial in swept["trials"]},
+    }
+    for name, candidate in candidates.items():
+        accuracy = (candidate.predict(features.base) == features.labels).mean()
         rows = {"chosen": swept["chosen"], **{trial["name"]: trial for trial in swept["trials"]}}
         assert accuracy == pytest.approx(rows[name]["accuracy"])
     confidence = [
@@ -778,7 +780,8 @@ def test_images_are_decoded_once_and_a_server_holds_the_sweep(
     assert trained["features"]["train"] == found["features"]["train"]
     # The encoder's own temperature is a trial's as well.
     (own,) = [trial for trial in again["trials"] if trial["parameters"]["temperature_factor"] == 1]
-    weight, bias = read_candidate(f"{tmp_path}/out/trials", own["name"])
+    trial = read_classifier(f"{tmp_path}/out/trials", own["name"])
+    weight, bias = trial.weight, trial.bias
     probe = load_probe(f"{tmp_path}/again/probe")
     torch.testing.assert_close(probe.weight, weight, rtol=0, atol=1e-5 * float(weight.abs().max()))
     torch.testing.assert_close(probe.bias, bias, rtol=0, atol=1e-5 * float(bias.abs().max()))

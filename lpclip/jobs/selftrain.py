@@ -105,8 +105,8 @@ def _selftrain(
     logits_head = torch.tensor(head.weight) / head.temperature
     probes = []
     for state in rounds:
-        weight, bias = state.probe(logits_head)
-        probes.append(Probe(weight=weight, bias=bias, **about))
+        trained = state.classifier(logits_head)
+        probes.append(Probe(weight=trained.weight, bias=trained.bias, **about))
     fell_back = not chosen.trusted
     temperature = 1.0
     if not fell_back:

@@ -31,7 +31,8 @@ from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_o
 from lpclip.jobs.runtime import claim, output_folder, start_ray, versions
 from lpclip.jobs.settle_prior import ChosenPrior, load_prior, settle_prior
 from lpclip.method.calibration import label_free_temperature
-from lpclip.method.criteria import ALONE, CRITERIA, Candidate, make_yardstick, measure_all, predict
+from lpclip.method.criteria import ALONE, CRITERIA, make_yardstick, measure_all
+from lpclip.method.linear import Linear
 from lpclip.method.priors import Prior
 from lpclip.method.probe import Probe, zero_shot_probe
 from lpclip.method.self_training import check_config, config_identity
@@ -52,7 +53,7 @@ from lpclip.training.trials import (
     Outcome,
     Status,
     prepare,
-    read_candidate,
+    read_classifier,
     read_outcomes,
     run_trials,
     trial_name,
@@ -276,7 +277,7 @@ class _Sweep:
         ) as run:
             if outcome.status == "finished":
                 # Under selftrain's two names, and first: MLflow's comparison draws the first metric of a run.
-                accuracy = _accuracy(read_candidate(self._folder, outcome.name), self._x, self._y)
+                accuracy = _accuracy(read_classifier(self._folder, outcome.name), self._x, self._y)
                 run.log(dict.fromkeys(("accuracy", "probe_accuracy"), accuracy), step=len(outcome.rounds))
             for metrics in outcome.rounds:
                 named = {k: v for k, v in metrics.items() if k not in ("round", "criterion")}
@@ -298,8 +299,8 @@ class _Sweep:
         finished = [outcome for outcome in outcomes if outcome.status == "finished"]
         names = [ZERO_SHOT, *(outcome.name for outcome in finished)]
         # Zero-shot comes first, so that a tie is decided for it.
-        candidates = [(zero_shot.weight, zero_shot.bias)]
-        candidates += [read_candidate(self._folder, outcome.name) for outcome in finished]
+        candidates: list[Linear] = [zero_shot]
+        candidates += [read_classifier(self._folder, outcome.name) for outcome in finished]
         print(f"choosing among {len(finished)} trials and zero-shot", flush=True)
         worth: dict[str, dict[str, float | None]] = {name: {} for name in names}
         for criterion in CRITERIA:
@@ -367,13 +368,12 @@ class _Sweep:
         }
 
     def _winner(
-        self, zero_shot: Probe, candidate: Candidate, outcome: Outcome | None, known: EncodedInputs
+        self, zero_shot: Probe, candidate: Linear, outcome: Outcome | None, known: EncodedInputs
     ) -> Probe:
         """The winner as a probe with a label-free temperature, saved."""
         probe = zero_shot
         if outcome is not None:
-            weight, bias = candidate
-            probe = replace(zero_shot, weight=weight, bias=bias)
+            probe = replace(zero_shot, weight=candidate.weight, bias=candidate.bias)
             probe = replace(
                 probe,
                 temperature=label_free_temperature(probe, zero_shot=zero_shot, features=known.features.base),
@@ -473,9 +473,9 @@ def _number(value: float | None) -> float:
     return -math.inf if value is None else value
 
 
-def _accuracy(candidate: Candidate, x: np.ndarray, y: np.ndarray) -> float | None:
+def _accuracy(candidate: Linear, x: np.ndarray, y: np.ndarray) -> float | None:
     known = y >= 0
-    return float((predict(x, candidate) == y)[known].mean()) if known.any() else None
+    return float((candidate.predict(x) == y)[known].mean()) if known.any() else None
 
 
 def _evidence(

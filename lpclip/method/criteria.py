@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_mutual_info_score
-from torch import Tensor
 
 from lpclip.config import Criterion
 from lpclip.errors import UserError
 from lpclip.method.calibration import temperature_at
 from lpclip.method.gaussian import feature_space, gaussian_probe, row_moments
+from lpclip.method.linear import Linear
 
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 # Criteria that a probe has by itself. The others compare all candidates, so that no trial can report them.
@@ -37,9 +37,6 @@ NEIGHBOURS = 10
 FOLDS = 5
 # For `consensus` and nothing else.
 CONFIDENCE = 0.7
-
-Candidate = tuple[Tensor, Tensor]
-"""A linear classifier's weight (K, d) and bias (K,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +94,10 @@ def make_yardstick(
     )
 
 
-def measure(yardstick: Yardstick, candidate: Candidate, *, criterion: Criterion) -> float | None:
+def measure(yardstick: Yardstick, candidate: Linear, *, criterion: Criterion) -> float | None:
     """What a candidate is worth by one of the criteria `ALONE`, higher being better; None where it has no answer."""
     assert criterion in ALONE, criterion
-    predicted, num_classes = predict(yardstick.features, candidate), len(candidate[1])
+    predicted, num_classes = candidate.predict(yardstick.features), len(candidate.bias)
     if criterion == "structure":
         # Two witnesses of the images' own structure, at a large scale and at a small one: each is wrong at times.
         large = class_ami(predicted, clusters=yardstick.clusters)
@@ -113,23 +110,17 @@ def measure(yardstick: Yardstick, candidate: Candidate, *, criterion: Criterion)
     if criterion == "views":
         if yardstick.strong is None:
             return None
-        return kappa(predicted, predict(yardstick.strong, candidate), num_classes=num_classes)
+        return kappa(predicted, candidate.predict(yardstick.strong), num_classes=num_classes)
     return folds(predicted, components=yardstick.components, num_classes=num_classes)
 
 
 def measure_all(
-    yardstick: Yardstick, candidates: Sequence[Candidate], *, criterion: Criterion
+    yardstick: Yardstick, candidates: Sequence[Linear], *, criterion: Criterion
 ) -> list[float | None]:
     """What each candidate is worth by a criterion, among all candidates."""
     if criterion == "consensus":
         return list(consensus(yardstick, candidates))
     return [measure(yardstick, candidate, criterion=criterion) for candidate in candidates]
-
-
-def predict(features: np.ndarray, candidate: Candidate) -> np.ndarray:
-    """Predicted classes (n,) int64 of features (n, d)."""
-    weight, bias = candidate
-    return (torch.from_numpy(features).float() @ weight.T + bias).argmax(dim=1).numpy()
 
 
 def class_ami(predicted: np.ndarray, *, clusters: np.ndarray) -> float:
@@ -172,19 +163,18 @@ def folds(predicted: np.ndarray, *, components: np.ndarray, num_classes: int) ->
         targets = torch.nn.functional.one_hot(torch.from_numpy(predicted[~held]), num_classes).double()
         space = feature_space(row_moments(z[rest]))
         sums, counts = targets.T @ z[rest].double(), targets.sum(dim=0)
-        weight, bias = gaussian_probe(sums, counts, space=space)
-        logits = z[~rest] @ weight.T + bias
+        logits = gaussian_probe(sums, counts, space=space).logits(z[~rest])
         # A class without rows has a mean all the same.
         again[held] = logits.masked_fill(counts == 0, -torch.inf).argmax(dim=1).numpy()
     return kappa(predicted, again, num_classes=num_classes)
 
 
-def consensus(yardstick: Yardstick, candidates: Sequence[Candidate]) -> list[float]:
+def consensus(yardstick: Yardstick, candidates: Sequence[Linear]) -> list[float]:
     """Agreement of each candidate with the average of all, each at the same mean confidence (EnsV: Hu et al., 2024)."""
-    mean = torch.zeros(len(yardstick.features), len(candidates[0][1]))
-    predictions = [predict(yardstick.features, candidate) for candidate in candidates]
-    for weight, bias in candidates:
-        logits = torch.from_numpy(yardstick.features).float() @ weight.T + bias
+    mean = torch.zeros(len(yardstick.features), len(candidates[0].bias))
+    predictions = [candidate.predict(yardstick.features) for candidate in candidates]
+    for candidate in candidates:
+        logits = candidate.logits(yardstick.features)
         mean += torch.softmax(logits / temperature_at(logits, confidence=CONFIDENCE), dim=1)
     voted = mean.argmax(dim=1).numpy()
     return [float((predicted == voted).mean()) for predicted in predictions]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lpclip.method.linear import Linear
+
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
@@ -51,8 +53,8 @@ def row_moments(features: Tensor) -> Tensor:
     return (rows.T @ rows).double()
 
 
-def gaussian_probe(sums: Tensor, counts: Tensor, *, space: Space) -> tuple[Tensor, Tensor]:
-    """Shared-covariance Gaussian classes: weight (K, d) and bias (K,), float32, of the logits of raw features.
+def gaussian_probe(sums: Tensor, counts: Tensor, *, space: Space) -> Linear:
+    """Shared-covariance Gaussian classes as a linear classifier of raw features.
 
     `sums` (K, d) and `counts` (K,), float64, are the targets' sums of features and of ones. In the whitened
     space the within-class covariance is total minus between, S = D - M' P M with D diagonal, M the class
@@ -75,4 +77,4 @@ def gaussian_probe(sums: Tensor, counts: Tensor, *, space: Space) -> tuple[Tenso
     directions = scaled + torch.linalg.solve(inner, gram).T @ scaled
     weight = directions @ space.whitener.T
     bias = -(directions * means).sum(dim=1) / 2 - weight @ space.mean
-    return weight.float(), bias.float()
+    return Linear(weight=weight.float(), bias=bias.float())

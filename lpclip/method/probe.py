@@ -1,4 +1,4 @@
-"""The linear probe: logits = features . weight' + bias on unit-norm features, and its two solvers' mathematics."""
+"""The probe: a linear classifier of unit-norm features with everything that it takes to use it, and its folder."""
 
 from __future__ import annotations
 
@@ -14,34 +14,33 @@ from torch import Tensor
 
 from lpclip import files
 from lpclip.errors import UserError
+from lpclip.method.linear import Linear
 
 FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe:
+class Probe(Linear):
     """A linear classifier of unit-norm features; probabilities are softmax(logits / temperature)."""
 
-    weight: Tensor
-    """(K, d) float32."""
-    bias: Tensor
-    """(K,) float32."""
     temperature: float = 1.0
     class_names: tuple[str, ...] = ()
     encoder: dict[str, Any] = field(default_factory=dict)
-    """Whatever is needed to make the same features again: configuration, identity, preprocessing, views."""
+    """Everything needed to compute the same features again: configuration, identity, preprocessing, views."""
     summary: dict[str, Any] = field(default_factory=dict)
-
-    def logits(self, features: Tensor | np.ndarray) -> Tensor:
-        """(N, d) unit-norm features of any float dtype to (N, K) float32 logits."""
-        rows = torch.as_tensor(features)
-        # In pieces: a float32 copy of all features would double the memory.
-        pieces = [piece.float() @ self.weight.T + self.bias for piece in rows.split(16384)]
-        return torch.cat(pieces) if pieces else torch.empty(0, len(self.bias))
 
     def probabilities(self, features: Tensor | np.ndarray) -> Tensor:
         """(N, d) unit-norm features to (N, K) float32 class probabilities."""
         return torch.softmax(self.logits(features) / self.temperature, dim=1)
+
+    def predict_proba(self, features: Tensor | np.ndarray) -> np.ndarray:
+        """(N, d) unit-norm features to (N, K) float32 class probabilities, as scikit-learn names them."""
+        return self.probabilities(features).numpy()
+
+    @classmethod
+    def load(cls, folder: str) -> Probe:
+        """Read what `save` wrote. Raises UserError with the reason when the folder holds no probe, or a damaged one."""
+        return load_probe(folder)
 
     def save(self, folder: str) -> None:
         """Write probe.safetensors, then probe.json: the folder is a probe when the second is there."""

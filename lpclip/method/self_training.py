@@ -19,6 +19,7 @@ from torch import Tensor
 from lpclip.config import SelfTrainingConfig
 from lpclip.errors import UserError
 from lpclip.method.gaussian import Space, feature_space, gaussian_probe, row_moments
+from lpclip.method.linear import Linear
 from lpclip.method.priors import Prior, prior_sums, update_factors
 from lpclip.method.probe import weighted_cross_entropy_gradient
 from lpclip.method.pseudo_labels import AllReduce, scale_to_confidence, soft_targets
@@ -102,9 +103,12 @@ class State:
     """How much of the zero-shot logits is added."""
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def probe(self, head: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight (K, d) and bias (K,) of the state as a probe, given the zero-shot `head` (K, d) in units of logits."""
-        return self.weight + self.zero_shot_share * head, self.bias + self.factors.clamp_min(1e-12).log()
+    def classifier(self, head: Tensor) -> Linear:
+        """The state as a linear classifier, given the zero-shot `head` (K, d) in units of logits."""
+        return Linear(
+            weight=self.weight + self.zero_shot_share * head,
+            bias=self.bias + self.factors.clamp_min(1e-12).log(),
+        )
 
     def to_tensors(self) -> dict[str, Tensor]:
         """For safetensors."""
@@ -357,11 +361,12 @@ def _gaussian_student(shard: Shard, found: Pass, *, space: Space, all_reduce: Al
 
     Constant: with a confidence that grows from round to round accuracy declines after its best round.
     """
-    weight, bias = gaussian_probe(found.sums, found.counts, space=space)
+    fitted = gaussian_probe(found.sums, found.counts, space=space)
     rows = max(0, min(SAMPLE_ROWS, shard.num_rows) - shard.first_row)
     sample = torch.from_numpy(shard.features[:rows]).float()
-    scale = scale_to_confidence(sample @ weight.T + bias, CONFIDENCE, all_reduce=all_reduce)
-    return State(round=0, weight=scale * weight, bias=scale * bias, factors=torch.ones(len(bias)))
+    scale = scale_to_confidence(fitted.logits(sample), CONFIDENCE, all_reduce=all_reduce)
+    factors = torch.ones(len(fitted.bias))
+    return State(round=0, weight=scale * fitted.weight, bias=scale * fitted.bias, factors=factors)
 
 
 def _gradient_student(

@@ -35,7 +35,8 @@ from lpclip import files
 from lpclip.config import Criterion, SelfTrainingConfig, digest
 from lpclip.encoders.head import Head
 from lpclip.errors import UserError
-from lpclip.method.criteria import Candidate, Yardstick, measure
+from lpclip.method.criteria import Yardstick, measure
+from lpclip.method.linear import Linear
 from lpclip.method.neighbours import nearest
 from lpclip.method.priors import Prior
 from lpclip.method.self_training import Shard, Spaces, fit_spaces, neighbour_count, self_train
@@ -216,10 +217,10 @@ def read_outcomes(folder: str) -> dict[str, Outcome]:
     return {outcome.name: outcome for outcome in found}
 
 
-def read_candidate(folder: str, name: str) -> Candidate:
-    """Weight (K, d) and bias (K,) of a finished trial."""
+def read_classifier(folder: str, name: str) -> Linear:
+    """The classifier that a finished trial has trained."""
     tensors = load_tensors(files.read_bytes(files.join(folder, f"{name}.safetensors")))
-    return tensors["weight"], tensors["bias"]
+    return Linear(weight=tensors["weight"], bias=tensors["bias"])
 
 
 @functools.lru_cache(maxsize=1)
@@ -242,15 +243,13 @@ def _run_trial(config: dict[str, Any], *, shared: list[ray.ObjectRef]) -> None:
     try:
         training = trial_config(parameters, base=material.base, own_temperature=material.own_temperature)
         for last, metrics in _train(training, material=material):
-            candidate = last
+            classifier = last
             rounds.append(metrics)
             tune.report(metrics)
     except UserError as found:
         error = str(found)
     if error is None:
-        tensors = {
-            name: tensor.contiguous() for name, tensor in zip(("weight", "bias"), candidate, strict=True)
-        }
+        tensors = {"weight": classifier.weight.contiguous(), "bias": classifier.bias.contiguous()}
         files.write_bytes(files.join(material.folder, f"{name}.safetensors"), save_tensors(tensors))
     outcome = Outcome(
         name=name,
@@ -274,10 +273,8 @@ def _give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _train(
-    training: SelfTrainingConfig, *, material: Material
-) -> Iterator[tuple[Candidate, dict[str, float]]]:
-    """The rounds of a trial: probe and metrics of each. Raises UserError when nothing can come of them."""
+def _train(training: SelfTrainingConfig, *, material: Material) -> Iterator[tuple[Linear, dict[str, float]]]:
+    """The rounds of a trial: classifier and metrics of each. Raises UserError when nothing can come of them."""
     assert training.temperature is not None
     head = torch.from_numpy(material.head)
     count = neighbour_count(training, num_rows=len(material.features), num_classes=len(head))
@@ -297,14 +294,14 @@ def _train(
         prior=material.priors[training.prior],
         spaces=material.spaces,
     ):
-        weight, bias = state.probe(head / training.temperature)
-        if not (weight.isfinite().all() and bias.isfinite().all()):
+        classifier = state.classifier(head / training.temperature)
+        if not (classifier.weight.isfinite().all() and classifier.bias.isfinite().all()):
             raise UserError(f"the probe of round {state.round} is not finite")
         if len(np.unique(found.labels)) < 2:
             raise UserError(f"collapse: in round {state.round} all labels fell into one class")
-        criterion = measure(material.yardstick, (weight, bias), criterion=material.criterion)
+        criterion = measure(material.yardstick, classifier, criterion=material.criterion)
         assert criterion is not None, material.criterion
-        yield (weight, bias), {"round": state.round, **state.metrics, "criterion": criterion}
+        yield classifier, {"round": state.round, **state.metrics, "criterion": criterion}
 
 
 def _last_word(outcome: Outcome) -> dict[str, float]:
