@@ -51,7 +51,7 @@ from lpclip.method.linear import Linear
 from lpclip.method.priors import PRIORS
 from lpclip.progress import TrialProgress
 from lpclip.report.tables import format_table
-from lpclip.training.search_space import draw, read_space, trial_config
+from lpclip.training.search_space import draw_trials, read_space, trial_config
 from lpclip.training.trials import prepare, read_classifier, run_trials, trial_name
 
 RATIOS = (1, 10, 100)
@@ -150,7 +150,7 @@ def sweep(setting: Setting, options: Options) -> list[Row]:
     """One sweep, judged by every criterion."""
     base = SelfTrainingConfig(seed=options.seed)
     space = read_space(options.space)
-    trials = draw(space, count=options.trials, seed=options.seed)
+    trials = draw_trials(space, count=options.trials, seed=options.seed)
     default = {"rounds": base.rounds}
     configs = [trial_config(p, base=base, own_temperature=setting.temperature) for p in (*trials, default)]
     dtype = resolve_precision("auto", device=torch.device("cpu"))

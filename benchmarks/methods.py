@@ -57,7 +57,7 @@ from lpclip.method.calibration import CALIBRATION_ROWS, expected_accuracy, mean_
 from lpclip.method.confirmation import Sample, choose_prior, with_neighbours
 from lpclip.method.priors import PRIORS
 from lpclip.method.probe import Probe, zero_shot_probe
-from lpclip.method.self_training import Shard, fit_space, self_train
+from lpclip.method.self_training import Shard, fit_whitening, self_train
 from lpclip.report.tables import format_table
 
 # Unlabelled and test images: one store of both is cut into halves of its row order, which is that of a hash.
@@ -434,9 +434,9 @@ class Bench:
         chosen, views = choose_prior(sample)
         choice_seconds = clock.lap()
         shard = Shard(features=x, num_rows=len(x))
-        space = fit_space(shard)
+        whitening = fit_whitening(shard)
         shard = with_neighbours(
-            shard, config=CONFIG, num_classes=len(head), space=space, dtype=torch.bfloat16
+            shard, config=CONFIG, num_classes=len(head), whitening=whitening, dtype=torch.bfloat16
         )
         graph_seconds, found, seconds = clock.lap(), {}, {}
         for prior in PRIORS:

@@ -40,7 +40,7 @@ from lpclip.jobs.runtime import versions
 from lpclip.method.contrastive_step import (
     Towers,
     crop,
-    draw,
+    draw_batch,
     learning_rate,
     make_optimizer,
     num_steps,
@@ -151,7 +151,7 @@ def steps(trainable: Trainable, images: Images, texts: list[str], config: Pretra
     tokens = trainable.tokenizer(texts)
     total = num_steps(config, num_pairs=len(texts))
     for step in range(total):
-        drawn = draw(step, num_pairs=len(texts), config=config)
+        drawn = draw_batch(step, num_pairs=len(texts), config=config)
         pixels = to_input(
             images.pixels[drawn.rows], trainable.preprocess, dtype=torch.float32, device=torch.device("cpu")
         )

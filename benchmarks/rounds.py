@@ -23,7 +23,7 @@ import torch
 from lpclip.config import SelfTrainingConfig
 from lpclip.method.neighbours import nearest
 from lpclip.method.priors import Prior
-from lpclip.method.self_training import Shard, fit_space, self_train
+from lpclip.method.self_training import Shard, fit_whitening, self_train
 from lpclip.report.tables import format_table
 
 CASES = (
@@ -66,7 +66,7 @@ def measure(num_rows: int, dim: int, num_classes: int, *, rounds: int, neighbour
             features,
             among=features,
             first_row=0,
-            space=fit_space(shard),
+            whitening=fit_whitening(shard),
             count=neighbours,
             dtype=torch.bfloat16,
         )

@@ -12,20 +12,20 @@ from test_self_training import Workers, assert_same_probe, planted
 from lpclip.config import SelfTrainingConfig
 from lpclip.method.neighbours import nearest
 from lpclip.method.priors import Prior
-from lpclip.method.self_training import CHUNK_ROWS, Shard, State, fit_space, neighbour_count, self_train
+from lpclip.method.self_training import CHUNK_ROWS, Shard, State, fit_whitening, neighbour_count, self_train
 
 FEATURES, LABELS, HEAD = planted(2_000)
-SPACE = fit_space(Shard(features=FEATURES, num_rows=len(FEATURES)))
+WHITENING = fit_whitening(Shard(features=FEATURES, num_rows=len(FEATURES)))
 
 
 def find(features: np.ndarray, first_row: int = 0, count: int = 4) -> torch.Tensor:
     return nearest(
-        features, among=FEATURES, first_row=first_row, space=SPACE, count=count, dtype=torch.float32
+        features, among=FEATURES, first_row=first_row, whitening=WHITENING, count=count, dtype=torch.float32
     )
 
 
 def test_neighbours_are_those_of_a_full_comparison() -> None:
-    z = (torch.tensor(FEATURES).double() - SPACE.mean) @ SPACE.whitener
+    z = (torch.tensor(FEATURES).double() - WHITENING.mean) @ WHITENING.whitener
     z = torch.nn.functional.normalize(z, dim=1)
     similarity = (z @ z.T).fill_diagonal_(-2)
     found = similarity.gather(1, find(FEATURES)).numpy()
@@ -35,14 +35,14 @@ def test_neighbours_are_those_of_a_full_comparison() -> None:
 
 def test_without_a_space_rows_are_compared_as_they_are() -> None:
     similarity = torch.tensor(FEATURES).float() @ torch.tensor(FEATURES).float().T
-    found = nearest(FEATURES, among=FEATURES, first_row=0, space=None, count=4, dtype=torch.float32)
+    found = nearest(FEATURES, among=FEATURES, first_row=0, whitening=None, count=4, dtype=torch.float32)
     expected = similarity.fill_diagonal_(-2).topk(4, dim=1).values.numpy()
     np.testing.assert_allclose(similarity.gather(1, found).numpy(), expected, atol=2e-3)
 
 
 def test_no_row_is_its_own_neighbour_even_among_equals() -> None:
     same = np.repeat(FEATURES[:1], 6, axis=0)
-    found = nearest(same, among=same, first_row=0, space=SPACE, count=3, dtype=torch.float32)
+    found = nearest(same, among=same, first_row=0, whitening=WHITENING, count=3, dtype=torch.float32)
     assert not (found == torch.arange(6)[:, None]).any()
 
 
@@ -82,8 +82,8 @@ def rounds(shard: Shard, all_reduce=lambda tensor: tensor) -> State:
 
 def test_rounds_with_neighbours_do_not_depend_on_the_workers() -> None:
     features, _, _ = planted(CHUNK_ROWS + 500)
-    space = fit_space(Shard(features=features, num_rows=len(features)))
-    options = {"among": features, "space": space, "count": 5, "dtype": torch.float32}
+    whitening = fit_whitening(Shard(features=features, num_rows=len(features)))
+    options = {"among": features, "whitening": whitening, "count": 5, "dtype": torch.float32}
     whole = Shard(
         features=features, num_rows=len(features), neighbours=nearest(features, first_row=0, **options)
     )

@@ -16,7 +16,7 @@ from lpclip.method.contrastive_step import (
     Towers,
     check_pretraining,
     crop,
-    draw,
+    draw_batch,
     learning_rate,
     make_optimizer,
     num_steps,
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_each_epoch_has_each_pair_once_in_another_order() -> None:
     epochs = [
-        np.concatenate([draw(4 * e + i, num_pairs=32, config=CONFIG).rows for i in range(4)])
+        np.concatenate([draw_batch(4 * e + i, num_pairs=32, config=CONFIG).rows for i in range(4)])
         for e in range(3)
     ]
     assert all(sorted(rows.tolist()) == list(range(32)) for rows in epochs)
@@ -39,10 +39,10 @@ def test_each_epoch_has_each_pair_once_in_another_order() -> None:
 
 
 def test_a_step_draws_the_same_whatever_was_drawn_before() -> None:
-    first = draw(5, num_pairs=32, config=CONFIG)
+    first = draw_batch(5, num_pairs=32, config=CONFIG)
     for step in (0, 11, 3):
-        draw(step, num_pairs=32, config=CONFIG)
-    again, other = (draw(5, num_pairs=32, config=replace(CONFIG, seed=seed)) for seed in (0, 1))
+        draw_batch(step, num_pairs=32, config=CONFIG)
+    again, other = (draw_batch(5, num_pairs=32, config=replace(CONFIG, seed=seed)) for seed in (0, 1))
     for name in ("rows", "texts", "crops", "distilled"):
         assert np.array_equal(getattr(first, name), getattr(again, name))
         assert not np.array_equal(getattr(first, name), getattr(other, name)) or name == "distilled"
@@ -53,7 +53,9 @@ def test_the_distilled_share_grows_from_the_first_step_to_the_last(
     method: Any, shares: tuple[float, float]
 ) -> None:
     config = replace(CONFIG, method=method, share_start=0.25, share_end=0.75)
-    found = [draw(step, num_pairs=32, config=config).distilled.float().mean().item() for step in range(12)]
+    found = [
+        draw_batch(step, num_pairs=32, config=config).distilled.float().mean().item() for step in range(12)
+    ]
     assert (found[0], found[-1]) == shares
     assert found == sorted(found)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from lpclip import files
-from lpclip.method.gaussian import feature_space, gaussian_probe, row_moments
+from lpclip.method.gaussian import gaussian_probe, make_whitening, row_moments
 from lpclip.method.linear import Linear
 from lpclip.method.probe import Probe, load_probe, weighted_cross_entropy_gradient, zero_shot_probe
 
@@ -29,8 +29,8 @@ def blobs(
 
 def fit(features: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     sums = (targets.T @ features).double()
-    space = feature_space(row_moments(features))
-    fitted = gaussian_probe(sums, targets.double().sum(dim=0), space=space)
+    whitening = make_whitening(row_moments(features))
+    fitted = gaussian_probe(sums, targets.double().sum(dim=0), whitening=whitening)
     return fitted.weight, fitted.bias
 
 
@@ -65,15 +65,17 @@ def test_the_woodbury_identity_equals_the_inverse(num_rows: int, num_classes: in
 
 def test_whitened_features_have_mean_zero_and_the_variance_that_shrinkage_leaves():
     features = 3 + random(2000, 4) @ torch.diag(torch.tensor([3.0, 1.0, 0.3, 0.1]))
-    space = feature_space(row_moments(features))
-    z = (features.double() - space.mean) @ space.whitener
+    whitening = make_whitening(row_moments(features))
+    z = (features.double() - whitening.mean) @ whitening.whitener
     torch.testing.assert_close(z.mean(dim=0), torch.zeros(4).double(), atol=1e-3, rtol=0)
-    torch.testing.assert_close(torch.cov(z.T, correction=0), torch.diag(space.variance), atol=1e-3, rtol=0)
-    assert space.shrinkage == 0.1
+    torch.testing.assert_close(
+        torch.cov(z.T, correction=0), torch.diag(whitening.variance), atol=1e-3, rtol=0
+    )
+    assert whitening.shrinkage == 0.1
 
 
 def test_fewer_rows_shrink_more():
-    many, few = (feature_space(row_moments(random(n, 8))).shrinkage for n in (1000, 4))
+    many, few = (make_whitening(row_moments(random(n, 8))).shrinkage for n in (1000, 4))
     assert (many, few) == (0.1, 0.8)
 
 

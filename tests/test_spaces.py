@@ -30,7 +30,14 @@ from lpclip.config import (
     flags,
 )
 from lpclip.jobs.cli import OPTIONS
-from lpclip.training.search_space import SEARCHABLE, Space, check_space, draw, read_space, trial_config
+from lpclip.training.search_space import (
+    SEARCHABLE,
+    SearchSpace,
+    check_space,
+    draw_trials,
+    read_space,
+    trial_config,
+)
 
 BASE = SelfTrainingConfig()
 OWN = 0.01
@@ -53,7 +60,7 @@ def write(tmp_path: Path) -> Write:
 
 
 @pytest.fixture
-def space_of(write: Write) -> Callable[[str], Space]:
+def space_of(write: Write) -> Callable[[str], SearchSpace]:
     """The space whose SPACE has these items."""
     return lambda items: read_space(write(f"{HEADER}SPACE = {{{items}}}\n"))
 
@@ -69,7 +76,7 @@ def mistake(call: Callable[[], object]) -> str:
     return message
 
 
-def check(space: Space, *, base: SelfTrainingConfig = BASE) -> None:
+def check(space: SearchSpace, *, base: SelfTrainingConfig = BASE) -> None:
     check_space(space, base=base, own_temperature=OWN)
 
 
@@ -124,7 +131,7 @@ def test_the_home_of_nobody_is_a_path_that_cannot_be_read() -> None:
     assert "~nobody-of-this-name/space.py" in mistake(lambda: read_space("~nobody-of-this-name/space.py"))
 
 
-def test_a_typo_is_answered_with_what_there_is(space_of: Callable[[str], Space]) -> None:
+def test_a_typo_is_answered_with_what_there_is(space_of: Callable[[str], SearchSpace]) -> None:
     message = mistake(lambda: space_of("'temprature': tune.uniform(0.1, 1), 'treshold': 0.5"))
     assert "temprature, treshold" in message
     assert [name for name in SEARCHABLE if name not in message] == []
@@ -143,7 +150,7 @@ def test_a_byte_order_mark_does_no_harm(write: Write) -> None:
     assert marked.identity == plain.identity
 
 
-def test_what_is_searched_is_told_from_what_is_fixed(space_of: Callable[[str], Space]) -> None:
+def test_what_is_searched_is_told_from_what_is_fixed(space_of: Callable[[str], SearchSpace]) -> None:
     space = space_of("'rounds': tune.randint(1, 3), 'threshold': 0.2, 'neighbours': tune.grid_search([0, 5])")
     assert list(space.searched) == ["rounds", "neighbours"]
     assert space.fixed == {"threshold": 0.2}
@@ -191,7 +198,7 @@ def test_what_is_searched_is_told_from_what_is_fixed(space_of: Callable[[str], S
     ],
 )
 def test_a_value_that_a_parameter_cannot_have_is_refused_with_its_name(
-    items: str, name: str, value: str, space_of: Callable[[str], Space]
+    items: str, name: str, value: str, space_of: Callable[[str], SearchSpace]
 ) -> None:
     other = "rounds" if name != "rounds" else "neighbours"
     space = space_of(f"'{other}': tune.choice([1, 2]), {items}")
@@ -214,11 +221,11 @@ def test_a_value_that_a_parameter_cannot_have_is_refused_with_its_name(
     ],
 )
 def test_a_parameter_that_gives_nothing_to_train_with_is_named(
-    items: str, space_of: Callable[[str], Space]
+    items: str, space_of: Callable[[str], SearchSpace]
 ) -> None:
-    def begin(space: Space) -> None:
+    def begin(space: SearchSpace) -> None:
         check(space)
-        for parameters in draw(space, count=3, seed=0):
+        for parameters in draw_trials(space, count=3, seed=0):
             trial_config(parameters, base=BASE, own_temperature=OWN)
 
     space = space_of(f"'threshold': 0.1, {items}")
@@ -243,16 +250,16 @@ def test_a_parameter_that_gives_nothing_to_train_with_is_named(
         "'rounds': tune.sample_from(lambda: 3)",
     ],
 )
-def test_what_the_training_takes_can_be_searched(items: str, space_of: Callable[[str], Space]) -> None:
+def test_what_the_training_takes_can_be_searched(items: str, space_of: Callable[[str], SearchSpace]) -> None:
     space = space_of(items)
     check(space)
-    for parameters in draw(space, count=20, seed=0):
+    for parameters in draw_trials(space, count=20, seed=0):
         config = trial_config(parameters, base=BASE, own_temperature=OWN)
         for name, value in parameters.items():
             assert name == "temperature_factor" or value is None or getattr(config, name) == value
 
 
-def test_a_constant_and_the_base_count_in_the_check(space_of: Callable[[str], Space]) -> None:
+def test_a_constant_and_the_base_count_in_the_check(space_of: Callable[[str], SearchSpace]) -> None:
     space = space_of("'solver': 'gradient', 'neighbours': tune.choice([0, 5])")
     assert "--neighbours" in mistake(lambda: check(space))
     space = space_of("'neighbours': tune.choice([0, 5])")
@@ -260,15 +267,15 @@ def test_a_constant_and_the_base_count_in_the_check(space_of: Callable[[str], Sp
     assert "--neighbours" in mistake(lambda: check(space, base=replace(BASE, solver="gradient")))
 
 
-def test_the_ends_of_a_parameter_hold_all_that_is_drawn(space_of: Callable[[str], Space]) -> None:
+def test_the_ends_of_a_parameter_hold_all_that_is_drawn(space_of: Callable[[str], SearchSpace]) -> None:
     for domain in ("randint(5, 30)", "lograndint(5, 30)", "qrandint(5, 30, 5)", "qlograndint(5, 30, 5)"):
         space = space_of(f"'neighbours': tune.{domain}")
-        drawn = {parameters["neighbours"] for parameters in draw(space, count=100, seed=0)}
+        drawn = {parameters["neighbours"] for parameters in draw_trials(space, count=100, seed=0)}
         assert min(space.values("neighbours")) <= min(drawn), domain
         assert max(space.values("neighbours")) >= max(drawn), domain
 
 
-def test_all_values_that_are_listed_are_known(space_of: Callable[[str], Space]) -> None:
+def test_all_values_that_are_listed_are_known(space_of: Callable[[str], SearchSpace]) -> None:
     space = space_of(
         "'prior': tune.choice(['weak', 'none']), 'rounds': tune.grid_search([3, 5]), 'threshold': 0.1,"
         "'neighbours': tune.sample_from(lambda: 3)"
@@ -290,18 +297,22 @@ def names(trials: list[dict[str, Any]]) -> list[str]:
     return [json.dumps(parameters, sort_keys=True) for parameters in trials]
 
 
-def test_a_seed_draws_the_same_trials_and_more_of_them_begin_alike(space_of: Callable[[str], Space]) -> None:
+def test_a_seed_draws_the_same_trials_and_more_of_them_begin_alike(
+    space_of: Callable[[str], SearchSpace],
+) -> None:
     space = space_of(WIDE)
-    trials = draw(space, count=40, seed=3)
+    trials = draw_trials(space, count=40, seed=3)
     assert len(trials) == 40
-    assert draw(space, count=40, seed=3) == trials
-    assert draw(space_of(WIDE), count=15, seed=3) == trials[:15]
+    assert draw_trials(space, count=40, seed=3) == trials
+    assert draw_trials(space_of(WIDE), count=15, seed=3) == trials[:15]
     assert len(set(names(trials))) == 40
-    assert not set(names(trials)) & set(names(draw(space, count=40, seed=4)))
+    assert not set(names(trials)) & set(names(draw_trials(space, count=40, seed=4)))
 
 
-def test_drawn_values_lie_where_they_may_and_are_plain_numbers(space_of: Callable[[str], Space]) -> None:
-    trials = draw(space_of(WIDE), count=200, seed=0)
+def test_drawn_values_lie_where_they_may_and_are_plain_numbers(
+    space_of: Callable[[str], SearchSpace],
+) -> None:
+    trials = draw_trials(space_of(WIDE), count=200, seed=0)
     kinds = {
         "temperature_factor": float,
         "threshold": float,
@@ -319,19 +330,21 @@ def test_drawn_values_lie_where_they_may_and_are_plain_numbers(space_of: Callabl
 
 
 @pytest.mark.parametrize("kind", ["choice", "grid_search"])
-def test_numbers_of_numpy_are_numbers(kind: str, space_of: Callable[[str], Space]) -> None:
+def test_numbers_of_numpy_are_numbers(kind: str, space_of: Callable[[str], SearchSpace]) -> None:
     space = space_of(
         f"'neighbours': tune.{kind}(np.arange(5, 30, 5)), 'threshold': tune.{kind}(np.linspace(0, 0.5, 3))"
     )
     check(space)
-    trials = draw(space, count=100, seed=0)
+    trials = draw_trials(space, count=100, seed=0)
     assert {type(p["neighbours"]) for p in trials} == {int}
     assert {type(p["threshold"]) for p in trials} == {float}
     assert {p["neighbours"] for p in trials} == {5, 10, 15, 20, 25}
 
 
-def test_a_grid_is_crossed_with_itself_and_with_what_is_sampled(space_of: Callable[[str], Space]) -> None:
-    crossed = draw(
+def test_a_grid_is_crossed_with_itself_and_with_what_is_sampled(
+    space_of: Callable[[str], SearchSpace],
+) -> None:
+    crossed = draw_trials(
         space_of("'rounds': tune.grid_search([3, 5]), 'neighbours': tune.grid_search([0, 5, 9])"),
         count=100,
         seed=0,
@@ -344,39 +357,42 @@ def test_a_grid_is_crossed_with_itself_and_with_what_is_sampled(space_of: Callab
         (5, 5),
         (5, 9),
     ]
-    sampled = draw(
+    sampled = draw_trials(
         space_of("'rounds': tune.grid_search([3, 5]), 'threshold': tune.uniform(0, 0.5)"), count=20, seed=0
     )
     assert [sum(p["rounds"] == rounds for p in sampled) for rounds in (3, 5)] == [10, 10]
     assert len({p["threshold"] for p in sampled}) == 20
 
 
-def test_no_more_is_drawn_than_was_asked_for(space_of: Callable[[str], Space]) -> None:
+def test_no_more_is_drawn_than_was_asked_for(space_of: Callable[[str], SearchSpace]) -> None:
     grid = space_of("'rounds': tune.grid_search([3, 5, 7]), 'threshold': tune.uniform(0, 0.5)")
-    assert draw(grid, count=2, seed=0) == draw(grid, count=7, seed=0)[:2]
-    assert [len(draw(grid, count=count, seed=0)) for count in (0, 1, 2, 7)] == [0, 1, 2, 7]
+    assert draw_trials(grid, count=2, seed=0) == draw_trials(grid, count=7, seed=0)[:2]
+    assert [len(draw_trials(grid, count=count, seed=0)) for count in (0, 1, 2, 7)] == [0, 1, 2, 7]
 
 
-def test_a_space_with_few_trials_ends_with_them_and_soon(space_of: Callable[[str], Space]) -> None:
+def test_a_space_with_few_trials_ends_with_them_and_soon(space_of: Callable[[str], SearchSpace]) -> None:
     begin = time.monotonic()
-    few = draw(space_of("'neighbours': tune.choice([0, 5, 9]), 'rounds': 4"), count=10_000, seed=0)
+    few = draw_trials(space_of("'neighbours': tune.choice([0, 5, 9]), 'rounds': 4"), count=10_000, seed=0)
     assert sorted(p["neighbours"] for p in few) == [0, 5, 9]
-    assert draw(space_of("'rounds': tune.grid_search([4, 4])"), count=9, seed=0) == [{"rounds": 4}]
-    ends = draw(space_of("'threshold': tune.quniform(0.0, 0.2, 0.1)"), count=9, seed=0)
+    assert draw_trials(space_of("'rounds': tune.grid_search([4, 4])"), count=9, seed=0) == [{"rounds": 4}]
+    ends = draw_trials(space_of("'threshold': tune.quniform(0.0, 0.2, 0.1)"), count=9, seed=0)
     assert sorted(p["threshold"] for p in ends) == [0.0, 0.1, 0.2]
     assert time.monotonic() - begin < 2
 
 
-def test_a_function_may_use_the_other_parameters(space_of: Callable[[str], Space]) -> None:
+def test_a_function_may_use_the_other_parameters(space_of: Callable[[str], SearchSpace]) -> None:
     space = space_of(
         "'neighbours': tune.choice([1, 5]), 'rounds': tune.sample_from(lambda c: c.neighbours + 1)"
     )
-    assert sorted((p["neighbours"], p["rounds"]) for p in draw(space, count=5, seed=0)) == [(1, 2), (5, 6)]
+    assert sorted((p["neighbours"], p["rounds"]) for p in draw_trials(space, count=5, seed=0)) == [
+        (1, 2),
+        (5, 6),
+    ]
 
 
-def test_a_function_may_use_the_constants(space_of: Callable[[str], Space]) -> None:
+def test_a_function_may_use_the_constants(space_of: Callable[[str], SearchSpace]) -> None:
     space = space_of("'neighbours': 5, 'rounds': tune.sample_from(lambda c: c['neighbours'] + 1)")
-    assert draw(space, count=5, seed=0) == [{"neighbours": 5, "rounds": 6}]
+    assert draw_trials(space, count=5, seed=0) == [{"neighbours": 5, "rounds": 6}]
 
 
 CODE = f"""{HEADER}SPACE = {{"rounds": tune.randint(1, 9), "threshold": tune.uniform(0.0, 0.5)}}
@@ -437,12 +453,12 @@ def test_a_trials_parameters_are_not_changed_by_its_training() -> None:
     assert parameters == {"temperature_factor": 2.0, "rounds": 3}
 
 
-def test_a_trial_that_no_single_value_gives_away_is_refused(space_of: Callable[[str], Space]) -> None:
+def test_a_trial_that_no_single_value_gives_away_is_refused(space_of: Callable[[str], SearchSpace]) -> None:
     space = space_of(
         "'solver': tune.grid_search(['gaussian', 'gradient']), 'neighbours': tune.grid_search([0, 5])"
     )
     check(space)
-    trials = draw(space, count=9, seed=0)
+    trials = draw_trials(space, count=9, seed=0)
     wrong = [p for p in trials if p == {"solver": "gradient", "neighbours": 5}]
     assert len(trials) == 4
     assert "--neighbours" in mistake(lambda: trial_config(wrong[0], base=BASE, own_temperature=OWN))
@@ -460,7 +476,7 @@ def test_the_spaces_that_come_along_are_as_they_say(path: Path) -> None:
         if number
     ]
     for count in promised or [20]:
-        trials = draw(space, count=count, seed=0)
+        trials = draw_trials(space, count=count, seed=0)
         assert len(trials) == count
         for parameters in trials:
             trial_config(parameters, base=BASE, own_temperature=OWN)

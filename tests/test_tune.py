@@ -42,8 +42,8 @@ from lpclip.jobs.tune import ALIAS
 from lpclip.method.criteria import CRITERIA
 from lpclip.method.linear import Linear
 from lpclip.method.probe import load_probe
-from lpclip.training.search_space import draw, read_space
-from lpclip.training.trials import GRACE_ROUNDS, METRICS, read_classifier, read_outcomes, trial_name
+from lpclip.training.search_space import draw_trials, read_space
+from lpclip.training.trials import GRACE_ROUNDS, METRICS, read_classifier, read_records, trial_name
 
 pytestmark = pytest.mark.usefixtures("cluster", "lite_map", "one_thread")
 NAMES = (*CLASSES, "fire truck")
@@ -173,7 +173,7 @@ def experiment_runs(name: str, client: MlflowClient | None = None) -> tuple[list
 
 def test_a_sweep_leaves_every_trial_and_the_choice_in_its_summary(swept: Summary, work: Work) -> None:
     assert json.loads((work.folder / "main" / "summary.json").read_text()) == swept
-    drawn = draw(read_space(f"{work.folder}/space.py"), count=6, seed=0)
+    drawn = draw_trials(read_space(f"{work.folder}/space.py"), count=6, seed=0)
     assert {trial["name"]: trial["parameters"] for trial in swept["trials"]} == {
         trial_name(parameters): parameters for parameters in drawn
     }
@@ -449,7 +449,8 @@ def test_more_trials_are_added_to_those_that_are_there(
     assert (len(parents), len(children)) == (1, 8)
     fewer = run(f"{work.command} --trials 2 --out {copy}", monkeypatch)
     assert [trial["name"] for trial in fewer["trials"]] == sorted(
-        trial_name(parameters) for parameters in draw(read_space(f"{work.folder}/space.py"), count=2, seed=0)
+        trial_name(parameters)
+        for parameters in draw_trials(read_space(f"{work.folder}/space.py"), count=2, seed=0)
     )
     assert records(copy) == after
 
@@ -633,7 +634,7 @@ def test_asha_stops_what_lags_behind_and_chooses_among_the_finished(halved: Summ
     assert len(halved["trials"]) == 9
     assert by_status["stopped"]
     assert by_status["finished"]
-    outcomes = read_outcomes(f"{work.folder}/halved/trials")
+    outcomes = read_records(f"{work.folder}/halved/trials")
     for trial in by_status["stopped"]:
         assert trial["rounds"] >= GRACE_ROUNDS
         assert (trial["criterion"], trial["accuracy"], trial["criteria"]) == (None, None, {})

@@ -18,7 +18,7 @@ from lpclip.method.probe import Probe
 from lpclip.report.evaluation_page import corruption_table, ood_table, overview_table, retrieval_table
 from lpclip.report.sweep_page import status_line, trials_table
 from lpclip.report.tables import format_table
-from lpclip.training.search_space import Space
+from lpclip.training.search_space import SearchSpace
 
 LITE_NOTE = "the embedded lite encoder is not CLIP: it serves first impressions, its figures are its own"
 
@@ -191,7 +191,9 @@ def print_retrieval(summary: dict[str, Any], *, out: str, run: tracking.Run) -> 
     _print_places(out, run, summary="summary.json")
 
 
-def print_sweep_plan(job: TuneJob, space: Space, *, classes: ClassList, count: int, concurrent: int) -> None:
+def print_sweep_plan(
+    job: TuneJob, space: SearchSpace, *, classes: ClassList, count: int, concurrent: int
+) -> None:
     """What is about to be searched."""
     names = ", ".join(classes.names[:8]) + (", ..." if len(classes.names) > 8 else "")
     print(f"classes   {len(classes.names)}: {names}")

@@ -38,28 +38,27 @@ from lpclip.method.probe import Probe, zero_shot_probe
 from lpclip.method.self_training import check_config, config_identity
 from lpclip.progress import TrialProgress
 from lpclip.report.style import save
-from lpclip.report.sweep_page import criterion_figure, parallel_coordinates_figure, sweep_page
+from lpclip.report.sweep_page import ZERO_SHOT_KEY, criterion_figure, parallel_coordinates_figure, sweep_page
 from lpclip.training.search_space import (
     FACTOR,
     Parameters,
-    Space,
+    SearchSpace,
     check_space,
-    draw,
+    draw_trials,
     read_space,
     trial_config,
 )
 from lpclip.training.trials import (
     Material,
-    Outcome,
     Status,
+    TrialRecord,
     prepare,
     read_classifier,
-    read_outcomes,
+    read_records,
     run_trials,
     trial_name,
 )
 
-ZERO_SHOT = "zero_shot"
 # The alias of the winner in the model registry.
 ALIAS = "champion"
 
@@ -93,7 +92,9 @@ def tune_job(job: TuneJob) -> dict[str, Any]:
         start_ray()
         info = describe_encoder(job.encoder, class_names=names, templates=templates(job.names.templates))
         head = make_head(info, names, temperature=None)
-        trials = draw(space, count=job.trials, seed=job.training.seed) if job.search == "random" else []
+        trials = (
+            draw_trials(space, count=job.trials, seed=job.training.seed) if job.search == "random" else []
+        )
         options: dict[str, Any] = {"base": job.training, "own_temperature": head.temperature}
         drawn = trials or [{**space.fixed, name: v} for name in space.searched for v in space.values(name)]
         configs = [trial_config(parameters, **options) for parameters in drawn]
@@ -116,7 +117,7 @@ def _strong_views(job: TuneJob) -> tuple[str, ...]:
     return tuple(view for view in parse_views(job.encode.views) if view not in BASE_VIEWS)
 
 
-def _prior_specs(job: TuneJob, space: Space) -> list[str]:
+def _prior_specs(job: TuneJob, space: SearchSpace) -> list[str]:
     """Every prior that a trial may ask for."""
     return space.values("prior") or [job.training.prior]
 
@@ -128,7 +129,7 @@ class _Sweep:
         self,
         job: TuneJob,
         out: str,
-        space: Space,
+        space: SearchSpace,
         inputs: Inputs,
         info: EncoderInfo,
         head: Head,
@@ -231,9 +232,9 @@ class _Sweep:
 
     def _run_trials(
         self, material: Material, trials: list[Parameters], *, count: int, concurrent: int
-    ) -> list[Outcome]:
+    ) -> list[TrialRecord]:
         files.make_folder(self._folder)
-        there = read_outcomes(self._folder)
+        there = read_records(self._folder)
         wanted = {trial_name(parameters) for parameters in trials}
         done = {name: outcome for name, outcome in there.items() if not trials or name in wanted}
         if done:
@@ -255,7 +256,7 @@ class _Sweep:
         )
         return sorted({o.name: o for o in (*done.values(), *now)}.values(), key=lambda outcome: outcome.name)
 
-    def _tell(self, outcome: Outcome) -> None:
+    def _tell(self, outcome: TrialRecord) -> None:
         last = outcome.rounds[-1] if outcome.rounds else {}
         text = f"{outcome.status}, {len(outcome.rounds)} rounds in {outcome.seconds:.1f} s"
         if outcome.error:
@@ -265,7 +266,7 @@ class _Sweep:
         self._progress.advance(text)
         self._track_trial(outcome)
 
-    def _track_trial(self, outcome: Outcome) -> None:
+    def _track_trial(self, outcome: TrialRecord) -> None:
         """A nested run of the trial, with all of its rounds; written once, at its end."""
         with tracking.track(
             self._job.tracking,
@@ -289,7 +290,7 @@ class _Sweep:
     def _choose(
         self,
         known: EncodedInputs,
-        outcomes: list[Outcome],
+        outcomes: list[TrialRecord],
         material: Material,
     ) -> dict[str, Any]:
         """Every candidate by every criterion; the winner's probe goes to OUT/probe."""
@@ -297,7 +298,7 @@ class _Sweep:
         about: dict[str, Any] = {"class_names": head.class_names, "encoder": known.probe_encoder}
         zero_shot = zero_shot_probe(torch.tensor(head.weight), temperature=head.temperature, **about)
         finished = [outcome for outcome in outcomes if outcome.status == "finished"]
-        names = [ZERO_SHOT, *(outcome.name for outcome in finished)]
+        names = [ZERO_SHOT_KEY, *(outcome.name for outcome in finished)]
         # Zero-shot comes first, so that a tie is decided for it.
         candidates: list[Linear] = [zero_shot]
         candidates += [read_classifier(self._folder, outcome.name) for outcome in finished]
@@ -310,7 +311,7 @@ class _Sweep:
                 worth[name][criterion] = value
         prior = self._prior
         trusted = prior is None or prior.trusted
-        best = max(names, key=lambda name: _number(worth[name][job.criterion])) if trusted else ZERO_SHOT
+        best = max(names, key=lambda name: _number(worth[name][job.criterion])) if trusted else ZERO_SHOT_KEY
         accuracy = {
             name: _accuracy(candidate, self._x, self._y)
             for name, candidate in zip(names, candidates, strict=True)
@@ -337,8 +338,8 @@ class _Sweep:
                 for o in outcomes
             ],
             "zero_shot": {
-                "criterion": worth[ZERO_SHOT][job.criterion],
-                "criteria": worth[ZERO_SHOT],
+                "criterion": worth[ZERO_SHOT_KEY][job.criterion],
+                "criteria": worth[ZERO_SHOT_KEY],
                 **evaluate(zero_shot, self._x, self._y),
             },
             "chosen": {
@@ -368,7 +369,7 @@ class _Sweep:
         }
 
     def _winner(
-        self, zero_shot: Probe, candidate: Linear, outcome: Outcome | None, known: EncodedInputs
+        self, zero_shot: Probe, candidate: Linear, outcome: TrialRecord | None, known: EncodedInputs
     ) -> Probe:
         """The winner as a probe with a label-free temperature, saved."""
         probe = zero_shot
@@ -390,7 +391,7 @@ class _Sweep:
         probe.save(files.join(self._out, "probe"))
         return probe
 
-    def _training(self, outcome: Outcome) -> dict[str, Any]:
+    def _training(self, outcome: TrialRecord) -> dict[str, Any]:
         """A trial's whole configuration, with the parameters as they were searched."""
         temperature = self._head.temperature
         values = {**to_dict(self._job.training), "temperature": temperature, **outcome.parameters}
@@ -400,7 +401,7 @@ class _Sweep:
             values["prior"] = self._prior.name
         return values
 
-    def _command(self, outcome: Outcome) -> str:
+    def _command(self, outcome: TrialRecord) -> str:
         """The selftrain command that trains the same probe."""
         job = self._job
         values = {name: value for name, value in self._training(outcome).items() if name != FACTOR}
@@ -464,7 +465,7 @@ def _reported(criterion: Criterion) -> Criterion:
     return criterion if criterion in ALONE else "structure"
 
 
-def _title(outcome: Outcome) -> str:
+def _title(outcome: TrialRecord) -> str:
     values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in outcome.parameters.values()]
     return f"{outcome.name[:6]} {' '.join(values)}"[:80]
 

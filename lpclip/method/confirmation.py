@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from lpclip.config import SelfTrainingConfig
-from lpclip.method.gaussian import Space
+from lpclip.method.gaussian import Whitening
 from lpclip.method.neighbours import nearest
 from lpclip.method.priors import PRIORS, Prior
-from lpclip.method.self_training import ZERO_SHOT_SHARE, Shard, fit_space, neighbour_count, self_train
+from lpclip.method.self_training import ZERO_SHOT_SHARE, Shard, fit_whitening, neighbour_count, self_train
 
 SAMPLE_ROWS = 10_000
 VIEW_ROWS = 6_000
@@ -74,19 +74,19 @@ class Sample:
         self._images_per_class = len(features) / len(zero_shot)
         rows = features[:SAMPLE_ROWS]
         shard = Shard(features=rows, num_rows=len(rows))
-        space = fit_space(shard)
+        whitening = fit_whitening(shard)
         options: dict[str, Any] = {"config": config, "num_classes": len(zero_shot), "dtype": dtype}
-        self._whole = with_neighbours(shard, space=space, **options)
+        self._whole = with_neighbours(shard, whitening=whitening, **options)
         seen = torch.from_numpy(rows[:VIEW_ROWS]).float()
         logits = seen @ zero_shot.T / temperature
-        whitened = (seen - space.mean.float()) @ space.whitener.float()
+        whitened = (seen - whitening.mean.float()) @ whitening.whitener.float()
         self._views = []
         for seed in range(SPLITS):
             order = torch.randperm(whitened.shape[1], generator=torch.Generator().manual_seed(seed))
             for half in order.chunk(2):
                 view = torch.nn.functional.normalize(whitened[:, half], dim=1).numpy()
                 part = Shard(features=view, num_rows=len(view), zero_shot=logits)
-                self._views.append(with_neighbours(part, space=None, **options))
+                self._views.append(with_neighbours(part, whitening=None, **options))
 
     def confirm(self, prior: Prior) -> Confirmation:
         """Try the rounds with a prior, and in the views."""
@@ -122,14 +122,19 @@ class Sample:
 
 
 def with_neighbours(
-    shard: Shard, *, config: SelfTrainingConfig, num_classes: int, space: Space | None, dtype: torch.dtype
+    shard: Shard,
+    *,
+    config: SelfTrainingConfig,
+    num_classes: int,
+    whitening: Whitening | None,
+    dtype: torch.dtype,
 ) -> Shard:
-    """A shard of all rows with as many neighbours as the rounds use, compared in `dtype` (in `space`, if any)."""
+    """A shard of all rows with as many neighbours as the rounds use, compared in `dtype` (in `whitening`, if any)."""
     count = neighbour_count(config, num_rows=shard.num_rows, num_classes=num_classes)
     if count == 0:
         return shard
     rows = shard.features
-    found = nearest(rows, among=rows, first_row=0, space=space, count=count, dtype=dtype)
+    found = nearest(rows, among=rows, first_row=0, whitening=whitening, count=count, dtype=dtype)
     return replace(shard, neighbours=found)
 
 

@@ -90,7 +90,7 @@ def num_steps(config: PretrainConfig, *, num_pairs: int) -> int:
     return config.epochs * (num_pairs // config.batch_size)
 
 
-def draw(step: int, *, num_pairs: int, config: PretrainConfig) -> Draw:
+def draw_batch(step: int, *, num_pairs: int, config: PretrainConfig) -> Draw:
     """What the step with this number, from 0, draws."""
     epoch, place = divmod(step, num_pairs // config.batch_size)
     rows = _permutation(num_pairs, config.seed, epoch)[place * config.batch_size :][: config.batch_size]

@@ -18,7 +18,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 from lpclip.config import Criterion
 from lpclip.errors import UserError
 from lpclip.method.calibration import temperature_at
-from lpclip.method.gaussian import feature_space, gaussian_probe, row_moments
+from lpclip.method.gaussian import gaussian_probe, make_whitening, row_moments
 from lpclip.method.linear import Linear
 
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
@@ -161,9 +161,9 @@ def folds(predicted: np.ndarray, *, components: np.ndarray, num_classes: int) ->
         held = np.arange(len(predicted)) % FOLDS == fold
         rest = torch.from_numpy(~held)
         targets = torch.nn.functional.one_hot(torch.from_numpy(predicted[~held]), num_classes).double()
-        space = feature_space(row_moments(z[rest]))
+        whitening = make_whitening(row_moments(z[rest]))
         sums, counts = targets.T @ z[rest].double(), targets.sum(dim=0)
-        logits = gaussian_probe(sums, counts, space=space).logits(z[~rest])
+        logits = gaussian_probe(sums, counts, whitening=whitening).logits(z[~rest])
         # A class without rows has a mean all the same.
         again[held] = logits.masked_fill(counts == 0, -torch.inf).argmax(dim=1).numpy()
     return kappa(predicted, again, num_classes=num_classes)

@@ -11,7 +11,7 @@ from lpclip.method.linear import Linear
 
 
 @dataclass(frozen=True, kw_only=True)
-class Space:
+class Whitening:
     """Features centred and whitened by their shrunk covariance: z = (f - mean) . whitener."""
 
     mean: Tensor
@@ -24,8 +24,8 @@ class Space:
     num_rows: float
 
 
-def feature_space(moments: Tensor) -> Space:
-    """The whitened space of features with moments (d + 1, d + 1) float64: the sum of [1 f]'[1 f] over all rows.
+def make_whitening(moments: Tensor) -> Whitening:
+    """The whitening of features with moments (d + 1, d + 1) float64: the sum of [1 f]'[1 f] over all rows.
 
     The covariance is shrunk toward a multiple of the identity by max(0.1, 2d / (2d + n)): with fewer images
     than dimensions, directions that the sample did not see must not be blown up.
@@ -38,7 +38,7 @@ def feature_space(moments: Tensor) -> Space:
     values = values.clamp_min(0)
     floor = values.mean().clamp_min(1e-12)
     shrunk = (1 - shrinkage) * values + shrinkage * floor
-    return Space(
+    return Whitening(
         mean=mean,
         whitener=vectors / shrunk.sqrt(),
         variance=values / shrunk,
@@ -53,7 +53,7 @@ def row_moments(features: Tensor) -> Tensor:
     return (rows.T @ rows).double()
 
 
-def gaussian_probe(sums: Tensor, counts: Tensor, *, space: Space) -> Linear:
+def gaussian_probe(sums: Tensor, counts: Tensor, *, whitening: Whitening) -> Linear:
     """Shared-covariance Gaussian classes as a linear classifier of raw features.
 
     `sums` (K, d) and `counts` (K,), float64, are the targets' sums of features and of ones. In the whitened
@@ -66,15 +66,15 @@ def gaussian_probe(sums: Tensor, counts: Tensor, *, space: Space) -> Linear:
     Logits: z . S^-1 mu_k - mu_k' S^-1 mu_k / 2 (linear discriminant analysis, equal priors).
     """
     seen = counts.clamp_min(1e-3)
-    share = seen / space.num_rows
-    means = (sums / seen[:, None] - space.mean) @ space.whitener
-    shrinkage = max(0.3, space.shrinkage)
-    within = (space.variance.sum() - (share[:, None] * means**2).sum()) / len(space.variance)
-    diagonal = (1 - shrinkage) * space.variance + shrinkage * within.clamp_min(1e-6)
+    share = seen / whitening.num_rows
+    means = (sums / seen[:, None] - whitening.mean) @ whitening.whitener
+    shrinkage = max(0.3, whitening.shrinkage)
+    within = (whitening.variance.sum() - (share[:, None] * means**2).sum()) / len(whitening.variance)
+    diagonal = (1 - shrinkage) * whitening.variance + shrinkage * within.clamp_min(1e-6)
     scaled = means / diagonal
     gram = scaled @ means.T
     inner = torch.diag(1 / (share * (1 - shrinkage))) - gram
     directions = scaled + torch.linalg.solve(inner, gram).T @ scaled
-    weight = directions @ space.whitener.T
-    bias = -(directions * means).sum(dim=1) / 2 - weight @ space.mean
+    weight = directions @ whitening.whitener.T
+    bias = -(directions * means).sum(dim=1) / 2 - weight @ whitening.mean
     return Linear(weight=weight.float(), bias=bias.float())

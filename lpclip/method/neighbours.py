@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpclip.method.gaussian import Space
+from lpclip.method.gaussian import Whitening
 
 BLOCK_ROWS = 1024
 
@@ -16,19 +16,19 @@ def nearest(
     *,
     among: np.ndarray,
     first_row: int,
-    space: Space | None,
+    whitening: Whitening | None,
     count: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """Places (n, count) int64, among all rows, of the nearest neighbours by cosine in the whitened space.
 
-    Without a space by cosine of the rows as they are.
+    Without a whitening, rows are compared by cosine as they are.
 
     `rows` (n, d) are the rows of `among` (N, d) from `first_row` on; a row is not its own neighbour. Work is
     n N d products; memory is N d elements of `dtype` beside blocks.
     """
     assert count < len(among)
-    everything = torch.cat([_whitened(block, space).to(dtype) for block in _blocks(among)])
+    everything = torch.cat([_whitened(block, whitening).to(dtype) for block in _blocks(among)])
     found = []
     for start in range(0, len(rows), BLOCK_ROWS):
         place = torch.arange(first_row + start, first_row + min(start + BLOCK_ROWS, len(rows)))
@@ -42,8 +42,8 @@ def _blocks(features: np.ndarray) -> list[np.ndarray]:
     return [features[start : start + BLOCK_ROWS] for start in range(0, len(features), BLOCK_ROWS)]
 
 
-def _whitened(block: np.ndarray, space: Space | None) -> Tensor:
+def _whitened(block: np.ndarray, whitening: Whitening | None) -> Tensor:
     z = torch.from_numpy(block).float()
-    if space is not None:
-        z = (z - space.mean.float()) @ space.whitener.float()
+    if whitening is not None:
+        z = (z - whitening.mean.float()) @ whitening.whitener.float()
     return torch.nn.functional.normalize(z, dim=1)

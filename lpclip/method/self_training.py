@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lpclip.config import SelfTrainingConfig
 from lpclip.errors import UserError
-from lpclip.method.gaussian import Space, feature_space, gaussian_probe, row_moments
+from lpclip.method.gaussian import Whitening, gaussian_probe, make_whitening, row_moments
 from lpclip.method.linear import Linear
 from lpclip.method.priors import Prior, prior_sums, update_factors
 from lpclip.method.probe import weighted_cross_entropy_gradient
@@ -80,11 +80,11 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spaces:
-    """Where the gaussian solver's students are fitted: it hangs on the features alone, so trainings can share it."""
+class Whitenings:
+    """What the gaussian solver needs of the features. Labels play no part in it, so trainings can share it."""
 
-    base: Space
-    last: Space | None
+    base: Whitening
+    last: Whitening | None
     """Of all views, for the last student; None without strong views."""
 
 
@@ -247,14 +247,14 @@ def self_train(
     all_reduce: AllReduce = lambda tensor: tensor,
     start: State | None = None,
     zero_shot_share: float = ZERO_SHOT_SHARE,
-    spaces: Spaces | None = None,
+    whitenings: Whitenings | None = None,
 ) -> Iterator[tuple[State, Pass]]:
     """Self-training rounds on features (n, d), from a zero-shot head (K, d) of unit norm.
 
     Yields after every round the student with its metrics, and its own pass over the shard (sums of all shards). With
     strong views a last round of the gaussian solver follows, beyond `config.rounds`.
-    `start` is the state of the last round of an interrupted run, `spaces` what `fit_spaces` gives. Raises UserError
-    when no row is left to fit.
+    `start` is the state of the last round of an interrupted run, `whitenings` what `fit_whitenings` gives. Raises
+    UserError when no row is left to fit.
     """
     head = zero_shot / temperature
     first = State(
@@ -267,16 +267,16 @@ def self_train(
     teacher = start or first
     options: dict[str, Any] = {"head": head, "threshold": config.threshold}
     if start is None:
-        _settle_prior(shard, teacher, head=head, prior=prior, all_reduce=all_reduce)
+        _first_factors(shard, teacher, head=head, prior=prior, all_reduce=all_reduce)
     found = _reduce(run_pass(shard, teacher, before=None, **options), all_reduce)
-    if spaces is None and config.solver == "gaussian":
-        spaces = fit_spaces(shard, all_reduce=all_reduce)
+    if whitenings is None and config.solver == "gaussian":
+        whitenings = fit_whitenings(shard, all_reduce=all_reduce)
     earlier, converged = None, start is not None and start.metrics["flip_rate"] < STOP_FLIP_RATE
     while teacher.round < config.rounds and not converged:
         _require_labels(found, number=teacher.round + 1, threshold=config.threshold)
         if config.solver == "gaussian":
-            assert spaces is not None
-            student = _gaussian_student(shard, found, space=spaces.base, all_reduce=all_reduce)
+            assert whitenings is not None
+            student = _gaussian_student(shard, found, whitening=whitenings.base, all_reduce=all_reduce)
             student.zero_shot_share = zero_shot_share
         else:
             student = _gradient_student(
@@ -289,13 +289,13 @@ def self_train(
         yield student, found
         teacher = student
         converged = student.metrics["flip_rate"] < STOP_FLIP_RATE
-    if config.solver != "gaussian" or spaces is None or spaces.last is None:
+    if config.solver != "gaussian" or whitenings is None or whitenings.last is None:
         return
     # One more student, of the same labels, sees the strong views as well: what they change lies within a class, so
     # that its boundaries turn away from it. Earlier, it would cost the rounds what they know of clean images.
     _require_labels(found, number=teacher.round + 1, threshold=config.threshold)
     seen = _reduce(run_pass(shard, teacher, before=earlier, strong=True, **options), all_reduce)
-    student = _gaussian_student(shard, seen, space=spaces.last, all_reduce=all_reduce)
+    student = _gaussian_student(shard, seen, whitening=whitenings.last, all_reduce=all_reduce)
     student.zero_shot_share = LAST_ZERO_SHOT_SHARE
     found = _graduate(shard, student, teacher, found, prior=prior, all_reduce=all_reduce, **options)
     yield student, found
@@ -328,23 +328,27 @@ def _graduate(
     return own
 
 
-def fit_spaces(shard: Shard, *, all_reduce: AllReduce = lambda tensor: tensor) -> Spaces:
-    """The spaces of all shards' features."""
-    last = fit_space(shard, all_reduce=all_reduce, strong=True) if shard.strong else None
-    return Spaces(base=fit_space(shard, all_reduce=all_reduce), last=last)
+def fit_whitenings(shard: Shard, *, all_reduce: AllReduce = lambda tensor: tensor) -> Whitenings:
+    """The whitenings of all shards' features."""
+    last = fit_whitening(shard, all_reduce=all_reduce, strong=True) if shard.strong else None
+    return Whitenings(base=fit_whitening(shard, all_reduce=all_reduce), last=last)
 
 
-def fit_space(shard: Shard, *, all_reduce: AllReduce = lambda tensor: tensor, strong: bool = False) -> Space:
-    """The whitened space of all shards' base features, or of all their views."""
+def fit_whitening(
+    shard: Shard, *, all_reduce: AllReduce = lambda tensor: tensor, strong: bool = False
+) -> Whitening:
+    """The whitening of all shards' base features, or of all their views."""
     dim = shard.features.shape[1]
     total = torch.zeros(dim + 1, dim + 1, dtype=torch.float64)
     for rows, features in shard.chunks():
         views = shard.views(rows, features, strong=strong)
         total += sum(row_moments(view) for view in views) / len(views)
-    return feature_space(all_reduce(total))
+    return make_whitening(all_reduce(total))
 
 
-def _settle_prior(shard: Shard, teacher: State, *, head: Tensor, prior: Prior, all_reduce: AllReduce) -> None:
+def _first_factors(
+    shard: Shard, teacher: State, *, head: Tensor, prior: Prior, all_reduce: AllReduce
+) -> None:
     """Bring the zero-shot teacher's factors to their fixed point; later rounds go on from there, a step each."""
     for _ in range(FIRST_PRIOR_STEPS if prior.strength else 0):
         sums = torch.zeros(2, len(teacher.bias), dtype=torch.float64)
@@ -356,12 +360,12 @@ def _settle_prior(shard: Shard, teacher: State, *, head: Tensor, prior: Prior, a
         teacher.factors = update_factors(all_reduce(sums), prior=prior)
 
 
-def _gaussian_student(shard: Shard, found: Pass, *, space: Space, all_reduce: AllReduce) -> State:
+def _gaussian_student(shard: Shard, found: Pass, *, whitening: Whitening, all_reduce: AllReduce) -> State:
     """Gaussian classes from the targets, at a constant confidence.
 
     Constant: with a confidence that grows from round to round accuracy declines after its best round.
     """
-    fitted = gaussian_probe(found.sums, found.counts, space=space)
+    fitted = gaussian_probe(found.sums, found.counts, whitening=whitening)
     rows = max(0, min(SAMPLE_ROWS, shard.num_rows) - shard.first_row)
     sample = torch.from_numpy(shard.features[:rows]).float()
     scale = scale_to_confidence(fitted.logits(sample), CONFIDENCE, all_reduce=all_reduce)

@@ -27,7 +27,7 @@ from lpclip.report.style import COLOURS, INK, grid, headline, new_figure, shorte
 
 Summary = Mapping[str, Any]
 
-ZERO_SHOT = "zero_shot"
+ZERO_SHOT_KEY = "zero_shot"
 OUTCOMES = ("trial", "criterion", "accuracy %", "ECE %", "rounds", "seconds")
 BEST = COLOURS["supervised"]  # it takes labels to know it
 
@@ -45,10 +45,10 @@ def trials_table(summary: Summary, *, limit: int = 10) -> list[dict[str, Any]]:
     """
     trials: dict[str, Mapping[str, Any]] = {trial["name"]: trial for trial in _finished(summary)}
     name = summary["chosen"]["name"]
-    if name != ZERO_SHOT:
+    if name != ZERO_SHOT_KEY:
         trials.setdefault(name, summary["chosen"])
     order = sorted(trials, key=lambda key: (key != name, -_value(trials[key], "criterion", -math.inf)))
-    candidates = {key: trials[key] for key in order[: max(limit, 1)]} | {ZERO_SHOT: summary["zero_shot"]}
+    candidates = {key: trials[key] for key in order[: max(limit, 1)]} | {ZERO_SHOT_KEY: summary["zero_shot"]}
     shown = sorted(
         candidates, key=lambda key: (key != name, -_value(candidates[key], "criterion", -math.inf))
     )
@@ -98,7 +98,7 @@ def criterion_figure(summary: Summary) -> Figure:
     """
     labelled = _labelled(summary)
     keys = ("criterion", "accuracy") if labelled else ("criterion",)
-    rows = {trial["name"]: trial for trial in _finished(summary)} | {ZERO_SHOT: summary["zero_shot"]}
+    rows = {trial["name"]: trial for trial in _finished(summary)} | {ZERO_SHOT_KEY: summary["zero_shot"]}
     rows = {name: row for name, row in rows.items() if all(_number(row.get(key)) is not None for key in keys)}
     if labelled:
         points = {name: (row["criterion"], row["accuracy"]) for name, row in rows.items()}
@@ -175,7 +175,7 @@ def sweep_page(summary: Summary, *, facts: Mapping[str, str]) -> str:
 
 def _choice_section(summary: Summary) -> Section:
     chosen, zero_shot, criterion = summary["chosen"], summary["zero_shot"], summary["criterion"]
-    if chosen["name"] == ZERO_SHOT:
+    if chosen["name"] == ZERO_SHOT_KEY:
         why = (
             f"by {criterion}, no trial is better"
             if summary.get("trusted", True)
@@ -186,13 +186,13 @@ def _choice_section(summary: Summary) -> Section:
         what = f"Trial {chosen['name']} was chosen by {criterion}"
     if _number(chosen.get("criterion")) is not None:
         what += f" ({chosen['criterion']:.3f}"
-        if chosen["name"] != ZERO_SHOT and _number(zero_shot.get("criterion")) is not None:
+        if chosen["name"] != ZERO_SHOT_KEY and _number(zero_shot.get("criterion")) is not None:
             what += f"; zero-shot has {zero_shot['criterion']:.3f}"
         what += ")"
     what += ", which is computed without labels."
     if _number(chosen.get("accuracy")) is not None:
         what += f" Its accuracy is {100 * chosen['accuracy']:.1f}%"
-        if chosen["name"] != ZERO_SHOT and _number(zero_shot.get("accuracy")) is not None:
+        if chosen["name"] != ZERO_SHOT_KEY and _number(zero_shot.get("accuracy")) is not None:
             gain = 100 * (chosen["accuracy"] - zero_shot["accuracy"])
             what += f", {gain:+.1f} points from zero-shot's {100 * zero_shot['accuracy']:.1f}%"
         what += f". {_measured_on(summary)}"
@@ -299,7 +299,7 @@ def _column(parameter: str) -> str:
 
 
 def _short(name: str) -> str:
-    if name == ZERO_SHOT:
+    if name == ZERO_SHOT_KEY:
         return "zero-shot"
     return name if len(name) <= MAX_TRIAL_NAME else name[: MAX_TRIAL_NAME - 1] + "…"
 
@@ -332,7 +332,7 @@ def _parallel_head(summary: Summary, trials: int, chosen: bool, labelled: bool) 
     subtitle = f"Each line is a trial, the darker the higher its {by}."
     if chosen:
         subtitle += " Thick and blue: the one chosen without labels, and its values."
-    elif summary["chosen"]["name"] == ZERO_SHOT:
+    elif summary["chosen"]["name"] == ZERO_SHOT_KEY:
         subtitle += " Zero-shot was chosen, which has no line."
     return f"Parameters and outcomes of {trials} trial{'s' * (trials != 1)}", subtitle
 
@@ -341,7 +341,7 @@ def _marked(
     summary: Summary, rows: Mapping[str, Mapping[str, Any]], labelled: bool
 ) -> dict[str, tuple[str, ...]]:
     """What is to be marked, by name of a row: "zero-shot", "chosen", "best"."""
-    roles: dict[str, list[str]] = {ZERO_SHOT: ["zero-shot"]}
+    roles: dict[str, list[str]] = {ZERO_SHOT_KEY: ["zero-shot"]}
     chosen = summary["chosen"]["name"]
     roles.setdefault(chosen, []).append("chosen")
     if labelled and rows:
@@ -366,12 +366,12 @@ def _draw_points(
         "linewidth": 0,
     }
     axes.scatter(plain[:, 0], plain[:, 1], **dot, clip_on=False, label="trials")
-    if labelled and ZERO_SHOT in points:
-        axes.axhline(points[ZERO_SHOT][1], color=COLOURS["zero-shot"], linewidth=1, linestyle=(0, (4, 3)))
+    if labelled and ZERO_SHOT_KEY in points:
+        axes.axhline(points[ZERO_SHOT_KEY][1], color=COLOURS["zero-shot"], linewidth=1, linestyle=(0, (4, 3)))
     for name, roles in marked.items():
         x, y = points[name]
         who = ", ".join("best by accuracy" if role == "best" else role for role in roles)
-        if name != ZERO_SHOT:
+        if name != ZERO_SHOT_KEY:
             who += f", {shortened(_short(name))}"
         styles: list[dict[str, Any]] = []
         if "best" in roles:

@@ -38,7 +38,7 @@ from lpclip.method.contrastive_step import (
     Draw,
     Towers,
     crop,
-    draw,
+    draw_batch,
     learning_rate,
     make_optimizer,
     num_steps,
@@ -202,7 +202,7 @@ class _Training:
 
     def _batch(self, step: int) -> tuple[Draw, Tensor, Tensor]:
         """What the step draws, and this worker's share of its images, uint8 (b, S, S, 3), and tokens (b, L)."""
-        drawn = draw(step, num_pairs=len(self.pairs), config=self.config)
+        drawn = draw_batch(step, num_pairs=len(self.pairs), config=self.config)
         mine = self._mine()
         texts = pick_texts(self.pairs.texts(drawn.rows[mine]), drawn.texts[mine])
         tokens = torch.stack([self.tokens(text) for text in texts])

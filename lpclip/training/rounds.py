@@ -31,7 +31,7 @@ from lpclip.encoders.encoder import resolve_precision
 from lpclip.encoders.head import Head
 from lpclip.errors import UserError
 from lpclip.features import store
-from lpclip.method.gaussian import Space
+from lpclip.method.gaussian import Whitening
 from lpclip.method.neighbours import nearest
 from lpclip.method.priors import Prior
 from lpclip.method.self_training import (
@@ -40,7 +40,7 @@ from lpclip.method.self_training import (
     Shard,
     State,
     config_identity,
-    fit_spaces,
+    fit_whitenings,
     neighbour_count,
     self_train,
 )
@@ -153,9 +153,11 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     # are: they hang on the targets of the round before, and take seconds where there are few enough rows.
     count = neighbour_count(work.config, num_rows=shard.num_rows, num_classes=len(work.head.weight))
     rounds = read_rounds(work.folder)[:-1] if count == 0 else []
-    spaces = fit_spaces(shard, all_reduce=all_reduce) if work.config.solver == "gaussian" else None
-    if count and spaces is not None:
-        shard = replace(shard, neighbours=_find_neighbours(work, shard, count=count, space=spaces.base))
+    whitenings = fit_whitenings(shard, all_reduce=all_reduce) if work.config.solver == "gaussian" else None
+    if count and whitenings is not None:
+        shard = replace(
+            shard, neighbours=_find_neighbours(work, shard, count=count, whitening=whitenings.base)
+        )
     for state, labelled in self_train(
         shard,
         zero_shot=torch.tensor(work.head.weight),
@@ -164,7 +166,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         prior=work.prior,
         all_reduce=all_reduce,
         start=rounds[-1] if rounds else None,
-        spaces=spaces,
+        whitenings=whitenings,
     ):
         last = labelled
         if rank == 0:
@@ -180,7 +182,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         )
 
 
-def _find_neighbours(work: Work, shard: Shard, *, count: int, space: Space) -> Tensor:
+def _find_neighbours(work: Work, shard: Shard, *, count: int, whitening: Whitening) -> Tensor:
     everything = shard.features
     if len(everything) < shard.num_rows:
         everything = store.load(work.store_path, views=(), with_labels=False).base
@@ -188,7 +190,7 @@ def _find_neighbours(work: Work, shard: Shard, *, count: int, space: Space) -> T
         shard.features,
         among=everything,
         first_row=shard.first_row,
-        space=space,
+        whitening=whitening,
         count=count,
         dtype=resolve_precision("auto", device=torch.device("cpu")),
     )

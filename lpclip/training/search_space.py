@@ -31,7 +31,7 @@ Parameters = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Space:
+class SearchSpace:
     """What is searched: `searched` maps a parameter to its search-space object, `fixed` to the value of all trials."""
 
     searched: dict[str, Any]
@@ -51,7 +51,7 @@ class Space:
         return _extremes(name, self.searched[name]) if name in self.searched else []
 
 
-def read_space(path: str) -> Space:
+def read_space(path: str) -> SearchSpace:
     """The SPACE of a Python file, which is run. Raises UserError when there is none, or none that can be searched."""
     try:
         file = Path(path).expanduser()
@@ -68,7 +68,7 @@ def read_space(path: str) -> Space:
         raise UserError(f"--space {path} has no SPACE, a dict from parameters to ray.tune's search spaces")
     if ast.get_docstring(tree) is not None:
         tree.body = tree.body[1:]
-    space = Space(
+    space = SearchSpace(
         searched={name: value for name, value in found.items() if _is_searched(value)},
         fixed={name: value for name, value in found.items() if not _is_searched(value)},
         identity=digest(ast.dump(tree)),
@@ -88,7 +88,7 @@ def read_space(path: str) -> Space:
     return space
 
 
-def check_space(space: Space, *, base: SelfTrainingConfig, own_temperature: float) -> None:
+def check_space(space: SearchSpace, *, base: SelfTrainingConfig, own_temperature: float) -> None:
     """UserError, with the parameter's name, when a value that the space can give is out of range."""
     for name in (*space.fixed, *space.searched):
         for value in space.values(name):
@@ -121,7 +121,7 @@ def trial_config(
     return config
 
 
-def draw(space: Space, *, count: int, seed: int) -> list[Parameters]:
+def draw_trials(space: SearchSpace, *, count: int, seed: int) -> list[Parameters]:
     """At most `count` different trials, the first ones the same for every count; fewer where the space has no more."""
     random = np.random.RandomState(seed % 2**32)
     found: dict[str, Parameters] = {}

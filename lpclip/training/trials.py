@@ -39,8 +39,8 @@ from lpclip.method.criteria import Yardstick, measure
 from lpclip.method.linear import Linear
 from lpclip.method.neighbours import nearest
 from lpclip.method.priors import Prior
-from lpclip.method.self_training import Shard, Spaces, fit_spaces, neighbour_count, self_train
-from lpclip.training.search_space import Parameters, Space, plain, trial_config
+from lpclip.method.self_training import Shard, Whitenings, fit_whitenings, neighbour_count, self_train
+from lpclip.training.search_space import Parameters, SearchSpace, plain, trial_config
 
 FORMAT = 1
 # Of zero-shot scores that trials share, each with a scaled copy of its own: more are made anew by each pass.
@@ -64,7 +64,7 @@ Status = Literal["finished", "stopped", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class TrialRecord:
     """A trial and what became of it."""
 
     name: str
@@ -86,7 +86,7 @@ class Material:
     """(n, k) int32, the nearest first: a trial takes as many as it uses."""
     scores: np.ndarray | None
     """(n, K) float32 cosines of zero-shot, where they are small enough to share."""
-    spaces: Spaces | None
+    whitenings: Whitenings | None
     head: np.ndarray
     """(K, d) float32, unit norm."""
     own_temperature: float
@@ -118,12 +118,14 @@ def prepare(
     """Whatever of the trainings with these configurations hangs on the features (n, d) alone, done once."""
     num_classes = len(head.weight)
     shard = Shard(features=features, strong=strong, num_rows=len(features))
-    spaces = fit_spaces(shard) if any(config.solver == "gaussian" for config in configs) else None
+    whitenings = fit_whitenings(shard) if any(config.solver == "gaussian" for config in configs) else None
     count = max(neighbour_count(c, num_rows=len(features), num_classes=num_classes) for c in configs)
     neighbours = scores = None
-    if count and spaces is not None:
+    if count and whitenings is not None:
         print(f"neighbours: the {count} nearest of {len(features):,} images, once for all trials", flush=True)
-        found = nearest(features, among=features, first_row=0, space=spaces.base, count=count, dtype=dtype)
+        found = nearest(
+            features, among=features, first_row=0, whitening=whitenings.base, count=count, dtype=dtype
+        )
         neighbours = found.numpy().astype(np.int32)
     if len(features) * num_classes <= MAX_SHARED_SCORES:
         weight = torch.tensor(head.weight)
@@ -133,7 +135,7 @@ def prepare(
         strong=strong,
         neighbours=neighbours,
         scores=scores,
-        spaces=spaces,
+        whitenings=whitenings,
         head=head.weight,
         own_temperature=head.temperature,
         base=base,
@@ -153,16 +155,16 @@ def trial_name(parameters: Parameters) -> str:
 def run_trials(
     material: Material,
     *,
-    space: Space,
+    space: SearchSpace,
     trials: list[Parameters],
     count: int,
     search: Literal["random", "optuna"],
     scheduler: Literal["none", "asha"],
     concurrent: int,
     storage: str,
-    done: Mapping[str, Outcome],
-    tell: Callable[[Outcome], None],
-) -> list[Outcome]:
+    done: Mapping[str, TrialRecord],
+    tell: Callable[[TrialRecord], None],
+) -> list[TrialRecord]:
     """Run what is not `done`: the drawn `trials`, or with a search algorithm as many as make up `count`.
 
     `tell` is told of every trial as it ends, in the driver. A trial that fails is an outcome like any other.
@@ -210,10 +212,10 @@ def run_trials(
     return watch.outcomes
 
 
-def read_outcomes(folder: str) -> dict[str, Outcome]:
+def read_records(folder: str) -> dict[str, TrialRecord]:
     """The trials that are there, by name."""
     names = [name for name in files.list_names(folder) if name.endswith(".json")]
-    found = [Outcome(**files.read_json(files.join(folder, name))) for name in names]
+    found = [TrialRecord(**files.read_json(files.join(folder, name))) for name in names]
     return {outcome.name: outcome for outcome in found}
 
 
@@ -237,7 +239,7 @@ def _run_trial(config: dict[str, Any], *, shared: list[ray.ObjectRef]) -> None:
     name = trial_name(parameters)
     record = files.join(material.folder, f"{name}.json")
     if files.exists(record):  # a search algorithm may ask twice for the same
-        tune.report(_last_word(Outcome(**files.read_json(record))))
+        tune.report(_last_word(TrialRecord(**files.read_json(record))))
         return
     begin, rounds, error = time.monotonic(), list[dict[str, float]](), None
     try:
@@ -251,7 +253,7 @@ def _run_trial(config: dict[str, Any], *, shared: list[ray.ObjectRef]) -> None:
     if error is None:
         tensors = {"weight": classifier.weight.contiguous(), "bias": classifier.bias.contiguous()}
         files.write_bytes(files.join(material.folder, f"{name}.safetensors"), save_tensors(tensors))
-    outcome = Outcome(
+    outcome = TrialRecord(
         name=name,
         parameters=parameters,
         status="finished" if error is None else "failed",
@@ -292,7 +294,7 @@ def _train(training: SelfTrainingConfig, *, material: Material) -> Iterator[tupl
         temperature=training.temperature,
         config=training,
         prior=material.priors[training.prior],
-        spaces=material.spaces,
+        whitenings=material.whitenings,
     ):
         classifier = state.classifier(head / training.temperature)
         if not (classifier.weight.isfinite().all() and classifier.bias.isfinite().all()):
@@ -304,7 +306,7 @@ def _train(training: SelfTrainingConfig, *, material: Material) -> Iterator[tupl
         yield classifier, {"round": state.round, **state.metrics, "criterion": criterion}
 
 
-def _last_word(outcome: Outcome) -> dict[str, float]:
+def _last_word(outcome: TrialRecord) -> dict[str, float]:
     """What schedulers and search algorithms are told of a trial that is over."""
     last = outcome.rounds[-1] if outcome.rounds else {"round": 0.0}
     return last if outcome.status == "finished" else {**last, "criterion": FAILED}
@@ -317,8 +319,8 @@ def _parameters(config: dict[str, Any], *, fixed: Parameters) -> Parameters:
 class _Watch(tune.Callback):
     """Turns what Tune says of trials, in the driver, into outcomes."""
 
-    def __init__(self, folder: str, fixed: Parameters, tell: Callable[[Outcome], None]) -> None:
-        self.outcomes: list[Outcome] = []
+    def __init__(self, folder: str, fixed: Parameters, tell: Callable[[TrialRecord], None]) -> None:
+        self.outcomes: list[TrialRecord] = []
         self._folder, self._fixed, self._tell = folder, fixed, tell
         self._rounds: dict[str, list[dict[str, float]]] = {}
 
@@ -341,9 +343,9 @@ class _Watch(tune.Callback):
         path = files.join(self._folder, f"{name}.json")
         rounds = self._rounds.pop(trial.trial_id, [])
         if files.exists(path):
-            outcome = Outcome(**files.read_json(path))
+            outcome = TrialRecord(**files.read_json(path))
         else:
-            outcome = Outcome(
+            outcome = TrialRecord(
                 name=name,
                 parameters=parameters,
                 status=status,
@@ -363,7 +365,7 @@ def _scheduler(name: Literal["none", "asha"]) -> TrialScheduler:
     return ASHAScheduler(time_attr="round", grace_period=GRACE_ROUNDS, max_t=MAX_ROUNDS, reduction_factor=3)
 
 
-def _optuna(space: Space, done: Mapping[str, Outcome], *, seed: int) -> Searcher:
+def _optuna(space: SearchSpace, done: Mapping[str, TrialRecord], *, seed: int) -> Searcher:
     """Optuna's TPE, told of the trials that are there already."""
     told = [outcome for outcome in done.values() if outcome.status != "stopped"]
     points = [{name: outcome.parameters[name] for name in space.searched} for outcome in told]
