@@ -207,7 +207,7 @@ np.savez(sys.argv[1], features=features, predicted=(features @ head.T).argmax(ax
         }
         subprocess.run([sys.executable, "-c", code, f"{tmp_path}/{name}.npz"], env=environment, check=True)
         found.append(np.load(tmp_path / f"{name}.npz"))
-    # docs/method.md, "What is the same, and how far".
+    # docs/method.md, "Reproducibility".
     np.testing.assert_allclose(found[0]["features"], found[1]["features"], atol=2.5e-4)
     assert found[0]["predicted"].tolist() == found[1]["predicted"].tolist()
 
