@@ -41,7 +41,6 @@ from lpclip.config import ClassConfig, SelfTrainingConfig, digest
 from lpclip.encoders.encoder import resolve_precision
 from lpclip.encoders.head import Head
 from lpclip.encoders.prompts import DEFAULT_TEMPLATES, zero_shot_head
-from lpclip.features import store
 from lpclip.images.classes import map_labels, resolve_classes
 from lpclip.jobs.cli import OPTIONS
 from lpclip.jobs.runtime import start_ray
@@ -105,7 +104,7 @@ class Row:
 def settings(options: Options) -> Iterator[Setting]:
     """All data sets that the folder has, each with every ratio."""
     stores = find_stores(options.folder)
-    encoder = load_encoder_of(next(iter(stores.values()))["identity"]["encoder"])
+    encoder = load_encoder_of(next(iter(stores.values())).manifest.identity["encoder"])
     for name in options.data.split(","):
         paths = [pick(stores, STORES[name][0], view="strong"), pick(stores, STORES[name][1])]
         if STORES[name][0] == STORES[name][1]:
@@ -114,12 +113,13 @@ def settings(options: Options) -> Iterator[Setting]:
             print(f"{name}: left out, a store of {STORES[name]} is missing", flush=True)
             continue
         train, test = (
-            store.load(str(path), views=views) for path, views in zip(paths, (("strong",), ()), strict=True)
+            stores[str(path)].features(views=views)
+            for path, views in zip(paths, (("strong",), ()), strict=True)
         )
-        names = [stores[str(path)]["identity"]["source"]["label_names"] for path in paths]
-        classes = resolve_classes(ClassConfig(), label_names=tuple(names[0]))
+        names = [stores[str(path)].manifest.label_names for path in paths]
+        classes = resolve_classes(ClassConfig(), label_names=names[0])
         y, test_y = (
-            map_labels(found.labels, label_names=tuple(own), classes=classes, data=name)
+            map_labels(found.labels, label_names=own, classes=classes, data=name)
             for found, own in zip((train, test), names, strict=True)
         )
         head = zero_shot_head(encoder, classes.names, templates=DEFAULT_TEMPLATES)

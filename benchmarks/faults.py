@@ -45,7 +45,8 @@ from encoding import generate, psutil
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors, list_tasks
 
-from lpclip.features import store
+from lpclip.features.store import Store, matrix
+from lpclip.features.store_writer import Part, list_parts
 from lpclip.jobs.cli import OPTIONS
 from lpclip.jobs.runtime import versions
 from lpclip.report.tables import format_table
@@ -57,7 +58,7 @@ WAIT_SECONDS = 240
 FULL_BYTES = 64 << 10  # less than a part has
 KILLED = -signal.SIGKILL
 
-Parts = Mapping[store.Part, int]
+Parts = Mapping[Part, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,12 +162,10 @@ def write_parquet(path: Path, images: Mapping[str, bytes]) -> None:
 
 def read_features(path: Path) -> Iterator[tuple[str, bytes]]:
     """Ids of a complete store, and the bytes of all views of each."""
-    manifest = store.read_manifest(str(path))
-    if manifest is None:
-        raise RuntimeError("the store is not complete")
-    views, dim = manifest["identity"]["views"], manifest["identity"]["encoder"]["dim"]
-    for table in store.read_parts(str(path), ["id", *views]):
-        rows = zip(*(store.matrix(table, view, dim) for view in views), strict=True)
+    store = Store.open(str(path))
+    views, dim = store.manifest.views, store.manifest.dim
+    for table in store.tables(["id", *views]):
+        rows = zip(*(matrix(table, view, dim) for view in views), strict=True)
         for name, row in zip(table["id"].to_pylist(), rows, strict=True):
             yield name, b"".join(feature.tobytes() for feature in row)
 
@@ -250,7 +249,7 @@ class Trial:
 
     def parts(self) -> Parts:
         """When each part that is there was written."""
-        found = store.list_parts(str(self.store))
+        found = list_parts(str(self.store))
         return {part: (self.store / part.name).stat().st_mtime_ns for part in found}
 
     def reach_the_middle(self) -> Parts:
@@ -259,7 +258,7 @@ class Trial:
         def enough() -> bool:
             if not self._jobs[-1].runs:
                 raise RuntimeError("the job ended before the fault")
-            return len(store.list_parts(str(self.store))) >= MIDDLE
+            return len(list_parts(str(self.store))) >= MIDDLE
 
         wait_for(enough, "the middle of the job")
         return self.parts()

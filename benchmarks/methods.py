@@ -50,7 +50,7 @@ from lpclip.encoders.encoder import Encoder
 from lpclip.encoders.load import load_encoder
 from lpclip.encoders.prompts import DEFAULT_TEMPLATES, zero_shot_head
 from lpclip.evaluation.metrics import classification_metrics
-from lpclip.features import store
+from lpclip.features.store import Store
 from lpclip.images.classes import map_labels, resolve_classes
 from lpclip.jobs.cli import OPTIONS
 from lpclip.method.calibration import CALIBRATION_ROWS, expected_accuracy, mean_confidence, temperature_at
@@ -232,45 +232,41 @@ def settings(data: Data, *, seed: int, limit: int, limit_all: int) -> Iterator[S
         yield Setting(name=f"corrupted {view}", seed=seed, unlabelled=unlabelled, test=tested)
 
 
-def find_stores(folder: str) -> dict[str, dict[str, Any]]:
-    """Manifests of the folder's finished stores by path, all of one encoder; ValueError when they are not."""
-    found = {}
-    for file in sorted(Path(folder).glob("*/manifest.json")):
-        found[str(file.parent)] = store.read_manifest(str(file.parent)) or {}
-    encoders = [manifest["identity"]["encoder"] for manifest in found.values()]
+def find_stores(folder: str) -> dict[str, Store]:
+    """The folder's finished stores by path, all of one encoder; ValueError when they are not."""
+    paths = [str(file.parent) for file in sorted(Path(folder).glob("*/manifest.json"))]
+    found = {path: Store.open(path) for path in paths}
+    encoders = [store.manifest.identity["encoder"] for store in found.values()]
     if not encoders or any(encoder != encoders[0] for encoder in encoders):
         raise ValueError(f"{folder} must hold finished feature stores, all of one encoder")
     return found
 
 
-def pick(stores: dict[str, dict[str, Any]], name: str, *, view: str | None = None) -> str | None:
+def pick(stores: dict[str, Store], name: str, *, view: str | None = None) -> str | None:
     """Path of the largest store of that name, with a view that is asked for, else without corruptions."""
     fits = []
-    for path, manifest in stores.items():
-        views = manifest["identity"]["views"]
+    for path, store in stores.items():
+        views = store.manifest.views
         right = view in views if view else not any(":" in other for other in views)
         if right and Path(path).name.rpartition("-")[0] == name:
-            fits.append((manifest["num_rows"], path))
+            fits.append((store.manifest.num_rows, path))
     return max(fits)[1] if fits else None
 
 
-def load_data(stores: dict[str, dict[str, Any]], name: str, *, encoder: Encoder) -> Data | None:
+def load_data(stores: dict[str, Store], name: str, *, encoder: Encoder) -> Data | None:
     """A data set, or None, after a line that says so, when stores are missing."""
     names = STORES[name]
     paths = [pick(stores, part) for part in names]
     if missing := [part for part, path in zip(names, paths, strict=True) if path is None]:
         print(f"{name}: left out, there is no store {missing[0]}", flush=True)
         return None
-    label_names = stores[str(paths[0])]["identity"]["source"]["label_names"]
-    classes = resolve_classes(ClassConfig(), label_names=tuple(label_names) if label_names else None)
+    classes = resolve_classes(ClassConfig(), label_names=stores[str(paths[0])].manifest.label_names)
 
     def load(path: str | None, *, view: str | None = None) -> Images:
         assert path is not None
-        found, own = (
-            store.load(path, views=(view,) if view else ()),
-            stores[path]["identity"]["source"]["label_names"],
-        )
-        labels = map_labels(found.labels, label_names=tuple(own) if own else None, classes=classes, data=path)
+        found = stores[path].features(views=(view,) if view else ())
+        own = stores[path].manifest.label_names
+        labels = map_labels(found.labels, label_names=own, classes=classes, data=path)
         return Images(features=found.strong[view] if view else found.base, labels=labels)
 
     train, test = (load(path) for path in paths)
@@ -288,7 +284,7 @@ def load_data(stores: dict[str, dict[str, Any]], name: str, *, encoder: Encoder)
         temperature=1 / encoder.logit_scale,
         train=train,
         test=test,
-        foreign=store.load(foreign, views=(), with_labels=False).base if foreign else None,
+        foreign=stores[foreign].features(views=(), with_labels=False).base if foreign else None,
         corrupted=corrupted if names[0] != names[1] else {},
     )
 
@@ -635,7 +631,7 @@ def main(options: Options) -> None:
     if unknown := set(names) - set(STORES):
         raise ValueError(f"unknown data {', '.join(sorted(unknown))}: use {', '.join(STORES)}")
     stores = find_stores(options.folder)
-    encoder = load_encoder_of(next(iter(stores.values()))["identity"]["encoder"])
+    encoder = load_encoder_of(next(iter(stores.values())).manifest.identity["encoder"])
     rows: list[Row] = []
     trials = []
     for name in names:

@@ -25,11 +25,11 @@ from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
 from lpclip.encoders.head import EncoderInfo, Head, make_head
 from lpclip.encoders.load import load_encoder
 from lpclip.encoders.prompts import DEFAULT_TEMPLATES
-from lpclip.features import store
 from lpclip.features.decode_stage import decode_unit
 from lpclip.features.describe import describe_encoder
 from lpclip.features.encode_stage import CPU_BATCH, _Encode, encode, plan_actors
 from lpclip.features.find_or_encode import encode_data, open_data
+from lpclip.features.store import Manifest, Store, matrix
 from lpclip.features.zero_shot_labels import pseudo_label
 from lpclip.images.open import open_source
 from lpclip.jobs.cli import users_mistake
@@ -45,7 +45,7 @@ class Made:
     """A feature store, and what it was made with."""
 
     path: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     head: Head
     scores: Path
 
@@ -71,11 +71,11 @@ def made(tars: Path, info: EncoderInfo, tmp_path_factory: pytest.TempPathFactory
     """The tars' features and zero-shot pseudo-labels."""
     folder = tmp_path_factory.mktemp("made")
     head = make_head(info, CLASSES, temperature=None)
-    manifest = run(tars, info, folder / "store", head=head, scores_path=str(folder / "scores"))
-    return Made(path=folder / "store", manifest=manifest, head=head, scores=folder / "scores")
+    store = run(tars, info, folder / "store", head=head, scores_path=str(folder / "scores"))
+    return Made(path=folder / "store", manifest=store.manifest, head=head, scores=folder / "scores")
 
 
-def run(data: Path, info: EncoderInfo, path: Path, config: EncodeConfig = CONFIG, **options: Any) -> Any:
+def run(data: Path, info: EncoderInfo, path: Path, config: EncodeConfig = CONFIG, **options: Any) -> Store:
     limits = options.pop("source", SourceConfig())
     source = open_source(str(data), config=limits)
     return encode(source, info=info, encoder=LITE, config=config, seed=0, path=str(path), **options)
@@ -83,21 +83,22 @@ def run(data: Path, info: EncoderInfo, path: Path, config: EncodeConfig = CONFIG
 
 def features(path: Path) -> dict[str, bytes]:
     """Bytes of all views by id."""
-    table = pa.concat_tables(list(store.read_parts(str(path), ["id", *VIEWS])))
-    rows = np.concatenate([store.matrix(table, view, 1280) for view in VIEWS], axis=1)
+    table = pa.concat_tables(Store.open(str(path)).tables(["id", *VIEWS]))
+    rows = np.concatenate([matrix(table, view, 1280) for view in VIEWS], axis=1)
     return dict(zip(table["id"].to_pylist(), (row.tobytes() for row in rows), strict=True))
 
 
 def test_every_image_is_encoded_once_in_every_view(made: Made) -> None:
-    found = store.load(str(made.path))
+    found = Store.open(str(made.path)).features()
     assert sorted(found.ids) == sorted(f"{t}.tar/{i:03d}" for t in range(3) for i in range(8 + t))
     assert [int(name[-3:]) % 3 for name in found.ids] == found.labels.tolist()
     assert set(found.strong) == {"strong"}
     for view in (found.base, found.strong["strong"]):
         np.testing.assert_allclose(np.linalg.norm(view.astype(float), axis=1), 1, atol=2e-3)
-    assert made.manifest["num_rows"] == 27
-    assert made.manifest["num_quarantined"] == 0
-    assert made.manifest["images_per_second"] > 0
+    assert made.manifest.num_rows == 27
+    assert made.manifest.num_quarantined == 0
+    assert made.manifest.images_per_second
+    assert made.manifest.images_per_second > 0
 
 
 def test_the_mirror_view_is_the_mirrored_image(made: Made, info: EncoderInfo, tmp_path: Path) -> None:
@@ -106,19 +107,18 @@ def test_the_mirror_view_is_the_mirrored_image(made: Made, info: EncoderInfo, tm
         (tmp_path / "images").mkdir()
         mirrored.save(tmp_path / "images" / "mirrored.png")
     run(tmp_path / "images", info, tmp_path / "store")
-    table = next(store.read_parts(str(tmp_path / "store"), ["weak"]))
+    table = next(Store.open(str(tmp_path / "store")).tables(["weak"]))
     other = np.frombuffer(features(made.path)["0.tar/001"], np.float16).reshape(3, 1280)
-    np.testing.assert_allclose(store.matrix(table, "weak", 1280)[0], other[1], atol=2e-3)
+    np.testing.assert_allclose(matrix(table, "weak", 1280)[0], other[1], atol=2e-3)
 
 
 def test_features_do_not_depend_on_batches_actors_or_the_order_of_work(
     made: Made, tars: Path, info: EncoderInfo, tmp_path: Path
 ) -> None:
     other = EncodeConfig(views=CONFIG.views, batch_size=5, num_actors=2)
-    manifest = run(tars, info, tmp_path / "store", other)
+    manifest = run(tars, info, tmp_path / "store", other).manifest
     assert features(tmp_path / "store") == features(made.path)
-    same = ("fingerprint", "content_digest", "num_rows", "parts")
-    assert {key: manifest[key] for key in same} == {key: made.manifest[key] for key in same}
+    assert replace(manifest, images_per_second=None) == replace(made.manifest, images_per_second=None)
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 8])
@@ -166,7 +166,7 @@ def test_features_are_the_same_bits_for_any_batch_size_number_of_threads_and_com
     def bits(batch_size: int, num_threads: int, rows: slice) -> list[bytes]:
         stage = _Encode(encoder, identity, views, batch_size, num_threads)
         found = stage(table_of_pixels({"weak": pixels[rows]}, [None] * len(pixels[rows])))
-        features = np.concatenate([store.matrix(found, view, made.dim) for view in views], axis=1)
+        features = np.concatenate([matrix(found, view, made.dim) for view in views], axis=1)
         return [row.tobytes() for row in features]
 
     whole = bits(64, 1, slice(None))
@@ -236,7 +236,7 @@ def test_batches_run_on_from_view_to_view(info: EncoderInfo, batch_size: int) ->
         images = pixels[view.removesuffix("+mirror") if view != "mirror" else "weak"]
         flipped = images[:, :, ::-1] if view.endswith("mirror") else images
         expected = encode_image(torch.from_numpy(flipped.copy())).float().cpu().numpy()
-        features = store.matrix(found, view, 1280)
+        features = matrix(found, view, 1280)
         assert (features[1] == 0).all()
         np.testing.assert_allclose(features[[0, 2]], expected[[0, 2]], atol=4e-3)
 
@@ -258,26 +258,25 @@ def test_an_interrupted_encoding_goes_on_with_the_missing_units_alone(
 ) -> None:
     path = tmp_path / "store"
     shutil.copytree(made.path, path)
-    kept, lost, damaged = (path / name for name in made.manifest["parts"])
+    kept, lost, damaged = (path / name for name in made.manifest.parts)
     lost.unlink()
     damaged.rename(path / damaged.name.replace("-last", ""))  # a unit of which the rest is to come
     (path / "manifest.json").unlink()
     before = kept.stat()
-    manifest = run(tars, info, path)
+    manifest = run(tars, info, path).manifest
     assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    same = ("fingerprint", "content_digest", "num_rows", "parts")
-    assert {key: manifest[key] for key in same} == {key: made.manifest[key] for key in same}
+    assert replace(manifest, images_per_second=None) == replace(made.manifest, images_per_second=None)
     assert features(path) == features(made.path)
 
 
 def test_pseudo_labels_of_the_pass_equal_those_of_the_store(made: Made) -> None:
-    assert sorted(path.name for path in made.scores.iterdir()) == made.manifest["parts"]
+    assert sorted(path.name for path in made.scores.iterdir()) == list(made.manifest.parts)
     for name, table in zip(
-        made.manifest["parts"], store.read_parts(str(made.path), ["id", *VIEWS]), strict=True
+        made.manifest.parts, Store.open(str(made.path)).tables(["id", *VIEWS]), strict=True
     ):
         written = pq.read_table(made.scores / name)
         assert written == pseudo_label(table, head=made.head, dim=1280)
-    found = store.load(str(made.path))
+    found = Store.open(str(made.path)).features()
     written = pq.read_table(made.scores)
     labels = dict(zip(written["id"].to_pylist(), written["label"].to_pylist(), strict=True))
     zero_shot = (found.base.astype(np.float32) @ made.head.weight.T).argmax(axis=1)
@@ -317,9 +316,9 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_bad_images_are_quarantined_with_their_reason(mixed: Path, info: EncoderInfo, tmp_path: Path) -> None:
-    manifest = run(mixed, info, tmp_path)
-    assert (manifest["num_rows"], manifest["num_quarantined"]) == (5, 4)
-    kept = store.load(str(tmp_path))
+    manifest = run(mixed, info, tmp_path).manifest
+    assert (manifest.num_rows, manifest.num_quarantined) == (5, 4)
+    kept = Store.open(str(tmp_path)).features()
     assert sorted(kept.ids) == ["cmyk.jpg", "deep.png", "dot.png", "moving.gif", "palette.png"]
     assert np.isfinite(kept.base.astype(float)).all()
     quarantine = {row["id"]: row for row in pq.read_table(tmp_path / "quarantine.parquet").to_pylist()}
@@ -338,7 +337,7 @@ def test_bad_images_are_quarantined_with_their_reason(mixed: Path, info: Encoder
     found = encode_data(
         open_data(str(mixed), config=SourceConfig(), split="train"), **options, folder=str(tmp_path / "f")
     )
-    assert found.manifest["num_quarantined"] == 4
+    assert found.store.manifest.num_quarantined == 4
     with pytest.raises(ValueError, match=message):
         encode_data(data, **options, folder=str(tmp_path / "f"))
 
@@ -359,8 +358,8 @@ def test_an_empty_tar_among_others_is_no_obstacle(info: EncoderInfo, tmp_path: P
     (tmp_path / "images").mkdir()
     write_tar(tmp_path / "images" / "a.tar", {"0.png": draw(0, 0)})
     write_tar(tmp_path / "images" / "b.tar", {})
-    manifest = run(tmp_path / "images", info, tmp_path / "store")
-    assert (manifest["num_rows"], manifest["num_quarantined"]) == (1, 1)
+    manifest = run(tmp_path / "images", info, tmp_path / "store").manifest
+    assert (manifest.num_rows, manifest.num_quarantined) == (1, 1)
     (row,) = pq.read_table(tmp_path / "store" / "quarantine.parquet").to_pylist()
     assert row == {"id": "b.tar/(empty)", "stage": "read", "error": "tar: holds no samples"}
 

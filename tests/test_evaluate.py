@@ -37,7 +37,7 @@ from lpclip.config import (
 from lpclip.evaluation.bootstrap import mean_interval
 from lpclip.evaluation.judge import ZERO_SHOT
 from lpclip.evaluation.shift import ALEXNET_ERROR, effective_robustness
-from lpclip.features import store
+from lpclip.features.store import Store, row_order
 from lpclip.jobs.evaluate import EXAMPLES, evaluate_job
 from lpclip.jobs.selftrain import selftrain_job
 from lpclip.method.probe import Probe, load_probe
@@ -155,7 +155,7 @@ def correct(path: str, views: tuple[str, ...], probe: Probe) -> np.ndarray:
     mean = (mean / np.linalg.norm(mean, axis=1, keepdims=True)).astype(np.float16).astype(np.float32)
     predicted = (mean @ probe.weight.numpy().T + probe.bias.numpy()).argmax(axis=1)
     ids = table["id"].to_pylist()
-    return (predicted == truth(ids))[store.row_order(np.array(ids))]
+    return (predicted == truth(ids))[row_order(np.array(ids))]
 
 
 def corrupted_views(corruption: str, severity: int) -> tuple[str, str]:
@@ -255,10 +255,9 @@ def test_gains_are_paired_on_the_same_images(found: Summary, probes: dict[str, P
     both = [gain(photos, corrupted_views(name, 5)) for name in CORRUPTIONS]
     check(np.mean(both, axis=0), "photos", "mean", 5)
     # Of arrays every severity has ids of its own, which order the rows: images are matched all the same.
-    matched = []
-    for path in stores(found, "tiny"):
-        ids = store.read_ids(path)[0]
-        matched.append(gain(path, ("weak", "mirror"))[np.argsort(ids[store.row_order(ids)])])
+    matched = [
+        gain(path, ("weak", "mirror"))[np.argsort(Store.open(path).ids())] for path in stores(found, "tiny")
+    ]
     assert np.any(matched)
     check(np.mean(matched, axis=0), "tiny", "mean")
 
@@ -309,8 +308,7 @@ def test_the_page_needs_nothing_else_and_shows_everything(
 def disagreements(summary: Summary, probes: dict[str, Probe], name: str) -> set[str]:
     """Ids of the photos that either zero-shot or the probe `name` gets right, and not the other."""
     (path,) = stores(summary, "photos")
-    ids = store.read_ids(path)[0]
-    ids = ids[store.row_order(ids)].tolist()
+    ids = Store.open(path).ids().tolist()
     right = {who: correct(path, ("weak", "mirror"), probes[who]) for who in (ZERO_SHOT, name)}
     return {image for image, a, b in zip(ids, right[ZERO_SHOT], right[name], strict=True) if a != b}
 
@@ -336,7 +334,7 @@ def test_the_page_shows_the_images_on_which_probe_and_zero_shot_disagree(
     changed = disagreements(found, {**probes, "mixed": mixed}, "mixed")
     assert changed
     described = {image["alt"] for image in page.attributes("img")}
-    ids = store.read_ids(stores(found, "photos")[0])[0].tolist()
+    ids = Store.open(stores(found, "photos")[0]).ids().tolist()
     shown = {name for name in ids if f"{name}, {CLASSES[truth([name])[0]]}" in described}
     assert shown <= changed
     assert len(shown) >= min(len(changed), EXAMPLES)
@@ -443,9 +441,7 @@ def test_one_more_severity_encodes_its_views_alone(found: Summary, work: Work) -
     assert item["encoded_now"]
     old, new = item["stores"]
     assert [old] == stores(found, "photos")
-    manifest = store.read_manifest(new)
-    assert manifest is not None
-    assert manifest["identity"]["views"] == ["weak", *corrupted_views("fog", 3)]
+    assert Store.open(new).manifest.views == ("weak", *corrupted_views("fog", 3))
     after = times(work)
     assert {name: after[name] for name in before} == before
     for name in (ZERO_SHOT, "probe", "ceiling"):

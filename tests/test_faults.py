@@ -23,9 +23,10 @@ from conftest import descendants, draw, write_tar
 
 from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
 from lpclip.encoders.head import EncoderInfo
-from lpclip.features import store
 from lpclip.features.describe import describe_encoder
 from lpclip.features.encode_stage import encode
+from lpclip.features.store import Store
+from lpclip.features.store_writer import list_parts
 from lpclip.images.open import open_source
 from lpclip.images.source import Reader, Row, Source
 
@@ -65,16 +66,14 @@ def undisturbed(
     return features(path)
 
 
-def run(
-    source: Source, info: EncoderInfo, path: Path, *, views: str = EncodeConfig().views
-) -> dict[str, Any]:
+def run(source: Source, info: EncoderInfo, path: Path, *, views: str = EncodeConfig().views) -> Store:
     config = EncodeConfig(views=views)
     return encode(source, info=info, encoder=LITE, config=config, seed=0, path=str(path))
 
 
 def features(path: Path) -> dict[str, bytes]:
     """Bytes of all features by id; an id that is there twice fails."""
-    found = store.load(str(path))
+    found = Store.open(str(path)).features()
     views = zip(found.ids.tolist(), found.base, *found.strong.values(), strict=True)
     by_id = {name: b"".join(row.tobytes() for row in rows) for name, *rows in views}
     assert len(by_id) == len(found.ids), "doubled"
@@ -83,17 +82,16 @@ def features(path: Path) -> dict[str, bytes]:
 
 def parts(path: Path) -> Parts:
     """Time and bytes of the parts that are there."""
-    names = [part.name for part in store.list_parts(str(path))]
+    names = [part.name for part in list_parts(str(path))]
     return {name: ((path / name).stat().st_mtime_ns, (path / name).read_bytes()) for name in names}
 
 
 def assert_whole(path: Path, *, expected: dict[str, bytes], before: Parts) -> None:
     """Every row is there once, as without the fault, and what was committed before it was not encoded again."""
-    manifest = store.read_manifest(str(path))
-    assert manifest is not None
+    manifest = Store.open(str(path)).manifest
     quarantined = pq.read_table(path / "quarantine.parquet")["id"].to_pylist()
     assert features(path) == expected
-    assert (manifest["num_rows"], manifest["num_quarantined"]) == (len(expected), len(quarantined))
+    assert (manifest.num_rows, manifest.num_quarantined) == (len(expected), len(quarantined))
     assert len(quarantined) == len(BAD_IDS)
     assert set(quarantined) == BAD_IDS == IDS - set(expected)
     assert len(expected) + len(quarantined) == len(IDS) == NUM_TARS * TAR_IMAGES
@@ -170,7 +168,7 @@ def test_a_lost_encoder_is_replaced(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     encoding = Encoding(open_source(str(tars), config=SourceConfig()), info, tmp_path)
-    wait_for(lambda: len(store.list_parts(str(tmp_path))) >= 3, "3 parts", told=lambda: str(encoding.error))
+    wait_for(lambda: len(list_parts(str(tmp_path))) >= 3, "3 parts", told=lambda: str(encoding.error))
     before = parts(tmp_path)
     encoding.kill_encoder()
     assert len(before) < NUM_TARS

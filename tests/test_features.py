@@ -18,9 +18,10 @@ from PIL import Image
 
 from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
 from lpclip.encoders.head import EncoderInfo
-from lpclip.features import store
 from lpclip.features.describe import describe_encoder
 from lpclip.features.find_or_encode import Data, Encoded, Views, encode_views, open_data
+from lpclip.features.store import matrix
+from lpclip.features.store_writer import Part, StoreWriter
 from lpclip.images.pixels import Preprocess
 from lpclip.images.views import CORRUPTIONS, render
 
@@ -91,11 +92,11 @@ def spread(table: Path, info: EncoderInfo, tmp_path_factory: pytest.TempPathFact
 def test_only_missing_views_are_encoded(spread: Spread, table: Path, info: EncoderInfo) -> None:
     (first,) = spread.first.stores
     assert not first.reused
-    assert first.manifest["identity"]["views"] == list(BASE)
+    assert first.store.manifest.views == BASE
     found, now = spread.both.stores
-    assert (found.path, found.reused, now.reused) == (first.path, True, False)
+    assert (found.store.path, found.reused, now.reused) == (first.store.path, True, False)
     assert spread.both.latest is now
-    assert now.manifest["identity"]["views"] == ["weak", *CORRUPTED]
+    assert now.store.manifest.views == ("weak", *CORRUPTED)
     after = times(spread.folder)
     assert {name: after[name] for name in spread.written} == spread.written
 
@@ -105,7 +106,7 @@ def test_only_missing_views_are_encoded(spread: Spread, table: Path, info: Encod
 
 
 def test_the_mean_of_weak_and_mirror_is_the_stores_base(spread: Spread) -> None:
-    loaded = store.load(spread.both.stores[0].path)
+    loaded = spread.both.stores[0].store.features()
     for views in (spread.first, spread.both):
         np.testing.assert_array_equal(views.mean(*BASE), loaded.base)
         assert views.ids.tolist() == loaded.ids.tolist()
@@ -113,9 +114,9 @@ def test_the_mean_of_weak_and_mirror_is_the_stores_base(spread: Spread) -> None:
 
 
 def test_views_of_both_stores_are_in_one_order(spread: Spread) -> None:
-    parts = pa.concat_tables(store.read_parts(spread.both.stores[1].path, ["id", *CORRUPTED[:2]]))
+    parts = pa.concat_tables(spread.both.stores[1].store.tables(["id", *CORRUPTED[:2]]))
     rows = np.argsort(parts["id"].to_pylist())[np.argsort(np.argsort(spread.both.ids))]
-    plain, mirrored = (store.matrix(parts, view, 1280)[rows] for view in CORRUPTED[:2])
+    plain, mirrored = (matrix(parts, view, 1280)[rows] for view in CORRUPTED[:2])
     np.testing.assert_array_equal(spread.both.mean(CORRUPTED[0]), plain)
     mean = plain.astype(np.float64) + mirrored
     mean /= np.linalg.norm(mean, axis=1, keepdims=True)
@@ -133,7 +134,7 @@ def test_corrupted_features_do_not_depend_on_actors_batches_stores_or_the_cut_in
     pieces = replace(data, source=replace(data.source, units=cut))
     other = run(pieces, info, tmp_path, (*CORRUPTED, *BASE), num_actors=2, batch_size=5)
     (one,) = other.stores
-    assert len(one.manifest["parts"]) == 3
+    assert len(one.store.manifest.parts) == 3
     assert len(spread.both.stores) == 2
     assert other.ids.tolist() == spread.both.ids.tolist()
     features = {view: other.mean(view).tobytes() for view in (*BASE, *CORRUPTED)}
@@ -157,13 +158,14 @@ def test_a_worker_corrupts_an_image_as_this_process_does() -> None:
 def small_store(path: Path, ids: list[str], view: str) -> Encoded:
     """A complete store of two-dimensional features."""
     identity = {"views": [view], "encoder": {"dim": 2}, "source": {}}
-    store.open_store(str(path), identity)
+    writer = StoreWriter(str(path), identity)
+    writer.begin()
     features = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(2 * len(ids), np.float16)), 2)
     rows = pa.table({"id": ids, "label": pa.nulls(len(ids), pa.int32()), view: features})
-    part = store.Part(unit=0, start=0, stop=len(ids), last=True)
-    store.write_part(str(path), part, rows=rows, quarantine=[], content_digest=0)
-    manifest = store.finish_store(str(path), identity, num_units=1, rate=None)
-    return Encoded(path=str(path), manifest=manifest, seconds=0, reused=True, rate=None)
+    part = Part(unit=0, start=0, stop=len(ids), last=True)
+    writer.write_part(part, rows=rows, quarantine=[], content_digest=0)
+    store = writer.finish(num_units=1, rate=None)
+    return Encoded(store=store, seconds=0, reused=True, rate=None)
 
 
 def test_stores_of_different_images_are_never_put_together(tmp_path: Path) -> None:
@@ -172,18 +174,20 @@ def test_stores_of_different_images_are_never_put_together(tmp_path: Path) -> No
     assert Views({"weak": weak, "mirror": mirror}).mean("weak", "mirror").shape == (3, 2)
     for number, ids in enumerate((["x", "y"], ["x", "y", "q"])):
         other = small_store(tmp_path / f"other-{number}", ids, "mirror")
-        with pytest.raises(ValueError, match=f"{weak.path} and {other.path} do not hold the same images"):
+        with pytest.raises(
+            ValueError, match=f"{weak.store.path} and {other.store.path} do not hold the same images"
+        ):
             Views({"weak": weak, "mirror": other})
 
 
 def test_a_given_store_must_hold_every_view_of_the_seed(
     spread: Spread, info: EncoderInfo, tmp_path: Path
 ) -> None:
-    given = spread.both.stores[1].path
+    given = spread.both.stores[1].store.path
     data = open_data(given, config=SourceConfig(), split="test")
     assert (data.source, data.has_labels) == (None, True)
     found = run(data, info, tmp_path, ("weak", *CORRUPTED))
-    assert [item.path for item in found.stores] == [given]
+    assert [item.store.path for item in found.stores] == [given]
     assert found.mean(CORRUPTED[0]).tobytes() == spread.both.mean(CORRUPTED[0]).tobytes()
     message = (
         f"{given} is a feature store without the view fog:1: name the images, or encode them with --views"
@@ -204,7 +208,7 @@ def test_a_cut_manifest_is_told_with_the_way_out(
     spread: Spread, table: Path, info: EncoderInfo, tmp_path: Path
 ) -> None:
     shutil.copytree(spread.folder, tmp_path / "stores")
-    manifest = tmp_path / "stores" / Path(spread.both.stores[0].path).name / "manifest.json"
+    manifest = tmp_path / "stores" / Path(spread.both.stores[0].store.path).name / "manifest.json"
     manifest.write_text(manifest.read_text()[:100])
     with pytest.raises(ValueError, match="is not valid JSON .* remove the store .* it is encoded again"):
         run(images(table), info, tmp_path / "stores", BASE)

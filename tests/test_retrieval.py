@@ -22,8 +22,8 @@ from lpclip.encoders.load import load_encoder
 from lpclip.encoders.open_clip import load_trainable
 from lpclip.evaluation.bootstrap import mean_interval
 from lpclip.evaluation.ranking import ranks, recall_intervals, retrieval_metrics
-from lpclip.features import store
 from lpclip.features.describe import describe_encoder
+from lpclip.features.store import Store
 from lpclip.features.texts import encode_texts, read_pairs
 from lpclip.method.probe import Probe
 from lpclip.training.contrastive import WEIGHTS, save_model
@@ -247,8 +247,8 @@ def test_an_encoder_is_measured_without_a_probe(alone: dict[str, Any], work: Wor
 
 def test_texts_are_read_in_the_order_of_the_images(alone: dict[str, Any], work: Work) -> None:
     (entry,) = alone["retrieval"]
-    texts, image_index, text_index = read_pairs(entry["stores"][0])
-    ids = store.load(entry["stores"][0]).ids
+    texts, image_index, text_index = read_pairs(Store.open(entry["stores"][0]))
+    ids = Store.open(entry["stores"][0]).features().ids
     assert len(set(texts)) == len(texts) == entry["texts"]
     found: dict[str, list[str]] = {name: [] for name in ids}
     for image, text in zip(image_index, text_index, strict=True):

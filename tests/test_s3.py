@@ -20,8 +20,9 @@ from pyarrow import fs
 from safetensors.torch import load as load_tensors
 
 from lpclip import files
-from lpclip.features import store
 from lpclip.features.pairs import PairStore
+from lpclip.features.store import Store
+from lpclip.features.store_writer import DIGEST_MODULUS
 from lpclip.method.probe import load_probe
 
 SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
@@ -115,9 +116,8 @@ def test_a_job_trains_in_a_bucket_and_its_probe_labels_images_from_there(
         )
         for path in photos.rglob("*.png")
     )
-    manifest = store.read_manifest(summary["features"]["train"])
-    assert manifest is not None
-    assert manifest["content_digest"] == f"{expected % store.DIGEST_MODULUS:032x}"
+    manifest = Store.open(summary["features"]["train"]).manifest
+    assert manifest.content_digest == f"{expected % DIGEST_MODULUS:032x}"
     assert "rounds.png" in files.list_names(files.join(out, "figures"))
     probe = load_probe(files.join(out, "probe"))
     assert len(probe.class_names) == 3

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lpclip.features import store
-from lpclip.features.store import Part
+from lpclip.features.store import Store, fingerprint, matrix, mean_view, row_order
+from lpclip.features.store_writer import DIGEST_MODULUS, Part, StoreWriter, list_parts
 
 DIM = 8
 IDENTITY: dict[str, Any] = {
@@ -39,9 +39,11 @@ def rows(start: int, stop: int, *, seed: int = 0) -> pa.Table:
     return pa.table(columns)
 
 
-def write(path: str, part: Part, table: pa.Table, *, bad: tuple[str, ...] = (), digest: int = 1) -> None:
+def write(
+    writer: StoreWriter, part: Part, table: pa.Table, *, bad: tuple[str, ...] = (), digest: int = 1
+) -> None:
     quarantine = [{"id": name, "stage": "decode", "error": f"{name} is broken"} for name in bad]
-    store.write_part(path, part, rows=table, quarantine=quarantine, content_digest=digest)
+    writer.write_part(part, rows=table, quarantine=quarantine, content_digest=digest)
 
 
 def part(unit: int, start: int, stop: int, *, last: bool = True) -> Part:
@@ -50,18 +52,17 @@ def part(unit: int, start: int, stop: int, *, last: bool = True) -> Part:
 
 def make(path: Path, *, sizes: tuple[int, ...] = (5, 7, 1)) -> str:
     """A complete store with a unit of so many rows each; the second unit has two parts and a bad image."""
-    folder = str(path / "store")
-    store.open_store(folder, IDENTITY)
+    writer = StoreWriter(str(path / "store"), IDENTITY)
+    writer.begin()
     first = 0
     for unit, size in enumerate(sizes):
         if unit == 1:
-            write(folder, part(unit, 0, 3, last=False), rows(first, first + 3))
-            write(folder, part(unit, 3, size + 1), rows(first + 3, first + size), bad=("x",))
+            write(writer, part(unit, 0, 3, last=False), rows(first, first + 3))
+            write(writer, part(unit, 3, size + 1), rows(first + 3, first + size), bad=("x",))
         else:
-            write(folder, part(unit, 0, size), rows(first, first + size))
+            write(writer, part(unit, 0, size), rows(first, first + size))
         first += size
-    store.finish_store(folder, IDENTITY, num_units=len(sizes), rate=1.0)
-    return folder
+    return writer.finish(num_units=len(sizes), rate=1.0).path
 
 
 def bits(values: np.ndarray) -> np.ndarray:
@@ -74,18 +75,57 @@ def test_a_parts_name_tells_its_place_and_other_files_are_not_parts(tmp_path: Pa
     assert parts[2].name == "part-000002-000100-000130-last.parquet"
     for name in [p.name for p in reversed(parts)] + ["quarantine.parquet", f"{parts[0].name}.4f.tmp"]:
         (tmp_path / name).touch()
-    assert store.list_parts(str(tmp_path)) == parts
+    assert list_parts(str(tmp_path)) == parts
 
 
 def test_what_lies_in_the_parts_comes_back(tmp_path: Path) -> None:
-    path = make(tmp_path)
-    manifest = store.read_manifest(path)
-    assert manifest is not None
-    assert (manifest["num_rows"], manifest["num_quarantined"], len(manifest["parts"])) == (13, 1, 4)
-    assert store.read_ids(path)[0].tolist() == [f"image-{i}" for i in range(13)]
-    assert store.read_ids(path)[1].tolist() == [-1 if i % 3 == 2 else i % 3 for i in range(13)]
-    assert pq.read_table(f"{path}/quarantine.parquet").to_pylist() == [
+    store = Store.open(make(tmp_path))
+    manifest = store.manifest
+    assert (manifest.num_rows, manifest.num_quarantined, len(manifest.parts)) == (13, 1, 4)
+    assert (manifest.views, manifest.dim, manifest.seed, manifest.label_names) == (VIEWS, DIM, 0, None)
+    found = pa.concat_tables(store.tables(["id", "label"]))
+    assert found["id"].to_pylist() == [f"image-{i}" for i in range(13)]
+    assert found["label"].to_pylist() == [None if i % 3 == 2 else i % 3 for i in range(13)]
+    assert pq.read_table(f"{store.path}/quarantine.parquet").to_pylist() == [
         {"id": "x", "stage": "decode", "error": "x is broken"}
+    ]
+
+
+def test_arrays_come_in_row_order_and_labels_only_when_asked_for(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    whole = Store.open(path).features()
+    ids, labels = Store.open(path).ids_and_labels()
+    assert ids.tolist() == Store.open(path).ids().tolist() == whole.ids.tolist()
+    assert labels.tolist() == whole.labels.tolist()
+    assert labels.dtype == np.int32
+    assert {-1, 0, 1} == set(labels.tolist())
+    assert Store.open(path).has_labels()
+    assert (Store.open(path).features(with_labels=False).labels == -1).all()
+    # Each from a store of its own: no order of calls matters.
+    assert np.array_equal(bits(Store.open(path).mean("weak", "mirror")), bits(whole.base))
+    assert np.array_equal(bits(Store.open(path).mean("strong")), bits(whole.strong["strong"]))
+
+
+def test_the_manifest_on_disk_is_that_of_format_1(tmp_path: Path) -> None:
+    store = Store.open(make(tmp_path))
+    found = json.loads(Path(store.path, "manifest.json").read_text())
+    assert list(found.items()) == [
+        ("format", 1),
+        ("fingerprint", "f3895ddff6ee2774337009f0568a0c1a59d418e57e47f0772edfe6b7d115838f"),
+        ("identity", IDENTITY),
+        (
+            "parts",
+            [
+                "part-000000-000000-000005-last.parquet",
+                "part-000001-000000-000003.parquet",
+                "part-000001-000003-000008-last.parquet",
+                "part-000002-000000-000001-last.parquet",
+            ],
+        ),
+        ("num_rows", 13),
+        ("num_quarantined", 1),
+        ("content_digest", f"{4:032x}"),
+        ("images_per_second", 1.0),
     ]
 
 
@@ -96,11 +136,10 @@ def test_every_float16_comes_back_bit_for_bit(tmp_path: Path) -> None:
     ids = [f"{i}" for i in range(len(finite))]
     table = pa.table({"id": ids, "label": pa.nulls(len(ids), pa.int32()), "weak": column, "strong": column})
     identity = {**IDENTITY, "views": ["weak", "strong"]}
-    path = str(tmp_path)
-    store.open_store(path, identity)
-    write(path, part(0, 0, len(ids)), table)
-    store.finish_store(path, identity, num_units=1, rate=0)
-    found = store.load(path)
+    writer = StoreWriter(str(tmp_path), identity)
+    writer.begin()
+    write(writer, part(0, 0, len(ids)), table)
+    found = writer.finish(num_units=1, rate=0).features()
     order = found.ids.astype(int)
     assert np.array_equal(bits(found.base), bits(finite[order]))
     assert np.array_equal(bits(found.strong["strong"]), bits(finite[order]))
@@ -112,11 +151,11 @@ def test_every_float16_comes_back_bit_for_bit(tmp_path: Path) -> None:
 def test_runs_of_whole_chunks_hold_every_row_once_in_row_order(
     tmp_path: Path, chunk: int, num_parts: int
 ) -> None:
-    path = make(tmp_path)
-    whole = store.load(path)
-    assert whole.ids.tolist() == whole.ids[store.row_order(whole.ids)].tolist()
+    store = Store.open(make(tmp_path))
+    whole = store.features()
+    assert whole.ids.tolist() == whole.ids[row_order(whole.ids)].tolist()
     assert sorted(whole.ids.tolist()) == sorted(f"image-{i}" for i in range(13))
-    runs = [store.load(path, part=p, num_parts=num_parts, chunk=chunk) for p in range(num_parts)]
+    runs = [store.features(part=p, num_parts=num_parts, chunk=chunk) for p in range(num_parts)]
     assert [run.first_row for run in runs] == [sum(len(r.ids) for r in runs[:p]) for p in range(num_parts)]
     assert all(run.first_row % chunk == 0 or not len(run.ids) for run in runs)
     assert all(run.num_rows == 13 for run in runs)
@@ -128,55 +167,56 @@ def test_runs_of_whole_chunks_hold_every_row_once_in_row_order(
 
 
 def test_features_stay_with_their_ids(tmp_path: Path) -> None:
-    found = store.load(make(tmp_path))
+    found = Store.open(make(tmp_path)).features()
     table = rows(0, 13)
     place = [int(name.removeprefix("image-")) for name in found.ids]
-    weak, mirror, strong = (store.matrix(table, view, DIM)[place] for view in VIEWS)
+    weak, mirror, strong = (matrix(table, view, DIM)[place] for view in VIEWS)
     assert np.array_equal(bits(found.strong["strong"]), bits(strong))
-    assert np.array_equal(bits(found.base), bits(store.mean_view([weak, mirror])))
+    assert np.array_equal(bits(found.base), bits(mean_view([weak, mirror])))
     np.testing.assert_allclose(np.linalg.norm(found.base.astype(float), axis=1), 1, atol=2e-3)
 
 
 def test_the_row_order_depends_on_ids_alone() -> None:
     ids = np.array([f"class-{i // 10}/{i}" for i in range(100)])
     shuffled = np.random.default_rng(0).permutation(ids)
-    assert ids[store.row_order(ids)].tolist() == shuffled[store.row_order(shuffled)].tolist()
-    classes = [name[6] for name in ids[store.row_order(ids)][:20]]
+    assert ids[row_order(ids)].tolist() == shuffled[row_order(shuffled)].tolist()
+    classes = [name[6] for name in ids[row_order(ids)][:20]]
     assert len(set(classes)) > 4, "the order mixes the classes"
 
 
 def test_the_content_digest_does_not_depend_on_the_cut(tmp_path: Path) -> None:
     digests = []
     for name, cut in {"whole": [(0, 9)], "pieces": [(0, 4), (4, 9)]}.items():
-        path = str(tmp_path / name)
-        store.open_store(path, IDENTITY)
+        writer = StoreWriter(str(tmp_path / name), IDENTITY)
+        writer.begin()
         for start, stop in cut:
-            total = sum((i + 1) << 125 for i in range(start, stop)) % store.DIGEST_MODULUS
-            write(path, part(0, start, stop, last=stop == 9), rows(start, stop), digest=total)
-        digests.append(store.finish_store(path, IDENTITY, num_units=1, rate=0)["content_digest"])
+            total = sum((i + 1) << 125 for i in range(start, stop)) % DIGEST_MODULUS
+            write(writer, part(0, start, stop, last=stop == 9), rows(start, stop), digest=total)
+        digests.append(writer.finish(num_units=1, rate=0).manifest.content_digest)
     assert digests[0] == digests[1]
 
 
 def test_an_interrupted_store_goes_on_with_its_whole_units(tmp_path: Path) -> None:
     path = str(tmp_path)
-    assert store.open_store(path, IDENTITY) == {}
-    write(path, part(0, 0, 2, last=False), rows(0, 2))
-    write(path, part(0, 2, 5), rows(2, 5))
-    write(path, part(1, 0, 4, last=False), rows(5, 9))  # its end is missing
-    write(path, part(2, 2, 4), rows(11, 13))  # its beginning is missing
-    write(path, part(3, 0, 1, last=False), rows(13, 14))  # its middle is missing
-    write(path, part(3, 2, 3), rows(15, 16))
-    write(path, part(4, 0, 0), rows(0, 0))  # an empty unit
-    assert store.open_store(path, IDENTITY) == {0: 5, 4: 0}
-    assert [p.unit for p in store.list_parts(path)] == [0, 0, 4]
-    assert store.read_manifest(path) is None
+    writer = StoreWriter(path, IDENTITY)
+    assert writer.begin() == {}
+    write(writer, part(0, 0, 2, last=False), rows(0, 2))
+    write(writer, part(0, 2, 5), rows(2, 5))
+    write(writer, part(1, 0, 4, last=False), rows(5, 9))  # its end is missing
+    write(writer, part(2, 2, 4), rows(11, 13))  # its beginning is missing
+    write(writer, part(3, 0, 1, last=False), rows(13, 14))  # its middle is missing
+    write(writer, part(3, 2, 3), rows(15, 16))
+    write(writer, part(4, 0, 0), rows(0, 0))  # an empty unit
+    assert writer.begin() == {0: 5, 4: 0}
+    assert [p.unit for p in list_parts(path)] == [0, 0, 4]
+    assert Store.find(path) is None
 
 
 def test_an_interrupted_store_is_not_taken_for_a_complete_one(tmp_path: Path) -> None:
     path = make(tmp_path)
     (Path(path) / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"not a complete feature store: it has no manifest\.json"):
-        store.check_store(path, IDENTITY)
+        Store.open(path)
 
 
 @pytest.mark.parametrize(
@@ -191,17 +231,17 @@ def test_an_interrupted_store_is_not_taken_for_a_complete_one(tmp_path: Path) ->
 )
 def test_features_of_another_origin_are_refused_by_name(tmp_path: Path, key: str, value: object) -> None:
     path, other = make(tmp_path), {**IDENTITY, key: value}
-    assert store.fingerprint(other) != store.fingerprint(IDENTITY)
-    for check in (store.open_store, store.check_store):
+    assert fingerprint(other) != fingerprint(IDENTITY)
+    for check in (lambda: StoreWriter(path, other).begin(), lambda: Store.open(path).require(other)):
         with pytest.raises(ValueError, match=f"was made with another {key}; features of different origin"):
-            check(path, other)
-    store.check_store(path, {k: v for k, v in IDENTITY.items() if k != key})
+            check()
+    Store.open(path).require({k: v for k, v in IDENTITY.items() if k != key})
 
 
 def test_a_folder_of_foreign_parts_is_refused(tmp_path: Path) -> None:
     (tmp_path / part(0, 0, 1).name).write_bytes(b"mine")
     with pytest.raises(ValueError, match=r"parts without identity\.json"):
-        store.open_store(str(tmp_path), IDENTITY)
+        StoreWriter(str(tmp_path), IDENTITY).begin()
     assert (tmp_path / part(0, 0, 1).name).read_bytes() == b"mine"
 
 
@@ -213,6 +253,7 @@ def test_a_folder_of_foreign_parts_is_refused(tmp_path: Path) -> None:
         (lambda text: "[]", "is not of format 1"),
         (lambda text: text.replace('"format": 1', '"format": 2'), "is not of format 1"),
         (lambda text: text.replace('"toy"', '"joy"'), "does not fit its own fingerprint"),
+        (lambda text: text.replace('"num_rows"', '"rows"'), "does not fit its own fingerprint"),
     ],
 )
 def test_a_changed_or_damaged_manifest_is_refused(tmp_path: Path, change: Any, message: str) -> None:
@@ -220,16 +261,16 @@ def test_a_changed_or_damaged_manifest_is_refused(tmp_path: Path, change: Any, m
     manifest = Path(path) / "manifest.json"
     manifest.write_text(change(manifest.read_text()))
     with pytest.raises(ValueError, match=message):
-        store.read_manifest(path)
+        Store.find(path)
     with pytest.raises(ValueError, match=message):
-        store.check_store(path, IDENTITY)
+        Store.open(path)
 
 
 def test_a_damaged_identity_is_refused(tmp_path: Path) -> None:
-    store.open_store(str(tmp_path), IDENTITY)
+    StoreWriter(str(tmp_path), IDENTITY).begin()
     (tmp_path / "identity.json").write_text(json.dumps(IDENTITY)[:-5])
     with pytest.raises(ValueError, match=r"identity\.json is not valid JSON"):
-        store.open_store(str(tmp_path), IDENTITY)
+        StoreWriter(str(tmp_path), IDENTITY).begin()
 
 
 def test_a_lost_part_is_noticed(tmp_path: Path) -> None:
@@ -238,7 +279,7 @@ def test_a_lost_part_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"has lost part-000000-000000-000005-last\.parquet; remove the store"
     ):
-        store.load(path)
+        Store.open(path).features()
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.99])
@@ -247,20 +288,22 @@ def test_a_truncated_part_is_noticed(tmp_path: Path, keep: float) -> None:
     file = Path(path) / part(1, 3, 8).name
     file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
     with pytest.raises(ValueError, match=rf"{file.name} is damaged .* remove the store"):
-        store.load(path)
+        Store.open(path).features()
 
 
 def test_a_store_of_bad_images_alone_is_empty(tmp_path: Path) -> None:
-    path = str(tmp_path)
-    store.open_store(path, IDENTITY)
-    write(path, part(0, 0, 2), rows(0, 0), bad=("a", "b"))
-    manifest = store.finish_store(path, IDENTITY, num_units=1, rate=0)
-    assert (manifest["num_rows"], manifest["num_quarantined"]) == (0, 2)
-    found = store.load(path)
+    writer = StoreWriter(str(tmp_path), IDENTITY)
+    writer.begin()
+    write(writer, part(0, 0, 2), rows(0, 0), bad=("a", "b"))
+    store = writer.finish(num_units=1, rate=0)
+    assert (store.manifest.num_rows, store.manifest.num_quarantined) == (0, 2)
+    assert not store.has_labels()
+    assert store.mean("weak", "mirror").shape == (0, DIM)
+    found = store.features()
     assert found.base.shape == found.strong["strong"].shape == (0, DIM)
 
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write to the output folder"):
-        store.open_store(str(tmp_path / "file" / "store"), IDENTITY)
+        StoreWriter(str(tmp_path / "file" / "store"), IDENTITY).begin()

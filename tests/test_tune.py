@@ -33,9 +33,10 @@ from test_tracking import server
 from lpclip.config import EncoderConfig, TrackingConfig
 from lpclip.encoders.head import EncoderInfo
 from lpclip.encoders.prompts import templates
-from lpclip.features import store
 from lpclip.features.describe import describe_encoder
 from lpclip.features.encode_stage import store_identity
+from lpclip.features.store import Store
+from lpclip.features.store_writer import Part, StoreWriter
 from lpclip.jobs.console import shown
 from lpclip.jobs.tracking import track
 from lpclip.jobs.tune import ALIAS
@@ -87,7 +88,8 @@ def plant(path: Path, *, info: EncoderInfo, labels: np.ndarray | None, rows: int
     assert info.head is not None
     identity = store_identity(None, info, tuple(views.split(",")), seed=0)
     identity["source"] = {"made": path.name, "label_names": None}
-    store.open_store(str(path), identity)
+    writer = StoreWriter(str(path), identity)
+    writer.begin()
     random = np.random.default_rng(0)
     dim = info.head.shape[1]
     places = random.integers(0, len(NAMES), rows)
@@ -102,9 +104,9 @@ def plant(path: Path, *, info: EncoderInfo, labels: np.ndarray | None, rows: int
         own = seen + (0.2 if view == "strong" else 0.02) * random.normal(0, dim**-0.5, (rows, dim))
         own = (own / np.linalg.norm(own, axis=1, keepdims=True)).astype(np.float16)
         columns[view] = pa.FixedSizeListArray.from_arrays(pa.array(own.reshape(-1)), dim)
-    part = store.Part(unit=0, start=0, stop=rows, last=True)
-    store.write_part(str(path), part, rows=pa.table(columns), quarantine=[], content_digest=0)
-    store.finish_store(str(path), identity, num_units=1, rate=0)
+    part = Part(unit=0, start=0, stop=rows, last=True)
+    writer.write_part(part, rows=pa.table(columns), quarantine=[], content_digest=0)
+    writer.finish(num_units=1, rate=0)
     return places
 
 
@@ -230,7 +232,7 @@ def test_the_winners_probe_is_its_trials_and_classifies_as_the_summary_says(
     assert torch.equal(probe.weight, trained.weight)
     assert torch.equal(probe.bias, trained.bias)
     assert probe.class_names == NAMES
-    features = store.load(f"{work.folder}/labelled")
+    features = Store.open(f"{work.folder}/labelled").features()
     candidates: dict[str, Linear] = {
         "chosen": probe,
         **{trial["name"]: read_classifier(f"{out}/trials", trial["name"]) for trial in swept["trials"]},

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 
 from lpclip.config import SelftrainJob
 from lpclip.evaluation.metrics import METRICS
-from lpclip.features import store
+from lpclip.features.store import Store
+from lpclip.features.store_writer import Part, StoreWriter
 from lpclip.jobs.runtime import output_folder
 from lpclip.method.probe import load_probe
 
@@ -92,7 +93,7 @@ def test_a_saved_probe_loads_and_gives_the_summarys_accuracy(
 ) -> None:
     probe = load_probe(str(work / "base" / name))
     assert probe.class_names == CLASSES
-    found = store.load(base["features"]["eval"])
+    found = Store.open(base["features"]["eval"]).features()
     # The folder's labels are its sorted subfolders.
     places = np.array([CLASSES.index(c) for c in sorted(CLASSES)])[found.labels]
     accuracy = (probe.logits(found.base).argmax(dim=1).numpy() == places).mean()
@@ -130,7 +131,7 @@ def test_rounds_that_nothing_confirms_are_not_believed(
     probe = load_probe(str(work / "doubted" / "probe"))
     assert probe.temperature == 1
     assert probe.summary["method"] == "zero-shot (fallback)"
-    features = store.load(found["features"]["train"])
+    features = Store.open(found["features"]["train"]).features()
     labels = dict(zip(features.ids.tolist(), probe.logits(features.base).argmax(dim=1).tolist(), strict=True))
     table = pq.read_table(work / "doubted" / "pseudo_labels.parquet")
     assert dict(zip(table["id"].to_pylist(), table["label"].to_pylist(), strict=True)) == labels
@@ -246,12 +247,12 @@ def test_predict_labels_images_as_the_probe_does(
 @pytest.fixture(scope="module")
 def crowd(base: dict[str, Any], work: Path) -> Path:
     """A store of 9,000 rows, three chunks of the rounds: the base run's features and noise around them."""
-    seen = store.load(base["features"]["train"])
-    manifest = store.read_manifest(base["features"]["train"])
-    assert manifest is not None
-    identity = {**manifest["identity"], "source": {"made": "from noise", "label_names": None}}
+    made = Store.open(base["features"]["train"])
+    seen = made.features()
+    identity = {**made.manifest.identity, "source": {"made": "from noise", "label_names": None}}
     path = work / "crowd"
-    store.open_store(str(path), identity)
+    writer = StoreWriter(str(path), identity)
+    writer.begin()
     random = np.random.default_rng(0)
     for unit in range(6):
         columns: dict[str, Any] = {
@@ -262,9 +263,9 @@ def crowd(base: dict[str, Any], work: Path) -> Path:
             rows = seen.base[np.arange(1000) % 60] + random.normal(0, 0.03, (1000, 1280))
             rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
             columns[view] = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), 1280)
-        part = store.Part(unit=unit, start=0, stop=1000, last=True)
-        store.write_part(str(path), part, rows=pa.table(columns), quarantine=[], content_digest=unit)
-    store.finish_store(str(path), identity, num_units=6, rate=0)
+        part = Part(unit=unit, start=0, stop=1000, last=True)
+        writer.write_part(part, rows=pa.table(columns), quarantine=[], content_digest=unit)
+    writer.finish(num_units=6, rate=0)
     return path
 
 
@@ -277,7 +278,7 @@ def test_the_probe_does_not_depend_on_the_number_of_workers(
     alone = run(f"{command} --num-workers 0 --out {work}/{solver}-0", monkeypatch)
     assert alone["rates"]["encode"] is None
     probe = load_probe(str(work / f"{solver}-0" / "probe"))
-    features = store.load(str(crowd)).base
+    features = Store.open(str(crowd)).features().base
     labels = pq.read_table(work / f"{solver}-0" / "pseudo_labels.parquet")
     assert len(labels) == 6000
     run(f"{command} --num-workers 2 --out {work}/{solver}-2", monkeypatch)
@@ -474,7 +475,7 @@ def test_labels_outside_the_class_list_are_refused_and_nothing_is_lost(
         capsys,
     )
     assert "3 labels of photos are not in the class list (stop_sign, tennis_ball, traffic_cone)" in message
-    assert store.read_manifest(base["features"]["train"])
+    assert Store.find(base["features"]["train"])
 
 
 def test_predict_refuses_what_it_cannot_do(
@@ -538,7 +539,7 @@ def test_after_ctrl_c_the_same_command_goes_on(
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*.parquet")}
     assert {path.name for path in parts} <= set(kept)
     assert len(kept) < 40
-    assert store.read_manifest(str(folder)) is None
+    assert Store.find(str(folder)) is None
 
     again = run(command, monkeypatch)
     assert again["images"] == 1600

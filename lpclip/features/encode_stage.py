@@ -30,6 +30,8 @@ from lpclip.features.commit_stage import commit
 from lpclip.features.decode_stage import pixel_array, rows_at_once
 from lpclip.features.describe import has_gpus
 from lpclip.features.pipeline import TABLES_AHEAD, decode_units, fill_store
+from lpclip.features.store import Store
+from lpclip.features.store_writer import StoreWriter
 from lpclip.features.zero_shot_labels import write_scores
 from lpclip.images.pixels import REDUCING_GAP, preprocess_identity
 from lpclip.images.source import Source
@@ -176,13 +178,14 @@ def encode(
     path: str,
     head: Head | None = None,
     scores_path: str = "",
-) -> dict[str, Any]:
-    """Encode a source into the feature store at `path`, going on from what is there. Returns its manifest.
+) -> Store:
+    """Encode a source into the feature store at `path`, going on from what is there. Returns the store.
 
     With a head, zero-shot pseudo-labels of the images that are encoded now go to `scores_path`, part by part.
     Raises UserError when too many images are bad, or the folder is another store's.
     """
     views = parse_views(config.views)
+    writer = StoreWriter(path, store_identity(source, info, views, seed=seed))
     if head is not None:
         files.make_folder(scores_path)
 
@@ -212,12 +215,11 @@ def encode(
             ray_remote_args_fn=lambda: {"name": f"{name}-{uuid.uuid4().hex}"},
         )
         scores = partial(write_scores, head=head, path=scores_path) if head is not None else None
-        commit_parts = partial(commit, path=path, columns=("id", "label", "texts", *views), beside=scores)
+        commit_parts = partial(commit, writer=writer, columns=("id", "label", "texts", *views), beside=scores)
         # Not a share of a CPU: decoding would take it again and again, and commits would wait.
         return encoded.map_batches(commit_parts, batch_size=None, batch_format="pyarrow", num_cpus=0)
 
-    identity = store_identity(source, info, views, seed=seed)
-    return fill_store(source, identity=identity, path=path, what="encoding", stages=stages)
+    return fill_store(source, writer=writer, what="encoding", stages=stages)
 
 
 # The environment of processes that hold an encoder. glibc gives the large activations of every forward pass back to

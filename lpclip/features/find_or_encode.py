@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -12,9 +11,9 @@ from lpclip import files
 from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
 from lpclip.encoders.head import EncoderInfo, Head
 from lpclip.errors import UserError
-from lpclip.features import store
 from lpclip.features.encode_stage import encode, plan_actors, store_identity
-from lpclip.features.pipeline import check_manifest
+from lpclip.features.pipeline import check_quarantine
+from lpclip.features.store import Features, Store, fingerprint, mean_view
 from lpclip.images.open import open_source
 from lpclip.images.source import Source
 from lpclip.images.views import BASE_VIEWS, STRONG_VERSION, parse_views
@@ -45,8 +44,7 @@ class Data:
 class Encoded:
     """A complete feature store and how it was come by."""
 
-    path: str
-    manifest: dict[str, Any]
+    store: Store
     seconds: float
     reused: bool
     rate: float | None
@@ -56,16 +54,13 @@ class Encoded:
 def open_data(data: str, *, config: SourceConfig, split: str, limit: int | None = None) -> Data:
     """The images, or the feature store, that `data` names. Raises UserError when it is neither."""
     if files.exists(files.join(data, "manifest.json")):
-        manifest = store.read_manifest(data)
-        assert manifest is not None
+        store = Store.open(data)
         if limit is not None:
             raise UserError(f"{data} is a feature store: --limit works on images, before they are encoded")
-        names = manifest["identity"]["source"]["label_names"]
-        labels = store.read_ids(data)[1]
         return Data(
             name=files.split(data)[1],
-            label_names=tuple(names) if names else None,
-            has_labels=bool((labels >= 0).any()),
+            label_names=store.manifest.label_names,
+            has_labels=store.has_labels(),
             path=data,
         )
     if files.exists(files.join(data, "identity.json")):
@@ -95,20 +90,19 @@ def encode_data(
     if data.source is None:
         assert data.path is not None
         wanted = store_identity(None, info, parse_views(config.views), seed=seed)
-        store.check_store(data.path, wanted)
-        manifest = store.read_manifest(data.path)
-        assert manifest is not None
-        print(f"features of {data.name}: {manifest['num_rows']:,} images, as given", flush=True)
-        return Encoded(path=data.path, manifest=manifest, seconds=0.0, reused=True, rate=None)
+        given = Store.open(data.path)
+        given.require(wanted)
+        print(f"features of {data.name}: {given.manifest.num_rows:,} images, as given", flush=True)
+        return Encoded(store=given, seconds=0.0, reused=True, rate=None)
     identity = store_identity(data.source, info, parse_views(config.views), seed=seed)
-    path = files.join(files.absolute(folder), f"{data.name}-{store.fingerprint(identity)[:12]}")
-    manifest = store.read_manifest(path)
-    if manifest is not None:
-        check_manifest(data.source, path, manifest)
+    path = files.join(files.absolute(folder), f"{data.name}-{fingerprint(identity)[:12]}")
+    store = Store.find(path)
+    if store is not None:
+        check_quarantine(data.source, store)
         print(f"features of {data.name}: found in {path}", flush=True)
-        return Encoded(path=path, manifest=manifest, seconds=time.monotonic() - begin, reused=True, rate=None)
+        return Encoded(store=store, seconds=time.monotonic() - begin, reused=True, rate=None)
     print(f"features of {data.name}: encoding to {path}, {plan_actors(config.num_actors)}", flush=True)
-    manifest = encode(
+    store = encode(
         data.source,
         info=info,
         encoder=encoder,
@@ -119,9 +113,7 @@ def encode_data(
         scores_path=scores_path,
     )
     seconds = time.monotonic() - begin
-    return Encoded(
-        path=path, manifest=manifest, seconds=seconds, reused=False, rate=manifest["images_per_second"]
-    )
+    return Encoded(store=store, seconds=seconds, reused=False, rate=store.manifest.images_per_second)
 
 
 class Views:
@@ -132,17 +124,14 @@ class Views:
     """
 
     def __init__(self, encoded: dict[str, Encoded]) -> None:
-        self.stores = list({item.path: item for item in encoded.values()}.values())
-        self._paths = {view: item.path for view, item in encoded.items()}
-        self._orders: dict[str, np.ndarray] = {}
-        for item in self.stores:
-            ids, labels = store.read_ids(item.path)
-            order = self._orders[item.path] = store.row_order(ids)
-            if item is self.stores[0]:
-                self.ids, self.labels = ids[order], labels[order]
-            elif not np.array_equal(ids[order], self.ids):
+        self.stores = list({item.store.path: item for item in encoded.values()}.values())
+        self._stores = {view: item.store for view, item in encoded.items()}
+        first, *others = (item.store for item in self.stores)
+        self.ids, self.labels = first.ids_and_labels()
+        for other in others:
+            if not np.array_equal(other.ids(), self.ids):
                 raise UserError(
-                    f"{self.stores[0].path} and {item.path} do not hold the same images; remove one of them, it is "
+                    f"{first.path} and {other.path} do not hold the same images; remove one of them, it is "
                     "encoded again"
                 )
 
@@ -153,15 +142,10 @@ class Views:
 
     def mean(self, *views: str) -> np.ndarray:
         """Unit-norm mean of some views, (N, d) float16."""
-        return store.mean_view([self._read(view) for view in views])
-
-    def _read(self, view: str) -> np.ndarray:
-        path = self._paths[view]
-        manifest = store.read_manifest(path)
-        assert manifest is not None, path
-        dim = manifest["identity"]["encoder"]["dim"]
-        pieces = [store.matrix(table, view, dim) for table in store.read_parts(path, [view])]
-        return np.concatenate(pieces)[self._orders[path]]
+        stores = {self._stores[view] for view in views}
+        if len(stores) == 1:
+            return stores.pop().mean(*views)
+        return mean_view([self._stores[view].mean(view) for view in views])
 
 
 def encode_views(
@@ -200,32 +184,31 @@ def _find_views(data: Data, *, info: EncoderInfo, seed: int, folder: str) -> dic
     wanted = store_identity(data.source, info, (), seed=seed)
     if data.source is None:
         assert data.path is not None
-        paths = [data.path]
-        store.check_store(data.path, {key: wanted[key] for key in ("encoder", "preprocessing")})
+        given = Store.open(data.path)
+        given.require({key: wanted[key] for key in ("encoder", "preprocessing")})
+        stores = [given]
     else:
         names = [name for name in files.list_folders(folder) if name.startswith(f"{data.name}-")]
-        paths = [files.join(files.absolute(folder), name) for name in names]
+        there = (Store.find(files.join(files.absolute(folder), name)) for name in names)
+        stores = [store for store in there if store is not None]
     found: dict[str, Encoded] = {}
-    for path in paths:
-        manifest = store.read_manifest(path)
-        if manifest is None:
-            continue
-        identity = manifest["identity"]
+    for store in stores:
+        identity = store.manifest.identity
         if any(identity.get(key) != wanted[key] for key in wanted if key not in ("views", "seed")):
             continue
-        encoded = Encoded(path=path, manifest=manifest, seconds=0.0, reused=True, rate=None)
-        for view in identity["views"]:
+        encoded = Encoded(store=store, seconds=0.0, reused=True, rate=None)
+        for view in store.manifest.views:
             if view.startswith("strong") and identity.get("strong_version") != STRONG_VERSION:
                 continue
-            if view in BASE_VIEWS or identity["seed"] == seed:
+            if view in BASE_VIEWS or store.manifest.seed == seed:
                 found.setdefault(view, encoded)
     if data.source is not None:
         for encoded in found.values():
-            check_manifest(data.source, encoded.path, encoded.manifest)
+            check_quarantine(data.source, encoded.store)
     return found
 
 
-def load_labelled(encoded: Encoded) -> tuple[store.Features, np.ndarray]:
+def load_labelled(encoded: Encoded) -> tuple[Features, np.ndarray]:
     """All base features of a store in row order, and their raw labels (N,) int32."""
-    found = store.load(encoded.path, views=())
+    found = encoded.store.features(views=())
     return found, found.labels

@@ -22,10 +22,11 @@ import ray
 
 from lpclip import files
 from lpclip.errors import UserError
-from lpclip.features import store
 from lpclip.features.commit_stage import commit
 from lpclip.features.decode_stage import pixel_array
 from lpclip.features.pipeline import TABLES_AHEAD, decode_units, fill_store
+from lpclip.features.store import Store, row_order
+from lpclip.features.store_writer import Part, StoreWriter
 from lpclip.images.pixels import REDUCING_GAP, Pixels, Preprocess, preprocess_identity
 from lpclip.images.source import Source
 
@@ -46,25 +47,26 @@ def pairs_identity(source: Source, preprocess: Preprocess) -> dict[str, Any]:
     }
 
 
-def prepare_pairs(source: Source, *, preprocess: Preprocess, path: str) -> dict[str, Any]:
-    """Decode a source of pairs into the store at `path`, going on from what is there. Returns its manifest.
+def prepare_pairs(source: Source, *, preprocess: Preprocess, path: str) -> Store:
+    """Decode a source of pairs into the store at `path`, going on from what is there. Returns the store.
 
     Raises UserError when too many pairs are bad, or the folder is another store's.
     """
+
+    writer = StoreWriter(path, pairs_identity(source, preprocess))
 
     def stages(todo: list[int], name: str) -> ray.data.Dataset:
         decoded = decode_units(
             source, todo, views=(VIEW,), preprocess=preprocess, seed=0, tables_ahead=TABLES_AHEAD
         )
         pixels = partial(_write_pixels, path=path, size=preprocess.size)
-        write = partial(commit, path=path, columns=("id", "label", "texts"), beside=pixels)
+        write = partial(commit, writer=writer, columns=("id", "label", "texts"), beside=pixels)
         return decoded.map_batches(write, batch_size=None, batch_format="pyarrow", num_cpus=0)
 
-    identity = pairs_identity(source, preprocess)
-    return fill_store(source, identity=identity, path=path, what="reading", stages=stages)
+    return fill_store(source, writer=writer, what="reading", stages=stages)
 
 
-def _write_pixels(part: store.Part, rows: pa.Table, *, path: str, size: int) -> None:
+def _write_pixels(part: Part, rows: pa.Table, *, path: str, size: int) -> None:
     pixels = pixel_array(rows[f"pixels:{VIEW}"], size=size)
     files.write_bytes(files.join(path, _pixels_name(part.name)), pixels.tobytes())
 
@@ -74,26 +76,25 @@ def _pixels_name(part: str) -> str:
 
 
 class PairStore:
-    """A complete store's pairs by row, in the order of `store.row_order(ids)`.
+    """A complete store's pairs by row, in the order of `row_order(ids)`.
 
     `texts` and `pixels` may be called from several threads.
     """
 
     def __init__(self, path: str) -> None:
-        manifest = store.read_manifest(path)
-        assert manifest is not None, path
-        self.size: int = manifest["identity"]["pixels"]["size"]
+        store = Store.open(path)
+        self.size: int = store.manifest.identity["pixels"]["size"]
         self._row_bytes = self.size * self.size * 3
         ids: list[str] = []
         self._texts: list[pa.Array] = []
-        self._files = [files.join(path, _pixels_name(name)) for name in manifest["parts"]]
+        self._files = [files.join(path, _pixels_name(name)) for name in store.manifest.parts]
         places = []
-        for number, table in enumerate(store.read_parts(path, ["id", "texts"])):
+        for number, table in enumerate(store.tables(["id", "texts"])):
             ids += table["id"].to_pylist()
             chunks = table["texts"].chunks
             self._texts.append(pa.concat_arrays(chunks) if chunks else pa.array([], pa.list_(pa.string())))
             places.append(np.stack([np.full(len(table), number), np.arange(len(table))], axis=1))
-        order = store.row_order(np.array(ids, dtype=np.str_))
+        order = row_order(np.array(ids, dtype=np.str_))
         self._places = np.concatenate([np.empty((0, 2), np.int64), *places])[order]
         self._open = lru_cache(OPEN_FILES)(_open)
         self._threads = ThreadPoolExecutor(READERS)

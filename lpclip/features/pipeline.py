@@ -22,8 +22,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as Nod
 
 from lpclip import files
 from lpclip.errors import UserError
-from lpclip.features import store
 from lpclip.features.decode_stage import PIXEL_BYTES, decode_unit
+from lpclip.features.store import Store
+from lpclip.features.store_writer import StoreWriter, write_quarantine
 from lpclip.images.pixels import Preprocess
 from lpclip.images.source import Source
 from lpclip.progress import Progress
@@ -47,18 +48,17 @@ DECODE_MEMORY = 4 * PIXEL_BYTES
 def fill_store(
     source: Source,
     *,
-    identity: dict[str, Any],
-    path: str,
+    writer: StoreWriter,
     what: str,
     stages: Callable[[list[int], str], ray.data.Dataset],
-) -> dict[str, Any]:
-    """Run a pipeline until the store at `path` has all units of the source. Returns its manifest.
+) -> Store:
+    """Run a pipeline until the store has all units of the source. Returns the complete store.
 
     `stages` makes the pipeline for the units that are still to do; its rows are the counts of committed parts, and the
     names of its actors begin with the given one. `what` is the word for the work: "encoding".
     Raises UserError when too many images are bad, or the folder is another store's.
     """
-    done = store.open_store(path, identity)
+    done = writer.begin()
     todo = [unit for unit in range(len(source.units)) if unit not in done]
     progress = Progress(f"{what} {source.name}", total=source.num_rows, done=sum(done.values()))
     if done and todo:
@@ -72,7 +72,7 @@ def fill_store(
             for counts in _follow(pipeline):
                 bad[counts["unit"]] += counts["bad"]
                 progress.advance(counts["images"], bad=counts["bad"])
-                _check_bad(source, path, bad=bad.total(), seen=source.num_rows)
+                _check_bad(source, writer.path, bad=bad.total(), seen=source.num_rows)
         except LOSSES as error:
             # Ray would restart a dying actor for ever; parts that are there need none.
             num_losses += 1
@@ -83,16 +83,16 @@ def fill_store(
         finally:
             _end_actors(name)
         _wait_for_nodes()
-        done = store.open_store(path, identity)
+        done = writer.begin()
         todo = [unit for unit in todo if unit not in done]
         # Units that are done again must not count twice.
         bad = Counter({unit: count for unit, count in bad.items() if unit in done})
         progress.done, progress.bad = sum(done.values()), bad.total()
     progress.close()
     rate = progress.rate if worked_now else None
-    manifest = store.finish_store(path, identity, num_units=len(source.units), rate=rate)
-    check_manifest(source, path, manifest)
-    return manifest
+    store = writer.finish(num_units=len(source.units), rate=rate)
+    check_quarantine(source, store)
+    return store
 
 
 def decode_units(
@@ -172,16 +172,16 @@ def _wait_for_nodes() -> None:
     ray.wait(answers, num_returns=len(answers), timeout=60)
 
 
-def check_manifest(source: Source, path: str, manifest: dict[str, Any]) -> None:
-    """UserError when a complete store of this source has too many quarantined images."""
-    bad = manifest["num_quarantined"]
-    _check_bad(source, path, bad=bad, seen=manifest["num_rows"] + bad)
+def check_quarantine(source: Source, store: Store) -> None:
+    """Raise UserError when the store of this source has too many quarantined images."""
+    bad = store.manifest.num_quarantined
+    _check_bad(source, store.path, bad=bad, seen=store.manifest.num_rows + bad)
 
 
 def _check_bad(source: Source, path: str, *, bad: int, seen: int | None) -> None:
     limit = source.config.max_bad_fraction
     if seen and (bad > limit * seen or bad == seen):
-        first = store.write_quarantine(path)[0]
+        first = write_quarantine(path)[0]
         raise UserError(
             f"{bad:,} of {seen:,} images of {source.name} cannot be read, more than --max-bad-fraction {limit:g} "
             f"allows; the first is {first['id']} ({first['error']}), all are in "

@@ -6,26 +6,20 @@
       quarantine.parquet   id, stage, error: every row that could not be encoded, with the reason
       manifest.json        written last: its existence means the store is complete
 
-A part holds a run of one unit of work's rows and is named after it: part-UNIT-START-STOP.parquet, with `-last`
-behind STOP when the unit ends there. It is written whole or not at all and carries its quarantined rows in its
-metadata, so a store that was interrupted goes on from the units that are there, and the names alone tell which.
-The fingerprint covers whatever changes a feature.
+This module reads complete stores; lpclip/features/store_writer.py writes them. The fingerprint covers everything that
+changes a feature.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
-import itertools
-import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lpclip import files
@@ -34,8 +28,73 @@ from lpclip.errors import UserError
 from lpclip.images.views import BASE_VIEWS
 
 FORMAT = 1
-DIGEST_MODULUS = 1 << 128
-QUARANTINE = pa.schema([("id", pa.string()), ("stage", pa.string()), ("error", pa.string())])
+
+
+def fingerprint(identity: dict[str, Any]) -> str:
+    """SHA-256 of everything that changes a feature: source, encoder, views and seed."""
+    return digest({"format": FORMAT, **identity})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The contents of manifest.json. A pair store has no views, dim, seed or label names."""
+
+    fingerprint: str
+    identity: dict[str, Any]
+    parts: tuple[str, ...]
+    """File names, in the order of units and rows."""
+    num_rows: int
+    num_quarantined: int
+    content_digest: str
+    """Sum of the rows' digests: the same for any order of the rows and any cut into parts."""
+    images_per_second: float | None
+    """None when no image was encoded by the run that completed the store."""
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Names of the stored views."""
+        return tuple(self.identity["views"])
+
+    @property
+    def dim(self) -> int:
+        """Length of a feature."""
+        return int(self.identity["encoder"]["dim"])
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the views that draw random numbers, None when none does."""
+        return self.identity["seed"]
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """Names that the labels index, None when there are none."""
+        names = self.identity["source"]["label_names"]
+        return tuple(names) if names else None
+
+    @classmethod
+    def read(cls, path: str) -> Manifest | None:
+        """The manifest of the store at `path`, None when there is no complete store.
+
+        Raises UserError when it is damaged or of an unknown format.
+        """
+        file = files.join(path, "manifest.json")
+        try:
+            found = files.read_json(file)
+        except FileNotFoundError:
+            return None
+        except UserError as error:
+            raise UserError(f"{error}; remove the store {path}, it is encoded again") from error
+        if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
+            raise UserError(f"{file} is not of format {FORMAT}: another version of lpclip made it")
+        if found.keys() != cls.__annotations__.keys() or found["fingerprint"] != fingerprint(
+            found["identity"]
+        ):
+            raise UserError(f"{file} does not fit its own fingerprint: it was changed or damaged")
+        return cls(**{**found, "parts": tuple(found["parts"])})
+
+    def write(self, path: str) -> None:
+        """Write manifest.json, which makes the store at `path` complete."""
+        files.write_json(files.join(path, "manifest.json"), {"format": FORMAT, **vars(self)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +104,7 @@ class Features:
     ids: np.ndarray
     """(N,) str."""
     labels: np.ndarray
-    """(N,) int32, -1 where the source has none."""
+    """(N,) int32, -1 where the source has none or they were not loaded."""
     base: np.ndarray
     """(N, d) float16, unit norm: the mean of the base views."""
     strong: dict[str, np.ndarray]
@@ -56,82 +115,137 @@ class Features:
     """Rows of the store."""
 
 
-def fingerprint(identity: dict[str, Any]) -> str:
-    """SHA-256 of whatever changes a feature: source, encoder, views and seed."""
-    return digest({"format": FORMAT, **identity})
+class Store:
+    """A complete store, opened once. Arrays come in row order, whatever the order of the parts: see `row_order`.
+
+    Methods that read raise UserError when a part is lost or damaged.
+    """
+
+    def __init__(self, path: str, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._order: np.ndarray | None = None
+
+    @classmethod
+    def open(cls, path: str) -> Store:
+        """The store at `path`. Raises UserError when it is not complete, damaged or of an unknown format."""
+        found = cls.find(path)
+        if found is None:
+            raise UserError(
+                f"{path} is not a complete feature store: it has no manifest.json; encode it again"
+            )
+        return found
+
+    @classmethod
+    def find(cls, path: str) -> Store | None:
+        """The store at `path`, None when there is no complete one. Raises UserError when it is damaged."""
+        manifest = Manifest.read(path)
+        return None if manifest is None else cls(path, manifest)
+
+    def require(self, identity: dict[str, Any]) -> None:
+        """Raise UserError unless the store has this identity, as far as `identity` goes."""
+        refuse_other(self.path, {key: self.manifest.identity.get(key) for key in identity}, identity)
+
+    def tables(self, columns: list[str]) -> Iterator[pa.Table]:
+        """These columns of each part, in the manifest's order."""
+        for name in self.manifest.parts:
+            yield open_part(self.path, name).read(columns=columns)
+
+    def ids(self) -> np.ndarray:
+        """Ids (N,) str."""
+        ids = self._read_rows(with_labels=False)[0]
+        return ids[self._row_order()]
+
+    def ids_and_labels(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (N,) str and labels (N,) int32, -1 for none, read in one pass."""
+        ids, labels = self._read_rows(with_labels=True)
+        order = self._row_order()
+        return ids[order], labels[order]
+
+    def has_labels(self) -> bool:
+        """Say whether any row is labelled."""
+        most = (pc.max(table["label"]).as_py() for table in self.tables(["label"]))
+        return any(label is not None and label >= 0 for label in most)
+
+    def mean(self, *views: str) -> np.ndarray:
+        """Unit-norm mean of these views, (N, d) float16; of one view, the view itself."""
+        dim = self.manifest.dim
+        tables = self.tables(list(views))
+        pieces = [mean_view([matrix(table, view, dim) for view in views]) for table in tables]
+        return np.concatenate([np.empty((0, dim), np.float16), *pieces])[self._row_order()]
+
+    def features(
+        self,
+        *,
+        part: int = 0,
+        num_parts: int = 1,
+        views: tuple[str, ...] | None = None,
+        chunk: int = 1,
+        with_labels: bool = True,
+    ) -> Features:
+        """All features, or one of `num_parts` runs of the row order.
+
+        Runs are of whole chunks. Only the run is held in memory. `views` names the further views to load, by default
+        all of them.
+        """
+        stored = self.manifest.views
+        strong = tuple(v for v in stored if v not in BASE_VIEWS) if views is None else views
+        base = tuple(v for v in stored if v in BASE_VIEWS)
+        ids, labels = self._read_rows(with_labels=with_labels)
+        num_chunks = -(-len(ids) // chunk)
+        first, stop = (min(len(ids), chunk * (num_chunks * p // num_parts)) for p in (part, part + 1))
+        cut = self._row_order()[first:stop]
+        slot = np.full(len(ids), -1)
+        slot[cut] = np.arange(len(cut))
+        dim = self.manifest.dim
+        arrays = {v: np.empty((len(cut), dim), np.float16) for v in ("base", *strong)}
+        start = 0
+        for table in self.tables([*base, *strong]):
+            mine = slot[start : start + len(table)]
+            start += len(table)
+            rows = {v: matrix(table, v, dim)[mine >= 0] for v in (*base, *strong)}
+            arrays["base"][mine[mine >= 0]] = mean_view([rows[v] for v in base])
+            for view in strong:
+                arrays[view][mine[mine >= 0]] = rows[view]
+        return Features(
+            ids=ids[cut],
+            labels=labels[cut],
+            base=arrays["base"],
+            strong={v: arrays[v] for v in strong},
+            first_row=first,
+            num_rows=len(ids),
+        )
+
+    def _row_order(self) -> np.ndarray:
+        if self._order is None:
+            self._read_rows(with_labels=False)
+        assert self._order is not None
+        return self._order
+
+    def _read_rows(self, *, with_labels: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and labels in the order of the parts, labels -1 where none are read."""
+        ids: list[str] = []
+        labels = [np.empty(0, np.int32)]
+        for table in self.tables(["id", "label"] if with_labels else ["id"]):
+            ids += table["id"].to_pylist()
+            if not with_labels:
+                labels.append(np.full(len(table), -1, np.int32))
+                continue
+            labels.append(table["label"].combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False))
+        names = np.array(ids, dtype=np.str_)
+        if self._order is None:
+            self._order = row_order(names)
+        return names, np.concatenate(labels)
 
 
 def row_order(ids: np.ndarray) -> np.ndarray:
-    """Permutation that sorts ids by a hash of theirs: file order and names often carry the class."""
+    """Permutation that sorts ids by their hash: file order and names often carry the class."""
     keys = np.array([hashlib.blake2b(i.encode(), digest_size=8).digest() for i in ids.tolist()], dtype="S8")
     return np.lexsort((ids, keys.view(">u8") if len(keys) else keys))
 
 
-@dataclass(frozen=True, kw_only=True, order=True)
-class Part:
-    """A run of a unit's rows, quarantined ones included: `start` to before `stop`."""
-
-    unit: int
-    start: int
-    stop: int
-    last: bool
-
-    @property
-    def name(self) -> str:
-        """The part's file name."""
-        end = "-last" if self.last else ""
-        return f"part-{self.unit:06d}-{self.start:06d}-{self.stop:06d}{end}.parquet"
-
-
-_PART_NAME = re.compile(r"part-(\d+)-(\d+)-(\d+)(-last)?\.parquet")
-_HALF_PART = re.compile(_PART_NAME.pattern + r"\.\w+\.tmp")
-
-
-def list_parts(path: str) -> list[Part]:
-    """The parts in a folder, in the order of units and rows."""
-    found = (_PART_NAME.fullmatch(name) for name in files.list_names(path))
-    return sorted(
-        Part(unit=int(m[1]), start=int(m[2]), stop=int(m[3]), last=m[4] is not None) for m in found if m
-    )
-
-
-def _is_whole(parts: list[Part]) -> bool:
-    ends = [0, *(part.stop for part in parts)]
-    return [part.start for part in parts] == ends[:-1] and parts[-1].last
-
-
-def open_store(path: str, identity: dict[str, Any]) -> dict[int, int]:
-    """Begin a store, or go on with an interrupted one. Returns the units that are done and their row counts.
-
-    Parts of unfinished units are removed: the unit is encoded again as a whole, perhaps cut otherwise. So are
-    parts that a killed process had begun to write.
-    Raises UserError when the folder holds a store of another fingerprint, or cannot be written.
-    """
-    files.make_folder(path)
-    if files.exists(files.join(path, "identity.json")):
-        _require(path, files.read_json(files.join(path, "identity.json")), identity)
-    elif list_parts(path):
-        raise UserError(
-            f"{path} holds parts without identity.json: it is no feature store; use another folder"
-        )
-    else:
-        files.write_json(files.join(path, "identity.json"), identity)
-    for name in files.list_names(path):
-        if _HALF_PART.fullmatch(name):
-            with contextlib.suppress(FileNotFoundError):  # a lost run's last task may end it yet
-                files.delete(files.join(path, name))
-    done = {}
-    for unit, group in itertools.groupby(list_parts(path), key=lambda part: part.unit):
-        parts = list(group)
-        if _is_whole(parts):
-            done[unit] = parts[-1].stop
-        else:
-            for part in parts:
-                files.delete(files.join(path, part.name))
-    return done
-
-
-def _require(path: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def refuse_other(path: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise UserError, with what differs, unless the store at `path` was made with the wanted identity."""
     if fingerprint(found) == fingerprint(wanted):
         return
     changed = [k for k in wanted if found.get(k) != wanted[k]]
@@ -141,88 +255,8 @@ def _require(path: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     )
 
 
-def write_part(
-    path: str, part: Part, *, rows: pa.Table, quarantine: list[dict[str, str]], content_digest: int
-) -> None:
-    """Commit a part: its encoded rows, its quarantined rows and the digest of their ids and image bytes."""
-    meta = {b"quarantine": json.dumps(quarantine).encode(), b"digest": b"%x" % content_digest}
-    sink = io.BytesIO()
-    # Random mantissas do not compress: an attempt would spend time to win nothing.
-    pq.write_table(rows.replace_schema_metadata(meta), sink, compression="none", use_dictionary=["label"])
-    files.write_bytes(files.join(path, part.name), sink.getbuffer())
-
-
-def write_quarantine(path: str) -> list[dict[str, str]]:
-    """Gather the quarantined rows of all parts in quarantine.parquet. Returns them."""
-    found: list[dict[str, str]] = []
-    for part in list_parts(path):
-        found += json.loads(_open_part(path, part.name).metadata.metadata[b"quarantine"])
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(found, schema=QUARANTINE), sink)
-    files.write_bytes(files.join(path, "quarantine.parquet"), sink.getbuffer())
-    return found
-
-
-def finish_store(
-    path: str, identity: dict[str, Any], *, num_units: int, rate: float | None
-) -> dict[str, Any]:
-    """Check that every unit is there, gather the quarantine and write the manifest. Returns it."""
-    parts = list_parts(path)
-    whole = {unit for unit, group in itertools.groupby(parts, key=lambda p: p.unit) if _is_whole(list(group))}
-    assert whole == set(range(num_units)), f"{num_units - len(whole)} units are missing in {path}"
-    rows, total = 0, 0
-    for part in parts:
-        meta = _open_part(path, part.name).metadata
-        rows += meta.num_rows
-        total = (total + int(meta.metadata[b"digest"], 16)) % DIGEST_MODULUS
-    quarantined = write_quarantine(path)
-    manifest = {
-        "format": FORMAT,
-        "fingerprint": fingerprint(identity),
-        "identity": identity,
-        "parts": [part.name for part in parts],
-        "num_rows": rows,
-        "num_quarantined": len(quarantined),
-        # Sum of the rows' digests: the same whatever the order of the rows and the cut into parts.
-        "content_digest": f"{total:032x}",
-        "images_per_second": rate,
-    }
-    files.write_json(files.join(path, "manifest.json"), manifest)
-    return manifest
-
-
-def read_manifest(path: str) -> dict[str, Any] | None:
-    """The manifest of a complete store, None where there is none.
-
-    Raises UserError when it is damaged or of an unknown format.
-    """
-    try:
-        manifest = files.read_json(files.join(path, "manifest.json"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{error}; remove the store {path}, it is encoded again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(
-            f"{files.join(path, 'manifest.json')} is not of format {FORMAT}: another version of lpclip made it"
-        )
-    if manifest["fingerprint"] != fingerprint(manifest["identity"]):
-        raise UserError(
-            f"{files.join(path, 'manifest.json')} does not fit its own fingerprint: it was changed or damaged"
-        )
-    return manifest
-
-
-def check_store(path: str, identity: dict[str, Any]) -> None:
-    """UserError unless the complete store at `path` has this identity, as far as `identity` says."""
-    manifest = read_manifest(path)
-    if manifest is None:
-        raise UserError(f"{path} is not a complete feature store: it has no manifest.json; encode it again")
-    found = manifest["identity"]
-    _require(path, {k: found.get(k) for k in identity}, identity)
-
-
-def _open_part(path: str, name: str) -> pq.ParquetFile:
+def open_part(path: str, name: str) -> pq.ParquetFile:
+    """A part of the store at `path`. Raises UserError when it is lost or damaged."""
     filesystem, inner = files.resolve(files.join(path, name))
     try:
         return pq.ParquetFile(filesystem.open_input_file(inner))
@@ -236,72 +270,6 @@ def _open_part(path: str, name: str) -> pq.ParquetFile:
         ) from error
 
 
-def read_parts(path: str, columns: list[str]) -> Iterator[pa.Table]:
-    """The parts of a complete store, in the manifest's order."""
-    manifest = read_manifest(path)
-    assert manifest is not None, path
-    for name in manifest["parts"]:
-        yield _open_part(path, name).read(columns=columns)
-
-
-def read_ids(path: str, *, with_labels: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (N,) str and labels (N,) int32 of a complete store, as they lie in the parts; -1 where none is read."""
-    ids: list[str] = []
-    labels = [np.empty(0, np.int32)]
-    for table in read_parts(path, ["id", "label"] if with_labels else ["id"]):
-        ids += table["id"].to_pylist()
-        if not with_labels:
-            labels.append(np.full(len(table), -1, np.int32))
-            continue
-        labels.append(table["label"].combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False))
-    return np.array(ids, dtype=np.str_), np.concatenate(labels)
-
-
-def load(
-    path: str,
-    *,
-    part: int = 0,
-    num_parts: int = 1,
-    views: tuple[str, ...] | None = None,
-    chunk: int = 1,
-    with_labels: bool = True,
-) -> Features:
-    """Features of a complete store in row order, or one of `num_parts` runs of that order.
-
-    Runs are of whole chunks. Only the run is held in memory. `views` names the further views to load; all by
-    default.
-    """
-    manifest = read_manifest(path)
-    assert manifest is not None, path
-    stored = tuple(manifest["identity"]["views"])
-    strong = tuple(v for v in stored if v not in BASE_VIEWS) if views is None else views
-    base = tuple(v for v in stored if v in BASE_VIEWS)
-    ids, labels = read_ids(path, with_labels=with_labels)
-    num_chunks = -(-len(ids) // chunk)
-    first, stop = (min(len(ids), chunk * (num_chunks * p // num_parts)) for p in (part, part + 1))
-    cut = row_order(ids)[first:stop]
-    slot = np.full(len(ids), -1)
-    slot[cut] = np.arange(len(cut))
-    dim = manifest["identity"]["encoder"]["dim"]
-    arrays = {v: np.empty((len(cut), dim), np.float16) for v in ("base", *strong)}
-    start = 0
-    for table in read_parts(path, [*base, *strong]):
-        mine = slot[start : start + len(table)]
-        start += len(table)
-        rows = {v: matrix(table, v, dim)[mine >= 0] for v in (*base, *strong)}
-        arrays["base"][mine[mine >= 0]] = mean_view([rows[v] for v in base])
-        for view in strong:
-            arrays[view][mine[mine >= 0]] = rows[view]
-    return Features(
-        ids=ids[cut],
-        labels=labels[cut],
-        base=arrays["base"],
-        strong={v: arrays[v] for v in strong},
-        first_row=first,
-        num_rows=len(ids),
-    )
-
-
 def mean_view(views: list[np.ndarray]) -> np.ndarray:
     """Unit-norm float16 mean of unit-norm views, each (N, d) float16."""
     if len(views) == 1:
@@ -311,5 +279,6 @@ def mean_view(views: list[np.ndarray]) -> np.ndarray:
 
 
 def matrix(table: pa.Table, view: str, dim: int) -> np.ndarray:
+    """A view's column as (N, d) float16."""
     chunks = [c.flatten().to_numpy(zero_copy_only=False) for c in table[view].chunks]
     return np.concatenate(chunks).reshape(-1, dim) if chunks else np.empty((0, dim), np.float16)

@@ -17,18 +17,20 @@ from lpclip.config import EncoderConfig
 from lpclip.encoders.head import EncoderInfo
 from lpclip.encoders.load import load_encoder
 from lpclip.errors import UserError
-from lpclip.features import store
 from lpclip.features.describe import has_gpus
+from lpclip.features.store import Store, row_order
 from lpclip.progress import Progress
 
 TEXTS_AT_ONCE = 256
 
 
-def read_pairs(path: str) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """The different texts of a complete store of pairs, M of them, and the pairs as indices (P,) int64 of images, in
-    row order, and of texts."""
-    table = pa.concat_tables(store.read_parts(path, ["id", "texts"]))
-    order = store.row_order(np.array(table["id"].to_pylist(), dtype=np.str_))
+def read_pairs(store: Store) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """The M different texts of a store of pairs, and its pairs as indices (P,) int64 of images and of texts.
+
+    Images are numbered in row order.
+    """
+    table = pa.concat_tables(store.tables(["id", "texts"]))
+    order = row_order(np.array(table["id"].to_pylist(), dtype=np.str_))
     lists = table["texts"].combine_chunks().take(pa.array(order))
     texts = lists.flatten().dictionary_encode()
     images = pc.list_parent_indices(lists).to_numpy()

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pyarrow as pa
 
 from lpclip import files
 from lpclip.encoders.head import Head
-from lpclip.features import store
+from lpclip.features.store import matrix, mean_view
+from lpclip.features.store_writer import Part
 from lpclip.images.views import BASE_VIEWS
-
-if TYPE_CHECKING:
-    pass
 
 
 def pseudo_label(table: pa.Table, *, head: Head, dim: int) -> pa.Table:
     """Zero-shot pseudo-labels of rows with base-view columns: id, label, confidence."""
     base = [v for v in BASE_VIEWS if v in table.column_names]
-    features = store.mean_view([store.matrix(table, view, dim) for view in base]).astype(np.float32)
+    features = mean_view([matrix(table, view, dim) for view in base]).astype(np.float32)
     logits = features @ head.weight.T / head.temperature
     p = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
     p /= p.sum(axis=1, keepdims=True)
@@ -27,7 +23,7 @@ def pseudo_label(table: pa.Table, *, head: Head, dim: int) -> pa.Table:
     return pa.table({"id": table["id"], "label": p.argmax(axis=1).astype(np.int32), "confidence": confidence})
 
 
-def write_scores(part: store.Part, rows: pa.Table, *, head: Head, path: str) -> None:
+def write_scores(part: Part, rows: pa.Table, *, head: Head, path: str) -> None:
     """Zero-shot pseudo-labels of images that are encoded now, beside a part of their features."""
     labels = pseudo_label(rows, head=head, dim=head.weight.shape[1])
     files.write_parquet(files.join(path, part.name), labels)

@@ -69,12 +69,12 @@ def encoded_row(data: Data, encoded: Encoded) -> dict[str, Any]:
     """A store's row in the table of features: rates are of images encoded in this run."""
     return {
         "features": data.name,
-        "images": encoded.manifest["num_rows"],
-        "quarantined": encoded.manifest["num_quarantined"],
+        "images": encoded.store.manifest.num_rows,
+        "quarantined": encoded.store.manifest.num_quarantined,
         "encoded": "found" if encoded.reused else "now",
         "seconds": round(encoded.seconds),
         "images/s": round(encoded.rate) if encoded.rate else None,
-        "store": shown(encoded.path),
+        "store": shown(encoded.store.path),
     }
 
 

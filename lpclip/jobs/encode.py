@@ -41,9 +41,9 @@ def encode_job(job: EncodeJob) -> dict[str, Any]:
             scores_path=files.join(out, f"zero_shot-{head.identity[:12]}") if head else "",
         )
         summary = {
-            "features": encoded.path,
-            "images": encoded.manifest["num_rows"],
-            "quarantined": encoded.manifest["num_quarantined"],
+            "features": encoded.store.path,
+            "images": encoded.store.manifest.num_rows,
+            "quarantined": encoded.store.manifest.num_quarantined,
             "timings": {"encode": encoded.seconds},
             "rates": {"encode": encoded.rate},
             "config": to_dict(job),

@@ -230,7 +230,7 @@ def _evaluate(
             cells,
             alexnet=name.lower().startswith("imagenet-c"),
             seed=job.seed,
-            same_images=len(stores) == 1 or not any(one.manifest["num_quarantined"] for one in stores),
+            same_images=len(stores) == 1 or not any(one.store.manifest.num_quarantined for one in stores),
         )
     found.timings["measure"] += time.monotonic() - begin
     return found
@@ -313,8 +313,8 @@ def _summary(
     run: tracking.Run,
 ) -> dict[str, Any]:
     encoded = [one for many in found.encoded.values() for one in many if one.rate is not None]
-    images = sum(one.manifest["num_rows"] for one in encoded)
-    features = sum(one.manifest["num_rows"] * len(one.manifest["identity"]["views"]) for one in encoded)
+    images = sum(one.store.manifest.num_rows for one in encoded)
+    features = sum(one.store.manifest.num_rows * len(one.store.manifest.views) for one in encoded)
     seconds = sum(one.seconds for one in encoded)
     losses = [
         {key: row[key] for key in ("set", "corruption", "severity", "probe", "value", "interval")}
@@ -329,10 +329,10 @@ def _summary(
                 "set": item.name,
                 "kind": item.kind,
                 "data": item.data.name,
-                "images": found.encoded[item.key][0].manifest["num_rows"],
-                "quarantined": found.encoded[item.key][0].manifest["num_quarantined"],
+                "images": found.encoded[item.key][0].store.manifest.num_rows,
+                "quarantined": found.encoded[item.key][0].store.manifest.num_quarantined,
                 "views": len(item.views),
-                "stores": [one.path for one in found.encoded[item.key]],
+                "stores": [one.store.path for one in found.encoded[item.key]],
                 "encoded_now": any(not one.reused for one in found.encoded[item.key]),
             }
             for item in sets

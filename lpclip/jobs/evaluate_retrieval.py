@@ -120,7 +120,7 @@ def measure_retrieval(
         seconds = {"images": time.monotonic() - begin}
         begin = time.monotonic()
         images = views.mean(*item.views)
-        texts, image_index, text_index = read_pairs(views.stores[0].path)
+        texts, image_index, text_index = read_pairs(views.stores[0].store)
         text_features = encode_texts(texts, info=info, encoder=encoder, name=item.data.name)
         seconds["texts"] = time.monotonic() - begin
         begin = time.monotonic()
@@ -152,10 +152,10 @@ def measure_retrieval(
                 "images": len(images),
                 "texts": len(texts),
                 "pairs": len(text_index),
-                "quarantined": views.stores[0].manifest["num_quarantined"],
+                "quarantined": views.stores[0].store.manifest.num_quarantined,
                 **metrics,
                 "views": list(item.views),
-                "stores": [one.path for one in views.stores],
+                "stores": [one.store.path for one in views.stores],
                 "encoded_now": any(not one.reused for one in views.stores),
                 "seconds": {name: round(value, 3) for name, value in seconds.items()},
             }

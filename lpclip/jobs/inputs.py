@@ -135,7 +135,7 @@ def encode_inputs(
             "views": job.encode.views,
             "templates": list(templates(job.names.templates)),
             "logit_scale": info.logit_scale,
-            "features": encoded.manifest["fingerprint"],
+            "features": encoded.store.manifest.fingerprint,
         },
         seconds=seconds,
     )

@@ -61,9 +61,9 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
     order = np.argsort(-counts)[:20]
     print(format_table([{"label": probe.class_names[i], "images": int(counts[i])} for i in order]))
     print(
-        f"{len(table):,} images labelled, {found.latest.manifest['num_quarantined']:,} quarantined: {job.out}"
+        f"{len(table):,} images labelled, {found.latest.store.manifest.num_quarantined:,} quarantined: {job.out}"
     )
-    return {"images": len(table), "quarantined": found.latest.manifest["num_quarantined"]}
+    return {"images": len(table), "quarantined": found.latest.store.manifest.num_quarantined}
 
 
 def _check_file_target(path: str) -> None:

@@ -14,8 +14,8 @@ from lpclip.encoders.encoder import weights_digest
 from lpclip.encoders.open_clip import Trainable, load_trainable
 from lpclip.features.describe import has_gpus
 from lpclip.features.pairs import PairStore, pairs_identity, prepare_pairs
-from lpclip.features.pipeline import check_manifest
-from lpclip.features.store import fingerprint, read_manifest
+from lpclip.features.pipeline import check_quarantine
+from lpclip.features.store import Store, fingerprint
 from lpclip.images.source import Source
 from lpclip.jobs import tracking
 from lpclip.jobs.console import shown
@@ -71,12 +71,12 @@ def _pretrain(
     name = f"{source.name}-{identity['pairs'][:12]}"
     # Ray Train's workers run in folders of their own.
     path = files.join(files.absolute(job.pairs or files.join(out, "pairs")), name)
-    manifest = read_manifest(path)
-    if manifest is None:
+    store = Store.find(path)
+    if store is None:
         print(f"pairs: reading to {shown(path)}", flush=True)
-        manifest = prepare_pairs(source, preprocess=trainable.preprocess, path=path)
+        store = prepare_pairs(source, preprocess=trainable.preprocess, path=path)
     else:
-        check_manifest(source, path, manifest)
+        check_quarantine(source, store)
         print(f"pairs: found in {shown(path)}", flush=True)
     pairs = PairStore(path)
     check_pretraining(job.training, num_pairs=len(pairs))
@@ -115,8 +115,8 @@ def _pretrain(
         "encoder": trainable.name,
         "pairs": {
             "store": path,
-            "read": manifest["num_rows"],
-            "quarantined": manifest["num_quarantined"],
+            "read": store.manifest.num_rows,
+            "quarantined": store.manifest.num_quarantined,
             "texts_cut": cut,
             "texts_counted": counted,
         },

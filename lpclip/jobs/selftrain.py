@@ -79,18 +79,18 @@ def _selftrain(
         features=features.base,
         prior=prior,
         head=head,
-        fingerprint=encoded.manifest["fingerprint"],
+        fingerprint=encoded.store.manifest.fingerprint,
     )
     seconds["prior"] = time.monotonic() - begin
     work = make_work(
-        store_path=encoded.path,
-        fingerprint=encoded.manifest["fingerprint"],
+        store_path=encoded.store.path,
+        fingerprint=encoded.store.manifest.fingerprint,
         head=head,
         prior=chosen.prior,
         config=job.training,
         folder=files.join(out, "rounds"),
     )
-    claim(out, {**work.identity, "eval_data": tested.manifest["content_digest"] if tested else None})
+    claim(out, {**work.identity, "eval_data": tested.store.manifest.content_digest if tested else None})
     begin = time.monotonic()
     near = neighbour_count(job.training, num_rows=len(features.ids), num_classes=len(classes.names))
     if near:
@@ -149,15 +149,15 @@ def _selftrain(
         "evaluated_on": evaluated_on(inputs, y),
         "rounds": history,
         "images": {
-            "encoded": encoded.manifest["num_rows"],
-            "quarantined": encoded.manifest["num_quarantined"],
-            "eval_quarantined": tested.manifest["num_quarantined"] if tested else None,
+            "encoded": encoded.store.manifest.num_rows,
+            "quarantined": encoded.store.manifest.num_quarantined,
+            "eval_quarantined": tested.store.manifest.num_quarantined if tested else None,
         },
         "probe_temperature": temperature,
         "prior": chosen.summary(),
         "classes": list(classes.names),
         "encoder": info.identity,
-        "features": {"train": encoded.path, "eval": tested.path if tested else None},
+        "features": {"train": encoded.store.path, "eval": tested.store.path if tested else None},
         "timings": {name: round(value, 3) for name, value in seconds.items()},
         "rates": rates,
         "config": to_dict(job),

@@ -22,7 +22,6 @@ from lpclip.encoders.head import EncoderInfo, Head, make_head
 from lpclip.encoders.prompts import templates
 from lpclip.errors import UserError
 from lpclip.evaluation.judge import evaluate
-from lpclip.features import store
 from lpclip.features.describe import describe_encoder
 from lpclip.images.views import BASE_VIEWS, parse_views
 from lpclip.jobs import tracking
@@ -154,7 +153,7 @@ class _Sweep:
         job, out, head = self._job, self._out, self._head
         known = encode_inputs(job, self._inputs, info=self._info, head=head, out=out)
         self._x, self._y, seconds = known.x, known.y, known.seconds
-        fingerprint = known.encoded.manifest["fingerprint"]
+        fingerprint = known.encoded.store.manifest.fingerprint
         claim(out, self._identity(fingerprint))
         begin = time.monotonic()
         # Whichever priors are searched: where a sample's views do not agree on the rounds, no trial is to be trusted.
@@ -203,7 +202,7 @@ class _Sweep:
     ) -> Material:
         job, head, chosen = self._job, self._head, self._prior
         strong = _strong_views(job)
-        loaded = store.load(known.encoded.path, views=strong, with_labels=False).strong if strong else {}
+        loaded = known.encoded.store.features(views=strong, with_labels=False).strong if strong else {}
         if job.criterion == "views" and not loaded:
             raise UserError(
                 "--criterion views compares with strong views: encode with --views weak,mirror,strong"
@@ -356,12 +355,12 @@ class _Sweep:
             "classes": list(head.class_names),
             "encoder": self._info.identity,
             "features": {
-                "train": known.encoded.path,
-                "eval": known.tested.path if known.tested else None,
+                "train": known.encoded.store.path,
+                "eval": known.tested.store.path if known.tested else None,
             },
             "images": {
-                "encoded": known.encoded.manifest["num_rows"],
-                "quarantined": known.encoded.manifest["num_quarantined"],
+                "encoded": known.encoded.store.manifest.num_rows,
+                "quarantined": known.encoded.store.manifest.num_quarantined,
             },
             "config": to_dict(job),
             "versions": versions(),

@@ -30,7 +30,7 @@ from lpclip.config import SelfTrainingConfig
 from lpclip.encoders.encoder import resolve_precision
 from lpclip.encoders.head import Head
 from lpclip.errors import UserError
-from lpclip.features import store
+from lpclip.features.store import Store
 from lpclip.method.gaussian import Whitening
 from lpclip.method.neighbours import nearest
 from lpclip.method.priors import Prior
@@ -185,7 +185,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
 def _find_neighbours(work: Work, shard: Shard, *, count: int, whitening: Whitening) -> Tensor:
     everything = shard.features
     if len(everything) < shard.num_rows:
-        everything = store.load(work.store_path, views=(), with_labels=False).base
+        everything = Store.open(work.store_path).features(views=(), with_labels=False).base
     return nearest(
         shard.features,
         among=everything,
@@ -198,7 +198,8 @@ def _find_neighbours(work: Work, shard: Shard, *, count: int, whitening: Whiteni
 
 def load_shard(work: Work, *, part: int, num_parts: int) -> tuple[Shard, np.ndarray]:
     """A worker's rows, a run of whole chunks of the row order, and their ids. Labels stay in the store."""
-    found = store.load(work.store_path, part=part, num_parts=num_parts, chunk=CHUNK_ROWS, with_labels=False)
+    store = Store.open(work.store_path)
+    found = store.features(part=part, num_parts=num_parts, chunk=CHUNK_ROWS, with_labels=False)
     shard = Shard(
         features=found.base,
         strong=tuple(found.strong.values()),

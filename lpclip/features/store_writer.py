@@ -1,0 +1,147 @@
+"""A store while it is written: parts that are there whole or not at all, and work that goes on after a loss.
+
+A part holds a run of one unit of work's rows and is named after it: part-UNIT-START-STOP.parquet, with `-last`
+behind STOP when the unit ends there. It carries its quarantined rows in its metadata, so an interrupted store goes on
+from the units that are there, and the names alone say which these are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lpclip import files
+from lpclip.errors import UserError
+from lpclip.features.store import Manifest, Store, fingerprint, open_part, refuse_other
+
+DIGEST_MODULUS = 1 << 128
+QUARANTINE = pa.schema([("id", pa.string()), ("stage", pa.string()), ("error", pa.string())])
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Part:
+    """A run of a unit's rows, quarantined ones included: `start` to before `stop`."""
+
+    unit: int
+    start: int
+    stop: int
+    last: bool
+
+    @property
+    def name(self) -> str:
+        """The part's file name."""
+        end = "-last" if self.last else ""
+        return f"part-{self.unit:06d}-{self.start:06d}-{self.stop:06d}{end}.parquet"
+
+
+_PART_NAME = re.compile(r"part-(\d+)-(\d+)-(\d+)(-last)?\.parquet")
+_HALF_PART = re.compile(_PART_NAME.pattern + r"\.\w+\.tmp")
+
+
+def list_parts(path: str) -> list[Part]:
+    """The parts in a folder, in the order of units and rows."""
+    found = (_PART_NAME.fullmatch(name) for name in files.list_names(path))
+    return sorted(
+        Part(unit=int(m[1]), start=int(m[2]), stop=int(m[3]), last=m[4] is not None) for m in found if m
+    )
+
+
+def _is_whole(parts: list[Part]) -> bool:
+    ends = [0, *(part.stop for part in parts)]
+    return [part.start for part in parts] == ends[:-1] and parts[-1].last
+
+
+@dataclass(frozen=True)
+class StoreWriter:
+    """A store of this identity that is being written at `path`: `begin`, then parts by any process, then `finish`."""
+
+    path: str
+    identity: dict[str, Any]
+
+    def begin(self) -> dict[int, int]:
+        """Begin the store, or go on with an interrupted one. Returns the units that are done and their row counts.
+
+        Parts of unfinished units are removed, because such a unit is encoded again as a whole and may be cut at other
+        rows. Parts that a killed process had begun to write are removed as well.
+        Raises UserError when the folder holds a store of another fingerprint, or cannot be written.
+        """
+        path, known = self.path, files.join(self.path, "identity.json")
+        files.make_folder(path)
+        if files.exists(known):
+            refuse_other(path, files.read_json(known), self.identity)
+        elif list_parts(path):
+            raise UserError(
+                f"{path} holds parts without identity.json: it is no feature store; use another folder"
+            )
+        else:
+            files.write_json(known, self.identity)
+        for name in files.list_names(path):
+            if _HALF_PART.fullmatch(name):
+                # The last task of a lost run may still finish the file.
+                with contextlib.suppress(FileNotFoundError):
+                    files.delete(files.join(path, name))
+        done = {}
+        for unit, group in itertools.groupby(list_parts(path), key=lambda part: part.unit):
+            parts = list(group)
+            if _is_whole(parts):
+                done[unit] = parts[-1].stop
+            else:
+                for part in parts:
+                    files.delete(files.join(path, part.name))
+        return done
+
+    def write_part(
+        self, part: Part, *, rows: pa.Table, quarantine: list[dict[str, str]], content_digest: int
+    ) -> None:
+        """Commit a part: its encoded rows, its quarantined rows and the digest of their ids and image bytes."""
+        meta = {b"quarantine": json.dumps(quarantine).encode(), b"digest": b"%x" % content_digest}
+        sink = io.BytesIO()
+        # Random mantissas do not compress: an attempt would cost time and gain nothing.
+        pq.write_table(rows.replace_schema_metadata(meta), sink, compression="none", use_dictionary=["label"])
+        files.write_bytes(files.join(self.path, part.name), sink.getbuffer())
+
+    def finish(self, *, num_units: int, rate: float | None) -> Store:
+        """Check that every unit is there, gather the quarantine and write the manifest. Returns the complete store.
+
+        `rate` is in images a second.
+        """
+        parts = list_parts(self.path)
+        whole = {
+            unit for unit, group in itertools.groupby(parts, key=lambda p: p.unit) if _is_whole([*group])
+        }
+        assert whole == set(range(num_units)), f"{num_units - len(whole)} units are missing in {self.path}"
+        rows, total = 0, 0
+        for part in parts:
+            meta = open_part(self.path, part.name).metadata
+            rows += meta.num_rows
+            total = (total + int(meta.metadata[b"digest"], 16)) % DIGEST_MODULUS
+        manifest = Manifest(
+            fingerprint=fingerprint(self.identity),
+            identity=self.identity,
+            parts=tuple(part.name for part in parts),
+            num_rows=rows,
+            num_quarantined=len(write_quarantine(self.path)),
+            content_digest=f"{total:032x}",
+            images_per_second=rate,
+        )
+        manifest.write(self.path)
+        return Store(self.path, manifest)
+
+
+def write_quarantine(path: str) -> list[dict[str, str]]:
+    """Gather the quarantined rows of all parts in quarantine.parquet. Returns them."""
+    found: list[dict[str, str]] = []
+    for part in list_parts(path):
+        found += json.loads(open_part(path, part.name).metadata.metadata[b"quarantine"])
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(found, schema=QUARANTINE), sink)
+    files.write_bytes(files.join(path, "quarantine.parquet"), sink.getbuffer())
+    return found
