@@ -63,7 +63,7 @@ class Options:
 
     folder: tyro.conf.Positional[str]
     """Folder of feature stores."""
-    space: str = "tune_spaces/default.py"
+    space: str = "default"
     """The space that is searched."""
     trials: int = 64
     """Trials of each sweep."""

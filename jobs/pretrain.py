@@ -3,16 +3,7 @@
 python jobs/pretrain.py --data pairs/ --encoder ViT-B-32 --pretrained laion2b_s34b_b79k --learning-rate 1e-5
 """
 
-from lpclip.config import PretrainJob
-from lpclip.jobs.cli import main
-
-
-def run(job: PretrainJob) -> None:
-    """Run the job. The libraries are imported here: --help and wrong flags need not wait for them."""
-    from lpclip.jobs.pretrain import pretrain_job
-
-    pretrain_job(job)
-
+from lpclip.jobs.cli import run_command
 
 if __name__ == "__main__":
-    main(run, PretrainJob)
+    run_command("pretrain")

@@ -3,16 +3,7 @@
 python jobs/selftrain.py --data photos/ --classes cat,dog --encoder ViT-B-32 --pretrained laion2b_s34b_b79k
 """
 
-from lpclip.config import SelftrainJob
-from lpclip.jobs.cli import main
-
-
-def run(job: SelftrainJob) -> None:
-    """Run the job. The libraries are imported here: --help and wrong flags need not wait for them."""
-    from lpclip.jobs.selftrain import selftrain_job
-
-    selftrain_job(job)
-
+from lpclip.jobs.cli import run_command
 
 if __name__ == "__main__":
-    main(run, SelftrainJob)
+    run_command("selftrain")

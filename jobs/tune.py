@@ -1,18 +1,9 @@
 """Search temperature, threshold, rounds and more without labels, on features that are encoded once.
 
-python jobs/tune.py --space tune_spaces/default.py --data photos/ --classes cat,dog --trials 64
+python jobs/tune.py --space default --data photos/ --classes cat,dog --trials 64
 """
 
-from lpclip.config import TuneJob
-from lpclip.jobs.cli import main
-
-
-def run(job: TuneJob) -> None:
-    """Run the job. The libraries are imported here: --help and wrong flags need not wait for them."""
-    from lpclip.jobs.tune import tune_job
-
-    tune_job(job)
-
+from lpclip.jobs.cli import run_command
 
 if __name__ == "__main__":
-    main(run, TuneJob)
+    run_command("tune")

@@ -275,8 +275,9 @@ class PretrainJob:
 class TuneJob:
     """Search the training's parameters without labels, on features that are encoded once."""
 
-    space: str = "tune_spaces/default.py"
-    """Python file whose SPACE maps names of the training's flags to Ray Tune's search-space objects."""
+    space: str = "default"
+    """The parameters to search: default, quick, wide, or a Python file whose SPACE maps names of the training's flags
+    to Ray Tune's search-space objects."""
     data: str = "fashion-mnist"
     """Unlabelled images: folder, Parquet, WebDataset tar, CSV/JSONL manifest, a feature store, or
     fashion-mnist, cifar10, cifar100. Labels, where they exist, choose nothing."""

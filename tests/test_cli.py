@@ -129,7 +129,7 @@ REPORT_IT = "This is a fault of lpclip. Please report it with the traceback and 
         ("value", 1, ["error: no such path: photos really"]),
         ("file", 1, ["FileNotFoundError: [Errno 2] No such file or directory: 'photos/missing'", REPORT_IT]),
         ("bug", 1, ["KeyError: 'bug'", REPORT_IT]),
-        ("interrupt", 130, ["interrupted: finished work is kept, the same command goes on from there"]),
+        ("interrupt", 130, ["interrupted: finished work is kept, and the same command resumes from there"]),
     ],
 )
 def test_how_a_job_ends(end: str, code: int, last_lines: list[str]) -> None:

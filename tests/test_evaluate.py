@@ -519,7 +519,7 @@ def test_after_ctrl_c_between_two_sets_the_same_command_goes_on(work: Work, tmp_
         if process.poll() is None:
             process.kill()
     assert process.returncode == 130
-    assert "interrupted: finished work is kept, the same command goes on from there" in stderr
+    assert "interrupted: finished work is kept, and the same command resumes from there" in stderr
     assert "Traceback" not in stderr
     kept = {path: path.stat().st_mtime_ns for path in first[0].parent.iterdir()}
     client = MlflowClient()

@@ -30,12 +30,14 @@ from lpclip.config import (
     flags,
 )
 from lpclip.jobs.cli import OPTIONS
+from lpclip.training import search_space
 from lpclip.training.search_space import (
     SEARCHABLE,
     SearchSpace,
     check_space,
     draw_trials,
     read_space,
+    space_file,
     trial_config,
 )
 
@@ -480,11 +482,16 @@ def test_the_spaces_that_come_along_are_as_they_say(path: Path) -> None:
         assert len(trials) == count
         for parameters in trials:
             trial_config(parameters, base=BASE, own_temperature=OWN)
-    assert f"tune_spaces/{path.name}" in words
+    assert f"lpclip tune --space {path.stem}" in words
 
 
-def test_there_are_spaces_that_come_along() -> None:
-    assert TuneJob().space in {f"tune_spaces/{path.name}" for path in SHIPPED}
+def test_the_shipped_spaces_have_names_and_stay_files() -> None:
+    assert {path.stem for path in SHIPPED} == set(search_space.SHIPPED)
+    assert TuneJob().space in search_space.SHIPPED
+    for path in SHIPPED:
+        assert space_file(path.stem).samefile(path)
+        assert space_file(str(path)) == path
+        assert read_space(path.stem).identity == read_space(str(path)).identity
 
 
 TRAINING = SelfTrainingConfig(

@@ -533,7 +533,7 @@ def test_after_ctrl_c_the_same_command_goes_on(
         if job.poll() is None:
             job.kill()
     assert job.returncode == 130
-    assert "interrupted: finished work is kept, the same command goes on from there" in stderr
+    assert "interrupted: finished work is kept, and the same command resumes from there" in stderr
     assert "Traceback" not in stderr
     (folder,) = (tmp_path / "out" / "features").iterdir()
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*.parquet")}

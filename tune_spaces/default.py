@@ -1,6 +1,6 @@
 """What is worth searching on any data: 64 trials of it.
 
-.venv/bin/python jobs/tune.py --space tune_spaces/default.py --data photos/ --classes cat,dog
+lpclip tune --space default --data photos/ --classes cat,dog
 """
 
 from ray import tune

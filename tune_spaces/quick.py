@@ -1,7 +1,7 @@
 """A first sweep, in under two minutes on a laptop once features are there.
 
     make demo
-    .venv/bin/python jobs/tune.py --space tune_spaces/quick.py --trials 12 --limit 6000 --eval-limit 2000 \
+    lpclip tune --space quick --trials 12 --limit 6000 --eval-limit 2000 \
         --features runs/demo/features --out runs/quick
 
 Expect, with the embedded lite encoder (not CLIP), on the 2,000 test images: zero-shot 34.6%, without a sweep 60.4%,

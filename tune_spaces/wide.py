@@ -1,9 +1,9 @@
 """Everything that the recipe exposes, far beyond what works: 128 trials or more.
 
-    .venv/bin/python jobs/tune.py --space tune_spaces/wide.py --data photos/ --classes cat,dog --trials 128 \
+    lpclip tune --space wide --data photos/ --classes cat,dog --trials 128 \
         --scheduler asha
 
-Expect trials anywhere between far below zero-shot and a little above what default.py finds, and a choice further
+Expect trials anywhere between far below zero-shot and a little above what the default space finds, and a choice further
 from the best one: docs/tuning.md says by how much.
 """
 

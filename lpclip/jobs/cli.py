@@ -1,42 +1,96 @@
-"""From command-line flags to a job, and from a job's errors to one line and an exit code."""
+"""The commands: from flags to a job, and from a job's errors to one line and an exit code.
+
+Flags are parsed before any heavy library is imported, so that --help and wrong flags are answered at once.
+"""
 
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import tyro
 from tyro import conf
 
-from lpclip import files
-from lpclip.config import to_dict
+from lpclip.config import EncodeJob, EvaluateJob, PredictJob, PretrainJob, SelftrainJob, TuneJob, to_dict
 from lpclip.errors import UserError
 
 Config = TypeVar("Config")
+
+# The job `name` is the function `name_job` of the module lpclip.jobs.name.
+COMMANDS: dict[str, type] = {
+    "encode": EncodeJob,
+    "selftrain": SelftrainJob,
+    "evaluate": EvaluateJob,
+    "tune": TuneJob,
+    "predict": PredictJob,
+    "pretrain": PretrainJob,
+}
+DESCRIPTION = "Train linear probes on CLIP without labels, and measure them."
+EPILOG = """\
+lpclip COMMAND --help explains the flags of a command.
+
+An error that you can mend is one line, `error: ...`, and the exit code 1. With LPCLIP_TRACEBACK=1 in the environment,
+its traceback is shown as well. Ctrl-C keeps the finished work, and the same command resumes from there."""
 
 # A disk may be full wherever something is written, in libraries too.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 OPTIONS = (conf.OmitArgPrefixes, conf.OmitSubcommandPrefixes, conf.FlagCreatePairsOff, conf.DisallowNone)
 
 
-def main(run: Callable[[Config], object], config_type: type[Config]) -> None:
+def entry() -> None:
+    """Run the command line of `lpclip`: a command's name, then its flags."""
+    words = sys.argv[1:]
+    if words and words[0] in COMMANDS:
+        run_command(words[0], prog=f"lpclip {words[0]}", args=words[1:])
+        return
+    # No command: tyro shows the list of commands or refuses what was given, and exits.
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {**COMMANDS}, prog="lpclip", description=DESCRIPTION, args=words or ["--help"], config=OPTIONS
+        )
+    except SystemExit as end:
+        if not end.code:
+            print(EPILOG)
+        raise
+
+
+def run_command(name: str, *, prog: str | None = None, args: Sequence[str] | None = None) -> None:
+    """Run one command with `args`, the process's own arguments by default. See `main`."""
+
+    def run(job: Any) -> None:
+        module = importlib.import_module(f"lpclip.jobs.{name}")
+        getattr(module, f"{name}_job")(job)
+
+    main(run, COMMANDS[name], prog=prog, args=args)
+
+
+def main(
+    run: Callable[[Config], object],
+    config_type: type[Config],
+    *,
+    prog: str | None = None,
+    args: Sequence[str] | None = None,
+) -> None:
     """Parse the flags into `config_type` and run the job with them.
 
     The flags are the dataclass's fields, nested stages merged. The process exits with 2 on wrong flags, with
     1 and `error: ...` on a UserError or a full disk, here or in a Ray worker, with 130 on Ctrl-C. Anything else is
-    a fault of the program: it keeps its traceback and asks to be reported. LPCLIP_TRACEBACK=1 shows tracebacks
+    a fault of the program: it keeps its traceback and asks to be reported. LPCLIP_TRACEBACK=1 shows the tracebacks
     of UserErrors too.
     """
-    config = tyro.cli(config_type, config=OPTIONS)
+    config = tyro.cli(config_type, prog=prog, args=args, config=OPTIONS)
     try:
         _refuse_secrets(config)
         run(config)
     except KeyboardInterrupt:
-        print("\ninterrupted: finished work is kept, the same command goes on from there", file=sys.stderr)
+        print(
+            "\ninterrupted: finished work is kept, and the same command resumes from there", file=sys.stderr
+        )
         sys.exit(130)
     except Exception as error:
         mistake = users_mistake(error)
@@ -49,6 +103,8 @@ def main(run: Callable[[Config], object], config_type: type[Config]) -> None:
 
 
 def _refuse_secrets(config: object) -> None:
+    from lpclip import files  # imports pyarrow, which --help does without
+
     for name, value in to_dict(config).items():
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, str):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lpclip import files
-from lpclip.config import SelftrainJob, TuneJob
+from lpclip.config import SelftrainJob, TuneJob, flags
 from lpclip.encoders.head import EncoderInfo, Head
 from lpclip.features.find_or_encode import Data, Encoded
 from lpclip.images.classes import ClassList
@@ -44,6 +48,23 @@ def print_plan(data: Data, test: Data | None, *, info: EncoderInfo, views: str, 
 def shown(path: str) -> str:
     """A path as the user would type it: relative where it lies below the working directory."""
     return path.replace(f"{os.getcwd()}/", "")
+
+
+def command_line(name: str, job: object) -> str:
+    """The command that runs a job, fit for a shell in the folder where this process was started.
+
+    A process that is one of the scripts in jobs/ names the script beside it, any other names `lpclip`, with the
+    folder that it lies in unless the shell finds it by itself.
+    """
+    started = Path(sys.argv[0])
+    script = started.with_name(f"{name}.py")
+    if started.parent.name == "jobs" and started.suffix == ".py" and script.is_file():
+        return shlex.join([shown(sys.executable), shown(str(script)), *flags(job)])
+    installed = started if started.name == "lpclip" else Path(sys.executable).with_name("lpclip")
+    found = shutil.which("lpclip")
+    is_found = found is not None and installed.exists() and Path(found).samefile(installed)
+    program = "lpclip" if is_found or not installed.exists() else shown(str(installed))
+    return shlex.join([program, name, *flags(job)])
 
 
 def _print_places(out: str, run: tracking.Run, **names: str) -> None:

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from lpclip import files
-from lpclip.config import ModelConfig, PretrainConfig, PretrainJob, digest, to_dict
+from lpclip.config import (
+    EncoderConfig,
+    ModelConfig,
+    PretrainConfig,
+    PretrainJob,
+    SelftrainJob,
+    digest,
+    to_dict,
+)
 from lpclip.encoders.encoder import weights_digest
 from lpclip.encoders.open_clip import Trainable, load_trainable
 from lpclip.features.describe import has_gpus
@@ -18,7 +26,7 @@ from lpclip.features.pipeline import check_quarantine
 from lpclip.features.store import Store, fingerprint
 from lpclip.images.source import Source
 from lpclip.jobs import tracking
-from lpclip.jobs.console import shown
+from lpclip.jobs.console import command_line, shown
 from lpclip.jobs.inputs import open_pairs
 from lpclip.jobs.runtime import claim, output_folder, start_ray, versions
 from lpclip.method.contrastive_step import check_pretraining, num_steps
@@ -244,5 +252,6 @@ def _print_result(job: PretrainJob, summary: dict[str, Any], run: tracking.Run) 
         print(f"bad      {shown(files.join(summary['pairs']['store'], 'quarantine.parquet'))}")
     print(f"model    {shown(summary['model'])}")
     where = "A-LOCAL-COPY" if "://" in summary["model"] else shown(summary["model"])
-    print(f"use it   --encoder {job.model.encoder} --pretrained {where}")
+    use = SelftrainJob(encoder=EncoderConfig(encoder=job.model.encoder, pretrained=where))
+    print(f"use it   {command_line('selftrain', use)}")
     print(f"MLflow   {shown(run.uri)}, run {run.run_id}", flush=True)

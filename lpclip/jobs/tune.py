@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +14,7 @@ import torch
 from torchmetrics.functional import spearman_corrcoef
 
 from lpclip import files
-from lpclip.config import Criterion, SelfTrainingConfig, SelftrainJob, TuneJob, flags, to_dict
+from lpclip.config import Criterion, SelfTrainingConfig, SelftrainJob, TuneJob, to_dict
 from lpclip.encoders.encoder import resolve_precision
 from lpclip.encoders.head import EncoderInfo, Head, make_head
 from lpclip.encoders.prompts import templates
@@ -25,7 +23,7 @@ from lpclip.evaluation.judge import evaluate
 from lpclip.features.describe import describe_encoder
 from lpclip.images.views import BASE_VIEWS, parse_views
 from lpclip.jobs import tracking
-from lpclip.jobs.console import LITE_NOTE, print_plan, print_sweep, print_sweep_plan, shown
+from lpclip.jobs.console import LITE_NOTE, command_line, print_plan, print_sweep, print_sweep_plan
 from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
 from lpclip.jobs.runtime import claim, output_folder, start_ray, versions
 from lpclip.jobs.settle_prior import ChosenPrior, load_prior, settle_prior
@@ -419,7 +417,7 @@ class _Sweep:
             training=SelfTrainingConfig(**values),
             tracking=replace(job.tracking, run_name=None),
         )
-        return shlex.join([shown(sys.executable), "jobs/selftrain.py", *flags(again)])
+        return command_line("selftrain", again)
 
     def _tell_all(self, summary: dict[str, Any]) -> None:
         """To files, to the page and to MLflow."""

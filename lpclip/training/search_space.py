@@ -15,10 +15,13 @@ import numpy as np
 from ray.tune.search.sample import Categorical, Domain, Float, Integer, Quantized
 from ray.tune.search.variant_generator import generate_variants
 
+import lpclip
 from lpclip.config import SelfTrainingConfig, digest
 from lpclip.errors import UserError
 from lpclip.method.self_training import check_config
 
+# The spaces that are shipped, by the names that --space takes.
+SHIPPED = ("default", "quick", "wide")
 # In units of the encoder's own temperature, so that one space fits every encoder.
 FACTOR = "temperature_factor"
 # Not the seed either: it is also that of the strong views, which are encoded once.
@@ -51,13 +54,30 @@ class SearchSpace:
         return _extremes(name, self.searched[name]) if name in self.searched else []
 
 
+def space_file(space: str) -> Path:
+    """The file of a shipped space (`default`, `quick`, `wide`), or of any other path as it stands.
+
+    The shipped spaces lie in tune_spaces/, which an installation has inside the package and a clone beside it.
+    """
+    if space not in SHIPPED:
+        return Path(space).expanduser()
+    package = Path(lpclip.__file__).parent
+    installed = package / "tune_spaces" / f"{space}.py"
+    return installed if installed.is_file() else package.parent / "tune_spaces" / f"{space}.py"
+
+
 def read_space(path: str) -> SearchSpace:
-    """The SPACE of a Python file, which is run. Raises UserError when there is none, or none that can be searched."""
+    """The SPACE of a shipped space or of a Python file, which is run.
+
+    Raises UserError when there is none, or none that can be searched.
+    """
     try:
-        file = Path(path).expanduser()
+        file = space_file(path)
         code = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError, RuntimeError) as error:
-        raise UserError(f"--space {path} cannot be read: {error}") from error
+        raise UserError(
+            f"--space {path} cannot be read ({error}): give a Python file, or one of {', '.join(SHIPPED)}"
+        ) from error
     try:
         tree = ast.parse(code)
         found = runpy.run_path(str(file)).get("SPACE")
