@@ -73,7 +73,8 @@ from lpclip.features.encode_stage import ENCODER_ENV
 from lpclip.images.classes import resolve_classes
 from lpclip.images.open import open_source
 from lpclip.images.pixels import decode_image
-from lpclip.images.views import parse_views, render
+from lpclip.images.render import render
+from lpclip.images.views import WEAK, parse_views
 from lpclip.jobs.cli import OPTIONS
 from lpclip.jobs.runtime import start_ray, versions
 from lpclip.report.tables import format_table
@@ -624,7 +625,7 @@ def compare_precision(
             decode_image(data, max_pixels=LIMITS.max_pixels, max_bytes=LIMITS.max_bytes)
             for data in images[start : start + batch_size]
         ]
-        views = [render(i, id="", view="weak", preprocess=reference.preprocess, seed=0) for i in found]
+        views = [render(i, id="", view=WEAK, preprocess=reference.preprocess, seed=0) for i in found]
         pixels = torch.from_numpy(np.stack(views))
         a, b = (one.encode_image(pixels) for one in (encoder, reference))
         cosines.append((a * b).sum(1))

@@ -34,7 +34,7 @@ from lpclip.encoders.open_clip import Trainable, load_trainable
 from lpclip.evaluation.ranking import retrieval_metrics
 from lpclip.images.open import open_source
 from lpclip.images.pixels import decode_image
-from lpclip.images.views import weak_view
+from lpclip.images.render import weak_view
 from lpclip.jobs.cli import OPTIONS
 from lpclip.jobs.runtime import versions
 from lpclip.method.contrastive_step import (

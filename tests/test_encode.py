@@ -32,6 +32,7 @@ from lpclip.features.find_or_encode import encode_data, open_data
 from lpclip.features.store import Manifest, Store, matrix
 from lpclip.features.zero_shot_labels import pseudo_label
 from lpclip.images.open import open_source
+from lpclip.images.views import parse_views
 from lpclip.jobs.cli import users_mistake
 
 pytestmark = pytest.mark.usefixtures("cluster", "lite_map")
@@ -126,7 +127,7 @@ def test_a_table_is_cut_where_its_pixels_would_be_too_many(
     tars: Path, info: EncoderInfo, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_source(str(tars / "0.tar"), config=SourceConfig())
-    views = ("weak", "gaussian_noise:3")
+    views = parse_views("weak,gaussian_noise:3")
 
     def decode() -> list[pa.Table]:
         units = ray.put(pa.table({"unit": [0], "spec": list(source.units)}))
@@ -164,7 +165,7 @@ def test_features_are_the_same_bits_for_any_batch_size_number_of_threads_and_com
     views = ("weak", "mirror")
 
     def bits(batch_size: int, num_threads: int, rows: slice) -> list[bytes]:
-        stage = _Encode(encoder, identity, views, batch_size, num_threads)
+        stage = _Encode(encoder, identity, parse_views(",".join(views)), batch_size, num_threads)
         found = stage(table_of_pixels({"weak": pixels[rows]}, [None] * len(pixels[rows])))
         features = np.concatenate([matrix(found, view, made.dim) for view in views], axis=1)
         return [row.tobytes() for row in features]
@@ -188,7 +189,7 @@ from conftest import CLASSES, draw
 from lpclip.config import EncoderConfig
 from lpclip.encoders.load import load_encoder
 from lpclip.encoders.prompts import DEFAULT_TEMPLATES, zero_shot_head
-from lpclip.images.views import weak_view
+from lpclip.images.render import weak_view
 from lpclip.images.pixels import decode_image
 encoder = load_encoder(EncoderConfig(precision="float32"))
 options = dict(max_pixels=10**6, max_bytes=10**6, size=encoder.preprocess.size)
@@ -215,7 +216,7 @@ np.savez(sys.argv[1], features=features, predicted=(features @ head.T).argmax(ax
 @pytest.mark.parametrize("batch_size", [2, 5, 64])
 def test_batches_run_on_from_view_to_view(info: EncoderInfo, batch_size: int) -> None:
     views = ("weak", "mirror", "gaussian_noise:3", "gaussian_noise:3+mirror")
-    stage = _Encode(LITE, info.identity, views, batch_size, 1)
+    stage = _Encode(LITE, info.identity, parse_views(",".join(views)), batch_size, 1)
     stage.batch_size = batch_size  # as on a GPU: a CPU has its own
     sizes: list[int] = []
     encode_image = stage.encoder.encode_image

@@ -24,7 +24,8 @@ from lpclip.encoders.encoder import resolve_precision
 from lpclip.encoders.load import load_encoder
 from lpclip.encoders.weights import reachable
 from lpclip.images.pixels import decode_image
-from lpclip.images.views import render, weak_view
+from lpclip.images.render import render, weak_view
+from lpclip.images.views import View
 
 ARCHITECTURE = "ViT-S-32-alt"
 
@@ -78,7 +79,7 @@ def test_features_hardly_change_when_large_jpegs_are_decoded_at_a_fraction(lite_
     images = [_as_natural_photo(*size, seed=seed) for seed, size in enumerate(sizes)]
     limits = {"max_pixels": 10_000_000, "max_bytes": 50_000_000}
     for view, least in (("weak", 0.9985), ("strong", 0.95)):
-        options = {"id": "a", "view": view, "preprocess": lite_encoder.preprocess, "seed": 0}
+        options = {"id": "a", "view": View.parse(view), "preprocess": lite_encoder.preprocess, "seed": 0}
         whole, reduced = (
             [render(decode_image(data, **limits, size=size), **options) for data in images]
             for size in (None, lite_encoder.preprocess.size)

@@ -23,11 +23,13 @@ from lpclip.features.find_or_encode import Data, Encoded, Views, encode_views, o
 from lpclip.features.store import matrix
 from lpclip.features.store_writer import Part, StoreWriter
 from lpclip.images.pixels import Preprocess
-from lpclip.images.views import CORRUPTIONS, render
+from lpclip.images.render import render
+from lpclip.images.views import CORRUPTIONS, View, parse_views
 
 pytestmark = pytest.mark.usefixtures("cluster", "lite_map")
-BASE = ("weak", "mirror")
-CORRUPTED = ("glass_blur:3", "glass_blur:3+mirror", "gaussian_noise:2", "gaussian_noise:2+mirror")
+BASE = WEAK, MIRROR = parse_views("weak,mirror")
+NAMES = ("glass_blur:3", "glass_blur:3+mirror", "gaussian_noise:2", "gaussian_noise:2+mirror")
+CORRUPTED = tuple(map(View.parse, NAMES))
 IDS = [f"row-{i}" for i in range(7)]
 
 
@@ -46,7 +48,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(
-    data: Data, info: EncoderInfo, folder: Path, views: tuple[str, ...], *, seed: int = 0, **config: Any
+    data: Data, info: EncoderInfo, folder: Path, views: tuple[View, ...], *, seed: int = 0, **config: Any
 ) -> Views:
     return encode_views(
         data,
@@ -92,15 +94,15 @@ def spread(table: Path, info: EncoderInfo, tmp_path_factory: pytest.TempPathFact
 def test_only_missing_views_are_encoded(spread: Spread, table: Path, info: EncoderInfo) -> None:
     (first,) = spread.first.stores
     assert not first.reused
-    assert first.store.manifest.views == BASE
+    assert first.store.manifest.views == ("weak", "mirror")
     found, now = spread.both.stores
     assert (found.store.path, found.reused, now.reused) == (first.store.path, True, False)
     assert spread.both.latest is now
-    assert now.store.manifest.views == ("weak", *CORRUPTED)
+    assert now.store.manifest.views == ("weak", *NAMES)
     after = times(spread.folder)
     assert {name: after[name] for name in spread.written} == spread.written
 
-    again = run(images(table), info, spread.folder, (*CORRUPTED[:2], "weak"))
+    again = run(images(table), info, spread.folder, (*CORRUPTED[:2], WEAK))
     assert {item.reused for item in again.stores} == {True}
     assert times(spread.folder) == after
 
@@ -114,9 +116,9 @@ def test_the_mean_of_weak_and_mirror_is_the_stores_base(spread: Spread) -> None:
 
 
 def test_views_of_both_stores_are_in_one_order(spread: Spread) -> None:
-    parts = pa.concat_tables(spread.both.stores[1].store.tables(["id", *CORRUPTED[:2]]))
+    parts = pa.concat_tables(spread.both.stores[1].store.tables(["id", *NAMES[:2]]))
     rows = np.argsort(parts["id"].to_pylist())[np.argsort(np.argsort(spread.both.ids))]
-    plain, mirrored = (matrix(parts, view, 1280)[rows] for view in CORRUPTED[:2])
+    plain, mirrored = (matrix(parts, view, 1280)[rows] for view in NAMES[:2])
     np.testing.assert_array_equal(spread.both.mean(CORRUPTED[0]), plain)
     mean = plain.astype(np.float64) + mirrored
     mean /= np.linalg.norm(mean, axis=1, keepdims=True)
@@ -146,7 +148,7 @@ def test_a_worker_corrupts_an_image_as_this_process_does() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((80, 64), Image.Resampling.BICUBIC)
     options: dict[str, Any] = {"id": "a", "preprocess": Preprocess(size=64, mean=(0,) * 3, std=(1,) * 3)}
-    views = [f"{name}:4" for name in CORRUPTIONS[:15]]
+    views = [View(name=name, level=4) for name in CORRUPTIONS[:15]]
     task = ray.remote(num_cpus=1)(render)
     there = [task.remote(image, view=view, seed=0, **options) for view in views]
     # Backwards here: neither the order nor the company of views changes them.
@@ -171,13 +173,13 @@ def small_store(path: Path, ids: list[str], view: str) -> Encoded:
 def test_stores_of_different_images_are_never_put_together(tmp_path: Path) -> None:
     weak = small_store(tmp_path / "a", ["x", "y", "z"], "weak")
     mirror = small_store(tmp_path / "b", ["z", "x", "y"], "mirror")
-    assert Views({"weak": weak, "mirror": mirror}).mean("weak", "mirror").shape == (3, 2)
+    assert Views({WEAK: weak, MIRROR: mirror}).mean(WEAK, MIRROR).shape == (3, 2)
     for number, ids in enumerate((["x", "y"], ["x", "y", "q"])):
         other = small_store(tmp_path / f"other-{number}", ids, "mirror")
         with pytest.raises(
             ValueError, match=f"{weak.store.path} and {other.store.path} do not hold the same images"
         ):
-            Views({"weak": weak, "mirror": other})
+            Views({WEAK: weak, MIRROR: other})
 
 
 def test_a_given_store_must_hold_every_view_of_the_seed(
@@ -186,21 +188,21 @@ def test_a_given_store_must_hold_every_view_of_the_seed(
     given = spread.both.stores[1].store.path
     data = open_data(given, config=SourceConfig(), split="test")
     assert (data.source, data.has_labels) == (None, True)
-    found = run(data, info, tmp_path, ("weak", *CORRUPTED))
+    found = run(data, info, tmp_path, (WEAK, *CORRUPTED))
     assert [item.store.path for item in found.stores] == [given]
     assert found.mean(CORRUPTED[0]).tobytes() == spread.both.mean(CORRUPTED[0]).tobytes()
     message = (
         f"{given} is a feature store without the view fog:1: name the images, or encode them with --views"
     )
     with pytest.raises(ValueError, match=f"{message} weak,fog:1"):
-        run(data, info, tmp_path, ("weak", "fog:1"))
+        run(data, info, tmp_path, (WEAK, View(name="fog", level=1)))
     # Other seeds draw other noise; what draws nothing is the same under all of them.
-    assert run(data, info, tmp_path, ("weak",), seed=1).mean("weak").tobytes() == found.mean("weak").tobytes()
+    assert run(data, info, tmp_path, (WEAK,), seed=1).mean(WEAK).tobytes() == found.mean(WEAK).tobytes()
     with pytest.raises(ValueError, match="without the view glass_blur:3"):
-        run(data, info, tmp_path, ("weak", *CORRUPTED), seed=1)
+        run(data, info, tmp_path, (WEAK, *CORRUPTED), seed=1)
     other = replace(info, identity={**info.identity, "weights": "others"})
     with pytest.raises(ValueError, match="was made with another encoder"):
-        run(data, other, tmp_path, ("weak",))
+        run(data, other, tmp_path, (WEAK,))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import imagecorruptions
@@ -13,22 +15,16 @@ import pytest
 from open_clip.transform import image_transform
 from PIL import Image
 
-from lpclip.images import views
 from lpclip.images.pixels import Preprocess, decode_image
-from lpclip.images.views import (
-    base_views,
-    mirror_view,
-    parse_views,
-    pixel_views,
-    render,
-    split_mirror,
-    strong_view,
-    view_seed,
-    weak_view,
-)
+from lpclip.images.render import corrupt, render, strong_view, view_seed, weak_view
+from lpclip.images.views import CORRUPTIONS, WEAK, View, base_views, parse_views, pixel_views
 
 LIMITS = {"max_pixels": 10_000_000, "max_bytes": 10_000_000}
 PREPROCESS = Preprocess(size=48, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+
+
+def names(views: Iterable[View]) -> list[str]:
+    return list(map(str, views))
 
 
 def photo(width: int = 60, height: int = 40, seed: int = 0) -> Image.Image:
@@ -219,13 +215,13 @@ def test_strong_views_follow_their_seed_alone() -> None:
     assert first.dtype == np.uint8
 
 
-@pytest.mark.parametrize("name", views.CORRUPTIONS)
+@pytest.mark.parametrize("name", CORRUPTIONS)
 def test_corruptions_follow_their_seed_alone(name: str) -> None:
     pixels = weak_view(photo(), PREPROCESS)
     original = pixels.copy()
-    first = views.corrupt(pixels, name=name, severity=3, seed=2**32 - 1)
+    first = corrupt(pixels, name=name, severity=3, seed=2**32 - 1)
     state = np.random.get_state()[1]  # noqa: NPY002
-    again = views.corrupt(pixels, name=name, severity=3, seed=2**32 - 1)
+    again = corrupt(pixels, name=name, severity=3, seed=2**32 - 1)
     np.testing.assert_array_equal(first, again)
     np.testing.assert_array_equal(state, np.random.get_state()[1])  # noqa: NPY002
     np.testing.assert_array_equal(pixels, original)
@@ -235,38 +231,45 @@ def test_corruptions_follow_their_seed_alone(name: str) -> None:
 
 
 def test_corruptions_are_those_of_imagenet_c() -> None:
-    assert set(imagecorruptions.get_corruption_names("all")) == set(views.CORRUPTIONS)
+    assert set(imagecorruptions.get_corruption_names("all")) == set(CORRUPTIONS)
 
 
 def test_corruptions_refuse_images_too_small_for_them() -> None:
     with pytest.raises(ValueError, match="at least 32x32"):
-        views.corrupt(np.zeros((16, 16, 3), np.uint8), name="fog", severity=1, seed=0)
+        corrupt(np.zeros((16, 16, 3), np.uint8), name="fog", severity=1, seed=0)
 
 
 def test_seeds_differ_between_images_views_and_runs() -> None:
-    seeds = {
-        view_seed(name, view=view, seed=s) for name in "ab" for view in ("strong", "strong2") for s in (0, 1)
-    }
+    views = [View.parse("strong"), View.parse("strong2")]
+    seeds = {view_seed(name, view=view, seed=seed) for name in "ab" for view in views for seed in (0, 1)}
     assert len(seeds) == 8
-    assert view_seed("a", view="strong", seed=0) == view_seed("a", view="strong", seed=0) < 2**32
+    # Features that exist are made again from these seeds.
+    assert view_seed("a", view=views[0], seed=0) == 847367459
+    assert view_seed("a", view=View.parse("fog:3"), seed=1) == 3577821096
 
 
 def test_render_makes_each_view_from_the_image_and_its_id() -> None:
     image = photo()
     rendered = {
-        view: render(image, id="a", view=view, preprocess=PREPROCESS, seed=0)
+        view: render(image, id="a", view=View.parse(view), preprocess=PREPROCESS, seed=0)
         for view in ("weak", "strong", "strong2", "gaussian_noise:3", "gaussian_noise:5")
     }
     np.testing.assert_array_equal(rendered["weak"], weak_view(image, PREPROCESS))
     assert len({pixels.tobytes() for pixels in rendered.values()}) == len(rendered)
-    other = render(image, id="b", view="strong", preprocess=PREPROCESS, seed=0)
+    other = render(image, id="b", view=View.parse("strong"), preprocess=PREPROCESS, seed=0)
     assert (other != rendered["strong"]).any()
 
 
 def test_views_are_parsed_with_weak_first() -> None:
     parsed = parse_views("strong2, weak,mirror,gaussian_noise:3")
-    assert parsed == ("weak", "strong2", "mirror", "gaussian_noise:3")
-    assert pixel_views(parsed) == ("weak", "strong2", "gaussian_noise:3")
+    assert parsed == (
+        WEAK,
+        View(name="strong", level=2),
+        View(mirrored=True),
+        View(name="gaussian_noise", level=3),
+    )
+    assert names(parsed) == ["weak", "strong2", "mirror", "gaussian_noise:3"]
+    assert names(pixel_views(parsed)) == ["weak", "strong2", "gaussian_noise:3"]
 
 
 @pytest.mark.parametrize(
@@ -279,28 +282,37 @@ def test_views_are_parsed_with_weak_first() -> None:
     ],
 )
 def test_every_view_has_a_mirror_image_that_needs_no_pixels_of_its_own(view: str, mirrored: str) -> None:
-    assert mirror_view(view) == mirrored
-    assert split_mirror(view) == (view, False)
-    assert split_mirror(mirrored) == (view, True)
+    plain, flipped = View.parse(view), View.parse(mirrored)
+    assert flipped == replace(plain, mirrored=True) != plain
+    assert (str(plain), str(flipped)) == (view, mirrored)
+    assert plain.pixels == flipped.pixels == plain
     parsed = parse_views(",".join(dict.fromkeys(("weak", mirrored, view))))
-    assert {view, mirrored} <= set(parsed)
-    assert pixel_views((mirrored, view, mirrored)) == (view,)
+    assert {plain, flipped} <= set(parsed)
+    assert pixel_views((flipped, plain, flipped)) == (plain,)
+
+
+def test_all_but_weak_and_mirror_depend_on_a_seed() -> None:
+    parsed = parse_views("weak,mirror,strong,strong3+mirror,fog:3")
+    assert names(view for view in parsed if not view.is_random) == ["weak", "mirror"]
+    assert names(view for view in parsed if view.is_strong) == ["strong", "strong3+mirror"]
+    assert names(view for view in parsed if view.is_base) == ["weak", "mirror"]
 
 
 def test_corruptions_and_their_mirror_images_play_no_part_in_an_images_feature() -> None:
-    assert base_views("fog:1,strong,weak") == ("weak",)
-    assert base_views("mirror,fog:1+mirror,weak,strong+mirror") == ("weak", "mirror")
+    assert names(base_views("fog:1,strong,weak")) == ["weak"]
+    assert names(base_views("mirror,fog:1+mirror,weak,strong+mirror")) == ["weak", "mirror"]
     with pytest.raises(ValueError, match="must include weak"):
         base_views("mirror")
 
 
-@pytest.mark.parametrize("view", ["glass_blur:2", "impulse_noise:5"])
-def test_corruptions_are_put_on_the_weak_view_and_drawn_anew_for_each_image(view: str) -> None:
+@pytest.mark.parametrize("name", ["glass_blur:2", "impulse_noise:5"])
+def test_corruptions_are_put_on_the_weak_view_and_drawn_anew_for_each_image(name: str) -> None:
+    view = View.parse(name)
     image, options = photo(), {"preprocess": PREPROCESS, "seed": 0}
     found = render(image, id="a", view=view, **options)
-    name, _, severity = view.partition(":")
     seed = view_seed("a", view=view, seed=0)
-    expected = views.corrupt(weak_view(image, PREPROCESS), name=name, severity=int(severity), seed=seed)
+    corruption, _, severity = name.partition(":")
+    expected = corrupt(weak_view(image, PREPROCESS), name=corruption, severity=int(severity), seed=seed)
     np.testing.assert_array_equal(found, expected)
     assert (render(image, id="b", view=view, **options) != found).any()
     assert (render(image, id="a", view=view, preprocess=PREPROCESS, seed=1) != found).any()

@@ -15,7 +15,8 @@ import ray
 
 from lpclip.config import SourceConfig
 from lpclip.images.pixels import Preprocess, decode_image
-from lpclip.images.views import render
+from lpclip.images.render import render
+from lpclip.images.views import View
 
 # Pixels of the tables that travel from the decoding tasks to the encoder: many views make few rows.
 PIXEL_BYTES = 64 << 20
@@ -27,7 +28,7 @@ def decode_unit(
     units: Any,
     reader: Any,
     limits: SourceConfig,
-    views: tuple[str, ...],
+    views: tuple[View, ...],
     preprocess: Preprocess,
     seed: int,
 ) -> Iterator[pa.Table]:
@@ -51,7 +52,7 @@ def decode_unit(
     yield held.set_column(held.schema.get_field_index("last"), "last", last)
 
 
-def rows_at_once(views: tuple[str, ...], preprocess: Preprocess) -> int:
+def rows_at_once(views: tuple[View, ...], preprocess: Preprocess) -> int:
     """How many images, in all these views, fit into PIXEL_BYTES; one at least."""
     return max(1, PIXEL_BYTES // (len(views) * preprocess.size**2 * 3))
 
@@ -68,7 +69,7 @@ def _decode_rows(
     start: int,
     *,
     limits: SourceConfig,
-    views: tuple[str, ...],
+    views: tuple[View, ...],
     preprocess: Preprocess,
     seed: int,
 ) -> pa.Table:

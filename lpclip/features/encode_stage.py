@@ -35,7 +35,7 @@ from lpclip.features.store_writer import StoreWriter
 from lpclip.features.zero_shot_labels import write_scores
 from lpclip.images.pixels import REDUCING_GAP, preprocess_identity
 from lpclip.images.source import Source
-from lpclip.images.views import BASE_VIEWS, STRONG_VERSION, parse_views, pixel_views, split_mirror
+from lpclip.images.views import STRONG_VERSION, View, parse_views, pixel_views
 
 # Images in one forward pass on a CPU. Kernels, and so roundings, may differ with the shape of a batch and with the
 # number of threads that share it. So every pass has this shape and one thread, and threads share the passes instead:
@@ -44,7 +44,7 @@ CPU_BATCH = 8
 
 
 def store_identity(
-    source: Source | None, info: EncoderInfo, views: tuple[str, ...], *, seed: int
+    source: Source | None, info: EncoderInfo, views: tuple[View, ...], *, seed: int
 ) -> dict[str, Any]:
     """Whatever changes a feature; without a source, whatever features of any source must have in common.
 
@@ -54,10 +54,10 @@ def store_identity(
         "encoder": info.identity,
         "preprocessing": preprocess_identity(info.preprocess),
         "reducing_gap": REDUCING_GAP,
-        "views": list(views),
-        "seed": seed if any(view not in BASE_VIEWS for view in views) else None,
+        "views": [str(view) for view in views],
+        "seed": seed if any(view.is_random for view in views) else None,
     }
-    if any(view.startswith("strong") for view in views):
+    if any(view.is_strong for view in views):
         identity["strong_version"] = STRONG_VERSION
     if source is not None:
         identity["source"] = {**source.identity, "label_names": list(source.label_names or ()) or None}
@@ -71,7 +71,7 @@ class _Encode:
         self,
         config: EncoderConfig,
         identity: dict[str, Any],
-        views: tuple[str, ...],
+        views: tuple[View, ...],
         batch_size: int,
         num_threads: int,
     ) -> None:
@@ -102,7 +102,7 @@ class _Encode:
             found = np.zeros((len(table), self.encoder.dim), np.float16)
             found[is_good] = features[place * len(good) : (place + 1) * len(good)]
             flat = pa.FixedSizeListArray.from_arrays(pa.array(found.reshape(-1)), self.encoder.dim)
-            kept = kept.append_column(view, flat)
+            kept = kept.append_column(str(view), flat)
         return kept
 
     def _features(self, good: pa.Table) -> np.ndarray:
@@ -111,9 +111,8 @@ class _Encode:
         Batches run on from view to view, and all have one shape.
         """
         size = self.encoder.preprocess.size
-        names = [split_mirror(view) for view in self.views]
-        pixels = [pixel_array(good[f"pixels:{name}"], size=size) for name, _ in names]
-        total = len(names) * len(good)
+        pixels = [pixel_array(good[f"pixels:{view.pixels}"], size=size) for view in self.views]
+        total = len(pixels) * len(good)
         out = np.empty((total, self.encoder.dim), np.float16)
 
         def encode_batch(start: int) -> None:
@@ -121,9 +120,9 @@ class _Encode:
             stop = min(start + self.batch_size, total)
             place = start
             while place < stop:
-                view, row = divmod(place, len(good))
-                run = pixels[view][row : row + stop - place]
-                batch[place - start :][: len(run)] = run[:, :, ::-1] if names[view][1] else run
+                number, row = divmod(place, len(good))
+                run = pixels[number][row : row + stop - place]
+                batch[place - start :][: len(run)] = run[:, :, ::-1] if self.views[number].mirrored else run
                 place += len(run)
             found = self.encoder.encode_image(torch.from_numpy(batch).to(self.device, non_blocking=True))
             out[start:stop] = found[: stop - start].to(torch.float16).cpu().numpy()
@@ -215,7 +214,8 @@ def encode(
             ray_remote_args_fn=lambda: {"name": f"{name}-{uuid.uuid4().hex}"},
         )
         scores = partial(write_scores, head=head, path=scores_path) if head is not None else None
-        commit_parts = partial(commit, writer=writer, columns=("id", "label", "texts", *views), beside=scores)
+        columns = ("id", "label", "texts", *map(str, views))
+        commit_parts = partial(commit, writer=writer, columns=columns, beside=scores)
         # Not a share of a CPU: decoding would take it again and again, and commits would wait.
         return encoded.map_batches(commit_parts, batch_size=None, batch_format="pyarrow", num_cpus=0)
 

@@ -16,7 +16,7 @@ from lpclip.features.pipeline import check_quarantine
 from lpclip.features.store import Features, Store, fingerprint, mean_view
 from lpclip.images.open import open_source
 from lpclip.images.source import Source
-from lpclip.images.views import BASE_VIEWS, STRONG_VERSION, parse_views
+from lpclip.images.views import STRONG_VERSION, WEAK, View, parse_views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ class Views:
     Raises UserError when the stores do not hold the same images.
     """
 
-    def __init__(self, encoded: dict[str, Encoded]) -> None:
+    def __init__(self, encoded: dict[View, Encoded]) -> None:
         self.stores = list({item.store.path: item for item in encoded.values()}.values())
         self._stores = {view: item.store for view, item in encoded.items()}
         first, *others = (item.store for item in self.stores)
@@ -140,18 +140,18 @@ class Views:
         """The store that was encoded now, or the first of those that were found."""
         return next((item for item in self.stores if not item.reused), self.stores[0])
 
-    def mean(self, *views: str) -> np.ndarray:
+    def mean(self, *views: View) -> np.ndarray:
         """Unit-norm mean of some views, (N, d) float16."""
         stores = {self._stores[view] for view in views}
         if len(stores) == 1:
-            return stores.pop().mean(*views)
-        return mean_view([self._stores[view].mean(view) for view in views])
+            return stores.pop().mean(*map(str, views))
+        return mean_view([self._stores[view].mean(str(view)) for view in views])
 
 
 def encode_views(
     data: Data,
     *,
-    views: tuple[str, ...],
+    views: tuple[View, ...],
     info: EncoderInfo,
     encoder: EncoderConfig,
     config: EncodeConfig,
@@ -162,15 +162,15 @@ def encode_views(
 
     `config.views` plays no part. Raises UserError when a given store lacks a view, and as `encode_data` does.
     """
-    found = _find_views(data, info=info, seed=seed, folder=folder)
+    found = _find_views(data, views=views, info=info, seed=seed, folder=folder)
     missing = tuple(view for view in views if view not in found)
     if data.source is None and missing:
         raise UserError(
             f"{data.path} is a feature store without the view {missing[0]}: name the images, or encode them with "
-            f"--views {','.join(views)}"
+            f"--views {','.join(map(str, views))}"
         )
     if missing:
-        options = replace(config, views=",".join(dict.fromkeys(("weak", *missing))))
+        options = replace(config, views=",".join(map(str, dict.fromkeys((WEAK, *missing)))))
         now = encode_data(data, info=info, encoder=encoder, config=options, seed=seed, folder=folder)
         found |= dict.fromkeys(missing, now)
     else:
@@ -179,8 +179,10 @@ def encode_views(
     return Views({view: found[view] for view in views})
 
 
-def _find_views(data: Data, *, info: EncoderInfo, seed: int, folder: str) -> dict[str, Encoded]:
-    """The complete stores of this data under the folder, by view."""
+def _find_views(
+    data: Data, *, views: tuple[View, ...], info: EncoderInfo, seed: int, folder: str
+) -> dict[View, Encoded]:
+    """The complete stores of this data under the folder that hold one of these views, by view."""
     wanted = store_identity(data.source, info, (), seed=seed)
     if data.source is None:
         assert data.path is not None
@@ -191,16 +193,16 @@ def _find_views(data: Data, *, info: EncoderInfo, seed: int, folder: str) -> dic
         names = [name for name in files.list_folders(folder) if name.startswith(f"{data.name}-")]
         there = (Store.find(files.join(files.absolute(folder), name)) for name in names)
         stores = [store for store in there if store is not None]
-    found: dict[str, Encoded] = {}
+    found: dict[View, Encoded] = {}
     for store in stores:
         identity = store.manifest.identity
         if any(identity.get(key) != wanted[key] for key in wanted if key not in ("views", "seed")):
             continue
         encoded = Encoded(store=store, seconds=0.0, reused=True, rate=None)
-        for view in store.manifest.views:
-            if view.startswith("strong") and identity.get("strong_version") != STRONG_VERSION:
-                continue
-            if view in BASE_VIEWS or store.manifest.seed == seed:
+        for view in views:
+            is_old = view.is_strong and identity.get("strong_version") != STRONG_VERSION
+            is_other = view.is_random and store.manifest.seed != seed
+            if str(view) in store.manifest.views and not is_old and not is_other:
                 found.setdefault(view, encoded)
     if data.source is not None:
         for encoded in found.values():

@@ -29,9 +29,9 @@ from lpclip.features.store import Store, row_order
 from lpclip.features.store_writer import Part, StoreWriter
 from lpclip.images.pixels import REDUCING_GAP, Pixels, Preprocess, preprocess_identity
 from lpclip.images.source import Source
+from lpclip.images.views import WEAK
 
 FORMAT = 2
-VIEW = "weak"
 OPEN_FILES = 128
 READERS = 8
 
@@ -57,7 +57,7 @@ def prepare_pairs(source: Source, *, preprocess: Preprocess, path: str) -> Store
 
     def stages(todo: list[int], name: str) -> ray.data.Dataset:
         decoded = decode_units(
-            source, todo, views=(VIEW,), preprocess=preprocess, seed=0, tables_ahead=TABLES_AHEAD
+            source, todo, views=(WEAK,), preprocess=preprocess, seed=0, tables_ahead=TABLES_AHEAD
         )
         pixels = partial(_write_pixels, path=path, size=preprocess.size)
         write = partial(commit, writer=writer, columns=("id", "label", "texts"), beside=pixels)
@@ -67,7 +67,7 @@ def prepare_pairs(source: Source, *, preprocess: Preprocess, path: str) -> Store
 
 
 def _write_pixels(part: Part, rows: pa.Table, *, path: str, size: int) -> None:
-    pixels = pixel_array(rows[f"pixels:{VIEW}"], size=size)
+    pixels = pixel_array(rows[f"pixels:{WEAK}"], size=size)
     files.write_bytes(files.join(path, _pixels_name(part.name)), pixels.tobytes())
 
 

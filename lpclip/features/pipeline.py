@@ -27,6 +27,7 @@ from lpclip.features.store import Store
 from lpclip.features.store_writer import StoreWriter, write_quarantine
 from lpclip.images.pixels import Preprocess
 from lpclip.images.source import Source
+from lpclip.images.views import View
 from lpclip.progress import Progress
 
 # How often an encoder, a machine, or a process over one unit of work may die.
@@ -99,7 +100,7 @@ def decode_units(
     source: Source,
     todo: list[int],
     *,
-    views: tuple[str, ...],
+    views: tuple[View, ...],
     preprocess: Preprocess,
     seed: int,
     tables_ahead: int,

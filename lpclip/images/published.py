@@ -30,9 +30,8 @@ from lpclip.files import locate, split
 from lpclip.images.fetch import join, reason, retry
 from lpclip.images.open import open_source
 from lpclip.images.source import TABLE_BYTES, UNIT_ROWS, File, Reader, Row, Source, choose, make_identity
-from lpclip.images.views import CORRUPTIONS
+from lpclip.images.views import CORRUPTIONS, SEVERITIES
 
-SEVERITIES = ("1", "2", "3", "4", "5")
 LABELS = "labels.npy"
 HEADER_BYTES = 1 << 16
 

@@ -1,18 +1,11 @@
-"""Decoding and views: encoded bytes to an RGB image, and an image to the uint8 pixels an encoder takes.
-
-Only Pillow and NumPy are imported here, so that the processes that decode stay small and start fast.
-"""
+"""Views: the ways in which an image is seen, and their names in flags, in columns of feature stores and in JSON."""
 
 from __future__ import annotations
 
 import re
-from hashlib import blake2b
-
-import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from dataclasses import dataclass, replace
 
 from lpclip.errors import UserError
-from lpclip.images.pixels import Pixels, Preprocess
 
 CORRUPTIONS = (
     *(
@@ -30,179 +23,102 @@ CORRUPTIONS = (
 """ImageNet-C's 15 corruptions, then its 4 extra ones (Hendrycks and Dietterich, 2019)."""
 
 TRAINING_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter")
-"""Those of the extra ones that strong views take: the 15 stay out of training, robustness to them is measured.
-(The fourth, saturate, is slow, and colour jitter does the same.)"""
+"""The extra corruptions that strong views use. The 15 stay out of training, because robustness to them is measured.
+(The fourth extra one, saturate, is slow, and colour jitter does the same.)"""
+
+SEVERITIES = ("1", "2", "3", "4", "5")
+"""Severities of a corruption, as flags and folders name them."""
 
 STRONG_VERSION = 2
-"""Counts the changes of `strong_view`: features of another version are others."""
-
-MIRROR = "mirror"
-BASE_VIEWS = ("weak", MIRROR)
-"""Views whose mean is an image's feature; students are fitted to the others as well."""
+"""Version of `strong_view`: strong features of another version are never reused."""
 
 
-# Of strong views: the others keep what corruptions hide.
-CORRUPTED_SHARE = 0.75
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One way to see an image. `View.parse` reads its name and `str` writes it.
+
+    Names are `weak`, `strong`, `strong2`, `strong3`, ..., and `fog:3` for a corruption at a severity. The mirror image
+    of `weak` is `mirror`, that of `fog:3` is `fog:3+mirror`.
+    """
+
+    name: str = "weak"
+    """weak, strong, or one of CORRUPTIONS."""
+    level: int = 1
+    """Number of the strong view, from 1 on, or severity of the corruption, from 1 to 5."""
+    mirrored: bool = False
+    """The pixels are flipped from left to right before they are encoded."""
+
+    @classmethod
+    def parse(cls, text: str) -> View:
+        """The view of that name. Raises UserError when there is none."""
+        if text in BASE_VIEWS:
+            return cls(mirrored=text == "mirror")
+        name = text.removesuffix("+mirror")
+        mirrored = name != text
+        if match := re.fullmatch(r"strong([2-9]|[1-9]\d+)?", name):
+            return cls(name="strong", level=int(match[1] or 1), mirrored=mirrored)
+        name, _, severity = name.partition(":")
+        if name not in CORRUPTIONS:
+            raise UserError(
+                f"unknown view {text!r}; known are weak, mirror, strong, strong2, ..., or corruption:severity with one "
+                f"of {', '.join(CORRUPTIONS)}"
+            )
+        if severity not in SEVERITIES:
+            raise UserError(f"view {text!r} needs a severity from 1 to 5, as in {name}:3")
+        return cls(name=name, level=int(severity), mirrored=mirrored)
+
+    def __str__(self) -> str:
+        if self.is_base:
+            return "mirror" if self.mirrored else "weak"
+        number = "" if self.level == 1 else str(self.level)
+        name = f"strong{number}" if self.is_strong else f"{self.name}:{self.level}"
+        return f"{name}+mirror" if self.mirrored else name
+
+    @property
+    def is_base(self) -> bool:
+        """True for weak and its mirror image, whose mean is an image's feature. Students see the others as well."""
+        return self.name == "weak"
+
+    @property
+    def is_strong(self) -> bool:
+        """True for seeded augmentations, mirrored or not."""
+        return self.name == "strong"
+
+    @property
+    def is_random(self) -> bool:
+        """True when the view draws random numbers, so that its pixels depend on a seed."""
+        return not self.is_base
+
+    @property
+    def pixels(self) -> View:
+        """The view whose pixels are encoded for this one, flipped first if this one is mirrored."""
+        return replace(self, mirrored=False)
 
 
-# Beyond this aspect ratio only the middle is resized: a 1 x 1,000,000 image would fill the memory otherwise.
-MAX_ASPECT = 16
+WEAK = View()
+BASE_VIEWS = ("weak", "mirror")
+"""Names of the base views."""
 
 
-def weak_view(image: Image.Image, preprocess: Preprocess) -> Pixels:
-    """The encoder's own evaluation view of an RGB image, uint8 (S, S, 3): open_clip's up to its ToTensor."""
-    size, resample = preprocess.size, preprocess.resample
-    if preprocess.resize == "squash":
-        return np.array(image.resize((size, size), resample))
-    if preprocess.resize == "shortest":
-        image = _trim(image)
-        short = min(image.size)
-        width, height = (int(size * side / short) for side in image.size)
-    else:
-        ratio = max(image.size) / size
-        width, height = (max(round(side / ratio), 1) for side in image.size)
-    return _center(np.asarray(image.resize((width, height), resample)), size=size, fill=preprocess.fill)
+def parse_views(spec: str) -> tuple[View, ...]:
+    """Views from comma-separated names, `weak` first.
 
-
-def strong_view(image: Image.Image, preprocess: Preprocess, *, seed: int) -> Pixels:
-    """A seeded augmentation of an RGB image, uint8 (S, S, 3): crop, flip, colour jitter, grey, blur, corruption."""
-    rng = np.random.default_rng(seed)
-    size = preprocess.size
-    view = image.resize((size, size), preprocess.resample, box=_random_box(image.size, rng))
-    flip, jitter, grey, blur = rng.random(4) < (0.5, 0.8, 0.2, 0.2)
-    factors, radius = rng.uniform(0.6, 1.4, size=3), rng.uniform(0.1, 1.5) * size / 224
-    if flip:
-        view = ImageOps.mirror(view)
-    if jitter:
-        enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-        for enhancer, factor in zip(enhancers, factors, strict=True):
-            view = enhancer(view).enhance(factor)
-    if grey:
-        view = view.convert("L").convert("RGB")
-    if blur:
-        view = view.filter(ImageFilter.GaussianBlur(radius))
-    if rng.random() < CORRUPTED_SHARE:
-        name, severity = rng.choice(TRAINING_CORRUPTIONS), int(rng.integers(1, 6))
-        return corrupt(np.array(view), name=str(name), severity=severity, seed=int(rng.integers(2**32)))
-    return np.array(view)
-
-
-def corrupt(pixels: Pixels, *, name: str, severity: int, seed: int) -> Pixels:
-    """ImageNet-C's corruption `name` at severity 1 to 5 of uint8 (S, S, 3), S >= 32; seed is a uint32."""
-    if min(pixels.shape[:2]) < 32:
-        raise UserError(
-            f"corruptions need images of at least 32x32 pixels, not {pixels.shape[1]}x{pixels.shape[0]}"
-        )
-    import imagecorruptions
-
-    # Two corruptions take a seed, all others draw from NumPy's global generator: it is lent to them.
-    seeded = {"seed": seed} if name in ("impulse_noise", "glass_blur") else {}
-    state = np.random.get_state()  # noqa: NPY002
-    np.random.seed(seed)  # noqa: NPY002
-    try:
-        return np.asarray(imagecorruptions.corrupt(pixels, severity=severity, corruption_name=name, **seeded))
-    finally:
-        np.random.set_state(state)  # noqa: NPY002
-
-
-def view_seed(id: str, *, view: str, seed: int) -> int:  # noqa: A002
-    """The uint32 seed of one view of one image: a hash, so that no order of work can change it."""
-    return int.from_bytes(blake2b(f"{seed}\0{view}\0{id}".encode(), digest_size=4).digest(), "big")
-
-
-def parse_views(spec: str) -> tuple[str, ...]:
-    """The views in a comma list, `weak` first; UserError for unknown or repeated ones, or no `weak`."""
-    views = [view.strip() for view in spec.split(",")]
-    for view in views:
-        _check_view(view)
-    repeated = sorted({view for view in views if views.count(view) > 1})
+    Raises UserError for unknown or repeated views, or when `weak` is missing.
+    """
+    views = [View.parse(name.strip()) for name in spec.split(",")]
+    repeated = sorted({str(view) for view in views if views.count(view) > 1})
     if repeated:
         raise UserError(f"view named twice: {', '.join(repeated)}")
-    if "weak" not in views:
+    if WEAK not in views:
         raise UserError(f"the views must include weak, and {spec!r} does not")
-    return ("weak", *(view for view in views if view != "weak"))
+    return (WEAK, *(view for view in views if view != WEAK))
 
 
-def base_views(spec: str) -> tuple[str, ...]:
-    """Those views of a comma list whose mean is an image's feature: all that a probe needs to classify."""
-    return tuple(view for view in parse_views(spec) if view in BASE_VIEWS)
+def base_views(spec: str) -> tuple[View, ...]:
+    """The base views among comma-separated names: all that a probe needs to classify."""
+    return tuple(view for view in parse_views(spec) if view.is_base)
 
 
-def mirror_view(view: str) -> str:
-    """The name of a view's mirror image; that of `weak` is plain `mirror`."""
-    return MIRROR if view == "weak" else f"{view}+{MIRROR}"
-
-
-def split_mirror(view: str) -> tuple[str, bool]:
-    """The view whose pixels are encoded, and whether they are flipped before."""
-    base = "weak" if view == MIRROR else view.removesuffix(f"+{MIRROR}")
-    return base, base != view
-
-
-def pixel_views(views: tuple[str, ...]) -> tuple[str, ...]:
+def pixel_views(views: tuple[View, ...]) -> tuple[View, ...]:
     """The views that need pixels of their own: mirror images are flipped by the encoder's actor."""
-    return tuple(dict.fromkeys(split_mirror(view)[0] for view in views))
-
-
-def render(
-    image: Image.Image,
-    *,
-    id: str,  # noqa: A002
-    view: str,
-    preprocess: Preprocess,
-    seed: int,
-) -> Pixels:
-    """One of `pixel_views` of an RGB image, uint8 (S, S, 3): a pure function of its arguments."""
-    if view == "weak":
-        return weak_view(image, preprocess)
-    own_seed = view_seed(id, view=view, seed=seed)
-    if view.startswith("strong"):
-        return strong_view(image, preprocess, seed=own_seed)
-    name, _, severity = view.partition(":")
-    return corrupt(weak_view(image, preprocess), name=name, severity=int(severity), seed=own_seed)
-
-
-def _check_view(view: str) -> None:
-    if re.fullmatch(r"weak|mirror|strong([2-9]|[1-9]\d+)?(\+mirror)?", view):
-        return
-    name, _, severity = view.removesuffix(f"+{MIRROR}").partition(":")
-    if name not in CORRUPTIONS:
-        known = (
-            f"weak, mirror, strong, strong2, ..., or corruption:severity with one of {', '.join(CORRUPTIONS)}"
-        )
-        raise UserError(f"unknown view {view!r}; known are {known}")
-    if severity not in ("1", "2", "3", "4", "5"):
-        raise UserError(f"view {view!r} needs a severity from 1 to 5, as in {name}:3")
-
-
-def _trim(image: Image.Image) -> Image.Image:
-    width, height = image.size
-    longest = MAX_ASPECT * min(width, height)
-    left, top = max(width - longest, 0) // 2, max(height - longest, 0) // 2
-    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
-
-
-def _center(pixels: Pixels, *, size: int, fill: int) -> Pixels:
-    """The middle (size, size, 3) of pixels (H, W, 3), filled up where a side is shorter."""
-    missing = [max(size - side, 0) for side in pixels.shape[:2]]
-    if any(missing):
-        margins = [(total // 2, (total + 1) // 2) for total in missing]
-        pixels = np.pad(pixels, (*margins, (0, 0)), constant_values=fill)
-    top, left = (round((side - size) / 2) for side in pixels.shape[:2])
-    return pixels[top : top + size, left : left + size].copy()
-
-
-def _random_box(size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """A box of half to all of the area and an aspect ratio of 3:4 to 4:3, or the middle where none fits."""
-    width, height = size
-    for area, log_ratio, x, y in rng.uniform(
-        (0.5, np.log(3 / 4), 0, 0), (1, np.log(4 / 3), 1, 1), size=(10, 4)
-    ):
-        box_width = round((width * height * area * np.exp(log_ratio)) ** 0.5)
-        box_height = round((width * height * area / np.exp(log_ratio)) ** 0.5)
-        if 0 < box_width <= width and 0 < box_height <= height:
-            left, top = int(x * (width - box_width + 1)), int(y * (height - box_height + 1))
-            return left, top, left + box_width, top + box_height
-    side = min(size)
-    left, top = (width - side) // 2, (height - side) // 2
-    return left, top, left + side, top + side
+    return tuple(dict.fromkeys(view.pixels for view in views))

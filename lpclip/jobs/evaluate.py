@@ -166,7 +166,8 @@ def _load_probes(specs: tuple[str, ...]) -> tuple[dict[str, Probe], dict[str, st
             raise UserError(f"the probes {first} and {name} have different classes: evaluate them one by one")
         for key in ("views", "templates"):
             mine, theirs = (
-                base_views(p.encoder[key]) if key == "views" else p.encoder[key] for p in (reference, probe)
+                tuple(map(str, base_views(p.encoder[key]))) if key == "views" else p.encoder[key]
+                for p in (reference, probe)
             )
             if mine != theirs:
                 raise UserError(
@@ -188,7 +189,7 @@ def _identity(job: EvaluateJob, digests: dict[str, str], sets: list[EvaluationSe
         "probes": digests,
         "sets": {
             item.key: {
-                "views": list(item.views),
+                "views": [str(view) for view in item.views],
                 "source": item.data.source.identity if item.data.source else item.data.path,
             }
             for item in sets

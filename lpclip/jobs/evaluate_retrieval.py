@@ -14,7 +14,7 @@ from lpclip.evaluation.ranking import retrieval_metrics
 from lpclip.features.describe import describe_encoder
 from lpclip.features.find_or_encode import Data
 from lpclip.features.texts import encode_texts, read_pairs
-from lpclip.images.views import base_views
+from lpclip.images.views import WEAK, View, base_views
 from lpclip.jobs import tracking
 from lpclip.jobs.console import print_evaluation_plan, print_retrieval
 from lpclip.jobs.inputs import describe_probes_encoder, encode_evaluated, open_pairs
@@ -29,12 +29,12 @@ class PairSet:
 
     name: str
     data: Data
-    views: tuple[str, ...]
+    views: tuple[View, ...]
 
 
 def open_pair_sets(job: EvaluateJob, probe: Probe | None) -> list[PairSet]:
     """The sets of --retrieval, opened but not read. Raises UserError when there are no texts, or a name is taken."""
-    views = base_views(probe.encoder["views"]) if probe else ("weak",)
+    views = base_views(probe.encoder["views"]) if probe else (WEAK,)
     found: dict[str, PairSet] = {}
     for spec in job.retrieval:
         name, separator, path = spec.partition("=")
@@ -60,7 +60,7 @@ def open_pair_sets(job: EvaluateJob, probe: Probe | None) -> list[PairSet]:
 def retrieval_identity(sets: list[PairSet]) -> dict[str, Any] | None:
     """Whatever changes the ranks but the encoder; None without sets."""
     return {
-        item.name: {"views": list(item.views), "source": item.data.source.identity}
+        item.name: {"views": [str(view) for view in item.views], "source": item.data.source.identity}
         for item in sets
         if item.data.source is not None
     } or None
@@ -154,7 +154,7 @@ def measure_retrieval(
                 "pairs": len(text_index),
                 "quarantined": views.stores[0].store.manifest.num_quarantined,
                 **metrics,
-                "views": list(item.views),
+                "views": [str(view) for view in item.views],
                 "stores": [one.store.path for one in views.stores],
                 "encoded_now": any(not one.reused for one in views.stores),
                 "seconds": {name: round(value, 3) for name, value in seconds.items()},

@@ -13,7 +13,7 @@ from lpclip.evaluation.judge import Cell, Kind
 from lpclip.features.find_or_encode import Data, open_data
 from lpclip.images.classes import ClassList, map_labels, resolve_classes
 from lpclip.images.published import Published, published_sets
-from lpclip.images.views import CORRUPTIONS, base_views, mirror_view
+from lpclip.images.views import CORRUPTIONS, SEVERITIES, View, base_views
 from lpclip.method.probe import Probe
 
 IMAGENET_C = CORRUPTIONS[:15]
@@ -26,7 +26,7 @@ class EvaluationSet:
     name: str
     kind: Kind
     data: Data
-    cells: dict[Cell, tuple[str, ...]]
+    cells: dict[Cell, tuple[View, ...]]
 
     @property
     def key(self) -> str:
@@ -34,7 +34,7 @@ class EvaluationSet:
         return f"{self.name} {self.data.name}"
 
     @property
-    def views(self) -> tuple[str, ...]:
+    def views(self) -> tuple[View, ...]:
         """All views that are needed."""
         return tuple(dict.fromkeys(view for views in self.cells.values() for view in views))
 
@@ -69,7 +69,7 @@ def parse_corruptions(job: EvaluateJob) -> list[tuple[str, int]]:
     """Name and severity of every corruption that is asked for. Raises UserError for unknown or repeated ones."""
     severities = [text.strip() for text in job.severities.split(",")]
     for text in severities:
-        if text not in ("1", "2", "3", "4", "5"):
+        if text not in SEVERITIES:
             raise UserError(
                 f"--severities: {text!r} is not a whole number from 1 to 5; give them by comma, as in 1,3,5"
             )
@@ -93,7 +93,7 @@ def open_sets(job: EvaluateJob, probe: Probe, corruptions: list[tuple[str, int]]
     taken = set()
 
     def one(
-        name: str, kind: Kind, data: Data, cells: dict[Cell, tuple[str, ...]] | None = None
+        name: str, kind: Kind, data: Data, cells: dict[Cell, tuple[View, ...]] | None = None
     ) -> EvaluationSet:
         if kind != "ood" and not data.has_labels and data.source is not None:
             raise UserError(f"{name} has no labels: there is nothing to measure on it")
@@ -116,8 +116,7 @@ def open_sets(job: EvaluateJob, probe: Probe, corruptions: list[tuple[str, int]]
     taken.add(data.name)
     cells = {Cell(set=data.name, kind="clean"): base}
     for name, severity in corruptions:
-        view = f"{name}:{severity}"
-        views = tuple(mirror_view(view) if other == "mirror" else view for other in base)
+        views = tuple(View(name=name, level=severity, mirrored=view.mirrored) for view in base)
         cells[Cell(set=data.name, kind="corrupted", corruption=name, severity=severity)] = views
     yield one(data.name, "clean", data, cells)
     for name, path in named(job.shift, "shift"):
@@ -132,7 +131,7 @@ def open_sets(job: EvaluateJob, probe: Probe, corruptions: list[tuple[str, int]]
 
 
 def _published(
-    name: str, item: Published, job: EvaluateJob, base: tuple[str, ...], *, notes: tuple[str, ...]
+    name: str, item: Published, job: EvaluateJob, base: tuple[View, ...], *, notes: tuple[str, ...]
 ) -> EvaluationSet:
     source = item.open(config=job.source, limit=job.limit)
     source = replace(source, notes=(*source.notes, *notes))

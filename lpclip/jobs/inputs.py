@@ -37,7 +37,7 @@ from lpclip.images.columns import Texts
 from lpclip.images.named import CLASSES
 from lpclip.images.open import open_source
 from lpclip.images.source import Source
-from lpclip.images.views import base_views
+from lpclip.images.views import View, base_views
 from lpclip.method.probe import Probe
 
 
@@ -145,7 +145,7 @@ def encode_evaluated(
     job: EvaluateJob,
     data: Data,
     *,
-    views: tuple[str, ...],
+    views: tuple[View, ...],
     info: EncoderInfo,
     encoder: EncoderConfig,
     out: str,

@@ -32,7 +32,7 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
     views = base_views(probe.encoder["views"])
     folder = job.features or files.add_suffix(job.out, ".features")
     with output_folder(folder) as held:
-        print_plan(data, None, info=info, views=",".join(views), out=job.out)
+        print_plan(data, None, info=info, views=",".join(map(str, views)), out=job.out)
         found = encode_views(
             data,
             views=views,

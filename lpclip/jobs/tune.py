@@ -21,7 +21,7 @@ from lpclip.encoders.prompts import templates
 from lpclip.errors import UserError
 from lpclip.evaluation.judge import evaluate
 from lpclip.features.describe import describe_encoder
-from lpclip.images.views import BASE_VIEWS, parse_views
+from lpclip.images.views import parse_views
 from lpclip.jobs import tracking
 from lpclip.jobs.console import LITE_NOTE, command_line, print_plan, print_sweep, print_sweep_plan
 from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
@@ -111,7 +111,7 @@ def tune_job(job: TuneJob) -> dict[str, Any]:
 
 
 def _strong_views(job: TuneJob) -> tuple[str, ...]:
-    return tuple(view for view in parse_views(job.encode.views) if view not in BASE_VIEWS)
+    return tuple(str(view) for view in parse_views(job.encode.views) if not view.is_base)
 
 
 def _prior_specs(job: TuneJob, space: SearchSpace) -> list[str]:
