@@ -222,8 +222,8 @@ def measure(trainable: Trainable, train_images: Images, test: Images, *, seed: i
     return {
         "zero_shot": 100 * float((zero_shot.logits(x).argmax(1).numpy() == y).mean()),
         "linear_probe": 100 * float((probe.logits(x).argmax(1).numpy() == y).mean()),
-        "image_to_text_r10": 100 * found["image_to_text"]["recall_10"],
-        "text_to_image_r10": 100 * found["text_to_image"]["recall_10"],
+        "image_to_text_r10": 100 * found.image_to_text.recall(10),
+        "text_to_image_r10": 100 * found.text_to_image.recall(10),
     }
 
 

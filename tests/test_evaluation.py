@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lpclip.evaluation.judge import evaluate, pictures
+from lpclip.evaluation.judge import Labelled, evaluate, judge, judgement_curves, probe_curves
 from lpclip.evaluation.metrics import classification_metrics
 from lpclip.method.calibration import expected_accuracy, label_free_temperature, mean_confidence
 from lpclip.method.probe import Probe
@@ -52,12 +52,32 @@ def test_temperature_changes_calibration_and_no_accuracy():
     assert warm["ece"] != cold["ece"]
 
 
-def test_pictures_count_every_labelled_row_once():
+def test_curves_count_every_labelled_row_once():
     features, labels = blobs(300, classes=(0, 1, 2))
     labels[:50] = -1
-    found = pictures(probe_of(3), features, labels)
-    assert found["confusion"].sum() == 250
-    assert sum(found["reliability"]["count"]) == 250
+    found = probe_curves(probe_of(3), features, labels)
+    assert found.confusion.sum() == 250
+    assert found.reliability.count.sum() == 250
+    assert len(found.coverage) == len(found.risk) == 250
+
+
+def test_curves_hold_the_metrics_and_are_the_same_from_a_probe_and_from_its_judgement():
+    features, labels = blobs(300, classes=(0, 1, 2))
+    features = np.concatenate([features, features[:40]])
+    labels = np.concatenate([labels, (labels[:40] + 1) % 3])  # some answers are wrong
+    probe = probe_of(4)
+    judgement = judge({"mine": probe}, Labelled(features=features, labels=labels), seed=0)["mine"]
+    found = judgement_curves(judgement, labels, num_classes=4)
+    assert found.confusion.trace() / 340 == pytest.approx(judgement.metrics["accuracy"])
+    assert found.risk.mean() == pytest.approx(judgement.metrics["aurc"])
+    assert found.recall[:3] == pytest.approx(found.confusion.diagonal()[:3] / found.confusion.sum(axis=1)[:3])
+    assert np.isnan(found.recall[3])
+    assert found.recall[:3].mean() == pytest.approx(judgement.metrics["mean_recall"])
+    again = probe_curves(probe, features, labels)
+    for name in ("coverage", "risk", "recall", "confusion"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
+    for name in ("confidence", "accuracy", "count"):
+        np.testing.assert_array_equal(getattr(again.reliability, name), getattr(found.reliability, name))
 
 
 @pytest.mark.parametrize("sharpness", [0.5, 5.0, 500.0])

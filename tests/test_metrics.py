@@ -90,28 +90,27 @@ def test_the_order_of_classes_and_rows_does_not_matter():
 
 def test_the_bins_add_up_to_the_ece_and_the_accuracy():
     probabilities, labels = random_case()
-    bins = {name: torch.tensor(values) for name, values in reliability_bins(probabilities, labels).items()}
-    share = bins["count"] / 2000
+    confidence, predicted = probabilities.max(dim=1)
+    bins = reliability_bins(confidence, predicted == labels)
+    share = bins.count / 2000
     found = classification_metrics(probabilities, labels)
     assert len(share) == NUM_BINS
-    assert float((share * (bins["accuracy"] - bins["confidence"]).abs()).sum()) == pytest.approx(
-        found["ece"], abs=1e-5
-    )
-    assert float((share * bins["accuracy"]).sum()) == pytest.approx(found["accuracy"], abs=1e-5)
+    assert (share * abs(bins.accuracy - bins.confidence)).sum() == pytest.approx(found["ece"], abs=1e-5)
+    assert (share * bins.accuracy).sum() == pytest.approx(found["accuracy"], abs=1e-5)
 
 
 def test_each_row_lies_in_the_bin_of_its_confidence():
-    probabilities = torch.tensor([[1.0, 0.0], [0.99, 0.01], [0.51, 0.49], [0.5, 0.5], [0.0, 1.0]])
-    bins = reliability_bins(probabilities, torch.tensor([0, 1, 0, 0, -1]))
-    assert bins["count"] == [0] * 7 + [2] + [0] * 6 + [2]
-    assert bins["accuracy"][7] == 1.0
-    assert bins["confidence"][14] == pytest.approx(0.995)
-    assert bins["accuracy"][14] == 0.5
+    bins = reliability_bins(torch.tensor([1.0, 0.99, 0.51, 0.5]), torch.tensor([True, False, True, True]))
+    assert bins.count.tolist() == [0] * 7 + [2] + [0] * 6 + [2]
+    assert bins.accuracy[7] == 1.0
+    assert bins.confidence[14] == pytest.approx(0.995)
+    assert bins.accuracy[14] == 0.5
 
 
 def test_without_rows_all_bins_are_empty():
-    bins = reliability_bins(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))
-    assert bins == {"confidence": [0.0] * 15, "accuracy": [0.0] * 15, "count": [0] * 15}
+    bins = reliability_bins(torch.zeros(0), torch.zeros(0, dtype=torch.bool))
+    for values in (bins.confidence, bins.accuracy, bins.count):
+        assert values.tolist() == [0] * 15
 
 
 def test_the_confusion_matrix_has_true_classes_as_rows():

@@ -11,6 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from lpclip.evaluation.evidence import Reliability
 from lpclip.images.views import CORRUPTIONS
 from lpclip.report.evaluation_figures import (
     corruption_figure,
@@ -94,9 +95,14 @@ def test_classes_without_images_have_no_shares(tmp_path: Path) -> None:
         saved(confusion_matrix_figure(np.zeros((3, 3), dtype=int), ["a", "b", "c"]), tmp_path)
 
 
+def bins(confidence: list[float], accuracy: list[float], count: list[int]) -> Reliability:
+    return Reliability(
+        confidence=np.array(confidence), accuracy=np.array(accuracy), count=np.array(count, dtype=np.int64)
+    )
+
+
 def test_empty_confidence_bins_are_not_drawn() -> None:
-    bins = {"confidence": [0.0, 0.5, 0.9], "accuracy": [0.0, 0.4, 0.8], "count": [0, 3, 7]}
-    figure = reliability_figure({"probe": bins})
+    figure = reliability_figure({"probe": bins([0.0, 0.5, 0.9], [0.0, 0.4, 0.8], [0, 3, 7])})
     line = figure.axes[0].lines[1]
     assert line.get_xydata().tolist() == [[0.5, 0.4], [0.9, 0.8]]
     assert figure.axes[1].lines[0].get_ydata().tolist() == [0.3, 0.7]
@@ -319,7 +325,7 @@ def test_names_with_dollars_are_no_mathematics() -> None:
         risk_coverage_figure({name: ([0, 1], [0, 1])}),
         ood_figure({name: ([0, 1], [0, 1])}, score=name, names=(name, name)),
         effective_robustness_figure({name: {name: (0.5, 0.5)}}, fits={}),
-        reliability_figure({name: {"confidence": [0.5], "accuracy": [0.5], "count": [1]}}),
+        reliability_figure({name: bins([0.5], [0.5], [1])}),
         confusion_matrix_figure([[1, 0], [0, 1]], [name, "$"]),
         comparison_figure({name: {name: 0.5}}, title="Accuracy"),
     ):

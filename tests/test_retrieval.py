@@ -78,7 +78,7 @@ def test_ranks_are_those_of_a_plain_program(seed: int, num_images: int, num_text
     found = retrieval_metrics(images, texts, image_index=pairs[:, 0], text_index=pairs[:, 1])
     expected = plain_metrics(images, texts, [(int(i), int(t)) for i, t in pairs])
     for direction in DIRECTIONS:
-        assert without_intervals(found[direction]) == pytest.approx(expected[direction], abs=1e-12)
+        assert found.directions()[direction].numbers() == pytest.approx(expected[direction], abs=1e-12)
 
 
 def test_the_random_cases_have_whatever_is_hard() -> None:
@@ -115,7 +115,7 @@ def test_identical_features_have_the_middle_of_all_ranks() -> None:
     each = np.arange(9)
     found = retrieval_metrics(same, same, image_index=each, text_index=each)
     for direction in DIRECTIONS:
-        assert without_intervals(found[direction]) == {
+        assert found.directions()[direction].numbers() == {
             "recall_1": 0,
             "recall_5": 1,
             "recall_10": 1,
@@ -132,7 +132,8 @@ def test_what_belongs_together_is_found_and_what_is_turned_round_is_last() -> No
         found = retrieval_metrics(images, texts, image_index=each, text_index=each)
         # All queries alike: whatever is drawn.
         intervals = {name: [expected[name]] * 2 for name in NAMES[:3]}
-        assert found == {key: {**expected, "intervals": intervals} for key in DIRECTIONS}
+        written = {name: direction.to_json() for name, direction in found.directions().items()}
+        assert written == {key: {**expected, "intervals": intervals} for key in DIRECTIONS}
 
 
 def test_intervals_are_those_of_a_mean_where_each_image_has_one_text() -> None:

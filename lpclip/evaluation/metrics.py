@@ -7,6 +7,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from lpclip.evaluation.bootstrap import bootstrap_blocks, percentiles
+from lpclip.evaluation.evidence import Reliability
 
 NUM_BINS = 15
 TOP = 5
@@ -96,19 +97,17 @@ def confusion_matrix(predicted: Tensor, labels: Tensor, *, num_classes: int) -> 
     return torch.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def reliability_bins(probabilities: Tensor, labels: Tensor) -> dict[str, list[float]]:
-    """Mean confidence, accuracy and count of the top label in each of 15 equal-width bins of confidence."""
-    known = labels >= 0
-    confidence, predicted = probabilities[known].double().max(dim=1)
-    correct = (predicted == labels[known]).double()
-    index = (confidence * NUM_BINS).ceil().long().clamp(1, NUM_BINS) - 1
+def reliability_bins(confidence: Tensor, correct: Tensor) -> Reliability:
+    """The rows in 15 bins of equal width, from confidence (N,) and correct (N,) bool. Bins hold their upper edge."""
+    exact, right = confidence.double(), correct.double()
+    index = (exact * NUM_BINS).ceil().long().clamp(1, NUM_BINS) - 1
     count = torch.bincount(index, minlength=NUM_BINS)
     filled = count.clamp_min(1)
-    return {
-        "confidence": (torch.bincount(index, confidence, minlength=NUM_BINS) / filled).tolist(),
-        "accuracy": (torch.bincount(index, correct, minlength=NUM_BINS) / filled).tolist(),
-        "count": count.tolist(),
-    }
+    return Reliability(
+        confidence=(torch.bincount(index, exact, minlength=NUM_BINS) / filled).numpy(),
+        accuracy=(torch.bincount(index, right, minlength=NUM_BINS) / filled).numpy(),
+        count=count.numpy(),
+    )
 
 
 def metric_intervals(

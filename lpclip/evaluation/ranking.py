@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 
 from lpclip.errors import UserError
 from lpclip.evaluation.bootstrap import bootstrap_blocks
+from lpclip.evaluation.results import Direction, Recall, Retrieval
 
 RECALLS = (1, 5, 10)
-# Scores that are held at once: 64 MB.
+# This many scores are held at once: 64 MB.
 MAX_SCORES = 1 << 24
 
 
@@ -24,41 +24,46 @@ def retrieval_metrics(
     text_index: np.ndarray,
     max_scores: int = MAX_SCORES,
     advance: Callable[[int], object] = lambda count: None,
-) -> dict[str, dict[str, Any]]:
-    """Recall at 1, 5 and 10 and the median rank in both directions, and the recalls' 95% intervals.
+) -> Retrieval:
+    """Recall at 1, 5 and 10, with 95% intervals, and the median rank in both directions.
 
     Images (N, d) and texts (M, d) are unit-norm features, float16 or float32. Pair p is the image image_index[p] and
     the text text_index[p], both (P,) int64; an image may have several texts and a text several images, and each is
     in one pair at least. In image_to_text the images are the queries and all texts the candidates, in text_to_image
-    the other way round. recall_k is the share of queries whose rank, as `ranks` says, is k at most.
-    `advance` is called with the number of queries that were ranked now. Raises UserError as `ranks` does.
+    the other way round. Recall at k is the share of queries whose rank, as `ranks` defines it, is k at most.
+    `advance` is called with the number of queries that were ranked since its last call. Raises UserError as `ranks`
+    does.
     """
-    # An image's texts say much the same of it: they are drawn with it. A text of several is drawn with the first.
-    order = np.argsort(text_index, kind="stable")
-    first = image_index[order][np.searchsorted(text_index[order], np.arange(len(texts)))]
-    directions = {
-        "image_to_text": (images, texts, image_index, text_index, np.arange(len(images))),
-        "text_to_image": (texts, images, text_index, image_index, first),
-    }
-    found = {}
-    for direction, (queries, candidates, query_index, candidate_index, drawn_with) in directions.items():
+
+    def measure(
+        queries: np.ndarray,
+        candidates: np.ndarray,
+        own: tuple[np.ndarray, np.ndarray],
+        drawn_with: np.ndarray,
+    ) -> Direction:
         place = ranks(
             queries,
             candidates,
-            query_index=query_index,
-            candidate_index=candidate_index,
+            query_index=own[0],
+            candidate_index=own[1],
             max_scores=max_scores,
             advance=advance,
         )
         hits = np.stack([place <= k for k in RECALLS], axis=1)
-        intervals = recall_intervals(hits, drawn_with=drawn_with, num_images=len(images))
-        names = [f"recall_{k}" for k in RECALLS]
-        found[direction] = {
-            **dict(zip(names, hits.mean(axis=0).tolist(), strict=True)),
-            "median_rank": float(np.median(place)),
-            "intervals": dict(zip(names, intervals.T.tolist(), strict=True)),
-        }
-    return found
+        intervals = recall_intervals(hits, drawn_with=drawn_with, num_images=len(images)).T.tolist()
+        shares = zip(RECALLS, hits.mean(axis=0).tolist(), intervals, strict=True)
+        return Direction(
+            recalls=tuple(Recall(at, value, (low, high)) for at, value, (low, high) in shares),
+            median_rank=float(np.median(place)),
+        )
+
+    # Texts of one image say much the same, so they are drawn together; a text of several images, with the first.
+    order = np.argsort(text_index, kind="stable")
+    first = image_index[order][np.searchsorted(text_index[order], np.arange(len(texts)))]
+    return Retrieval(
+        image_to_text=measure(images, texts, (image_index, text_index), np.arange(len(images))),
+        text_to_image=measure(texts, images, (text_index, image_index), first),
+    )
 
 
 def recall_intervals(
@@ -90,9 +95,9 @@ def ranks(
 
     Query query_index[p] owns candidate candidate_index[p], both (P,) int64; the other candidates are foreign to it.
     Scores are inner products in float32. A rank is 1 + the number of foreign candidates that score higher than the
-    best own one + half the number of those that score the same: what it is on the mean over all orders of ties.
+    best own one + half the number of those that score the same: its mean over all orders of ties.
     About `max_scores` scores are held at once, those of one query at least; `advance` is called with the number of
-    queries that were ranked now. Raises UserError for features that are NaN or infinite.
+    queries that were ranked since its last call. Raises UserError for features that are NaN or infinite.
     """
     q, c = (torch.from_numpy(np.asarray(features, np.float32)) for features in (queries, candidates))
     # A NaN scores neither higher nor the same: all ranks would be 1.

@@ -13,13 +13,14 @@ from typing import Any
 from lpclip import files
 from lpclip.config import SelftrainJob, TuneJob, flags
 from lpclip.encoders.head import EncoderInfo, Head
+from lpclip.evaluation.results import Result, RetrievalResult, worse_than_zero_shot
 from lpclip.features.find_or_encode import Data, Encoded
 from lpclip.images.classes import ClassList
 from lpclip.images.views import base_views, parse_views
 from lpclip.jobs import tracking
 from lpclip.method.confirmation import MIN_IMAGES_PER_CLASS, MIN_KAPPA, Confirmation
 from lpclip.method.probe import Probe
-from lpclip.report.evaluation_page import corruption_table, ood_table, overview_table, retrieval_table
+from lpclip.report.evaluation_tables import corruption_table, ood_table, overview_table, retrieval_table
 from lpclip.report.sweep_page import status_line, trials_table
 from lpclip.report.tables import format_table
 from lpclip.training.search_space import SearchSpace
@@ -184,31 +185,37 @@ def print_evaluation_plan(
     print(end="", flush=True)
 
 
-def print_evaluation(summary: dict[str, Any], *, out: str, run: tracking.Run) -> None:
+def print_evaluation(
+    results: Sequence[Result],
+    retrieval: Sequence[RetrievalResult],
+    *,
+    rates: Mapping[str, float | None],
+    out: str,
+    run: tracking.Run,
+) -> None:
     """The evaluation's tables, and where everything lies."""
-    results = summary["results"]
-    rates = summary["rates"]
     if rates["features"]:
         print(f"\nencoded {rates['images']:,.0f} images, {rates['features']:,.0f} features a second")
     for rows in (corruption_table(results), ood_table(results), overview_table(results)):
         if rows:
             print(f"\n{format_table(rows)}")
-    for cell in summary["significantly_worse"]:
-        where = " ".join(str(cell[key]) for key in ("set", "corruption", "severity") if cell[key] is not None)
-        low, high = (100 * end for end in cell["interval"])
+    for gain in worse_than_zero_shot(results):
+        assert gain.value is not None
+        assert gain.interval is not None
+        low, high = (100 * end for end in gain.interval)
         print(
-            f"WORSE than zero-shot: {cell['probe']} on {where} by {-100 * cell['value']:.1f} points "
+            f"WORSE than zero-shot: {gain.probe} on {gain.place} by {-100 * gain.value:.1f} points "
             f"({low:+.1f} to {high:+.1f})"
         )
-    if summary["retrieval"]:
-        print(f"\n{format_table(retrieval_table(summary['retrieval']))}")
+    if retrieval:
+        print(f"\n{format_table(retrieval_table(retrieval))}")
     print()
     _print_places(out, run, report="report.html", summary="summary.json")
 
 
-def print_retrieval(summary: dict[str, Any], *, out: str, run: tracking.Run) -> None:
+def print_retrieval(results: Sequence[RetrievalResult], *, out: str, run: tracking.Run) -> None:
     """The table of an evaluation of retrieval alone, and where everything lies."""
-    print(f"\n{format_table(retrieval_table(summary['retrieval']))}\n")
+    print(f"\n{format_table(retrieval_table(results))}\n")
     _print_places(out, run, summary="summary.json")
 
 

@@ -6,7 +6,7 @@ import hashlib
 import io
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,18 +18,10 @@ from lpclip import files
 from lpclip.config import EncoderConfig, EvaluateJob, to_dict
 from lpclip.encoders.head import EncoderInfo
 from lpclip.errors import UserError
-from lpclip.evaluation.judge import (
-    ZERO_SHOT,
-    Cell,
-    Outcomes,
-    Row,
-    corruption_rows,
-    detection_scores,
-    judge,
-    labelled_rows,
-    ood_rows,
-    shift_rows,
-)
+from lpclip.evaluation.evidence import Evidence, ForeignScores, Judgements
+from lpclip.evaluation.judge import Labelled, foreign_scores, judge, judgement_curves
+from lpclip.evaluation.results import MEAN, ZERO_SHOT, Cell, Result, RetrievalResult, worse_than_zero_shot
+from lpclip.evaluation.tabulate import corruption_results, labelled_results, ood_results, shift_results
 from lpclip.features.find_or_encode import Data, Encoded, Views
 from lpclip.images.classes import ClassList, map_labels
 from lpclip.images.pixels import decode_image
@@ -54,7 +46,8 @@ from lpclip.jobs.inputs import describe_probes_encoder, encode_evaluated
 from lpclip.jobs.runtime import claim, output_folder, start_ray, versions
 from lpclip.method.probe import Probe, load_probe, zero_shot_probe
 from lpclip.report.evaluation_figures import corruption_figure
-from lpclip.report.evaluation_page import Evidence, corruption_curves, evaluation_page, plain_values
+from lpclip.report.evaluation_page import evaluation_page
+from lpclip.report.evaluation_tables import corruption_curves, plain_values
 from lpclip.report.page import Example
 from lpclip.report.style import save
 
@@ -68,13 +61,11 @@ THUMBNAIL = 112
 class _Found:
     """What the evaluation has found so far."""
 
-    rows: list[Row] = field(default_factory=list)
-    outcomes: dict[Cell, Outcomes] = field(default_factory=dict)
-    scores: dict[str, dict[str, tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]] = field(
-        default_factory=dict
-    )
-    clean: tuple[np.ndarray, np.ndarray] | None = None
-    """Features and labels of --data."""
+    results: list[Result] = field(default_factory=list)
+    judgements: dict[Cell, Judgements] = field(default_factory=dict)
+    scores: dict[str, ForeignScores] = field(default_factory=dict)
+    clean: Labelled | None = None
+    """The images of --data."""
     ids: np.ndarray | None = None
     encoded: dict[str, list[Encoded]] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
@@ -119,18 +110,22 @@ def evaluate_job(job: EvaluateJob) -> dict[str, Any]:
             run.set_tags({"encoder": info.name, "data": sets[0].name, "out": out})
             found = _evaluate(job, out, sets, shown, classes, info, encoder)
             summary = _summary(job, found, sets, shown, info, run)
-            summary["retrieval"] = measure_retrieval(job, out, pairs, info, encoder, run)
+            summary["retrieval"], retrieval = measure_retrieval(job, out, pairs, info, encoder, run)
             begin = time.monotonic()
             claim(out, identity)
             files.write_json(files.join(out, "summary.json"), summary)
-            files.write_parquet(files.join(out, "results.parquet"), results_table(found.rows))
-            page = evaluation_page(summary, _evidence(found, sets[0], shown))
+            files.write_parquet(files.join(out, "results.parquet"), results_table(found.results))
+            page = evaluation_page(
+                _evidence(found, shown, retrieval),
+                facts=_facts(summary),
+                examples=_examples(found, sets[0], shown),
+            )
             files.write_bytes(files.join(out, "report.html"), page.encode())
-            _draw(found.rows, files.join(out, "figures"))
+            _draw(found.results, files.join(out, "figures"))
             summary["timings"]["report"] = round(time.monotonic() - begin, 3)
             files.write_json(files.join(out, "summary.json"), summary)
-            _track(job, run, found.rows, shown, out)
-        print_evaluation(summary, out=out, run=run)
+            _track(job, run, found.results, shown, out)
+        print_evaluation(found.results, retrieval, rates=summary["rates"], out=out, run=run)
         return summary
 
 
@@ -221,12 +216,12 @@ def _evaluate(
             _judge_set(item, views, probes, classes, found, seed=job.seed)
         found.timings["measure"] = found.timings.get("measure", 0.0) + time.monotonic() - begin
     begin = time.monotonic()
-    clean = next((outcomes for cell, outcomes in found.outcomes.items() if cell.kind == "clean"), None)
-    for name in dict.fromkeys(cell.set for cell in found.outcomes if cell.corruption):
-        cells = {cell: o for cell, o in found.outcomes.items() if cell.set == name and cell.corruption}
+    clean = next((judged for cell, judged in found.judgements.items() if cell.kind == "clean"), None)
+    for name in dict.fromkeys(cell.set for cell in found.judgements if cell.corruption):
+        cells = {cell: o for cell, o in found.judgements.items() if cell.set == name and cell.corruption}
         # Published files may be damaged in one corruption and not in another.
         stores = [found.encoded[item.key][0] for item in sets if item.name == name]
-        found.rows += corruption_rows(
+        found.results += corruption_results(
             clean,
             cells,
             alexnet=name.lower().startswith("imagenet-c"),
@@ -254,15 +249,15 @@ def _judge_set(
     if not len(known):
         raise UserError(f"{item.name} has no labelled image: there is nothing to measure on it")
     for cell, wanted in item.cells.items():
-        features = views.mean(*wanted)[known]
-        outcomes = judge(probes, features, labels[known], seed=seed)
-        found.outcomes[cell] = outcomes
-        found.rows += labelled_rows(cell, outcomes, seed=seed)
+        images = Labelled(features=views.mean(*wanted)[known], labels=labels[known])
+        judgements = judge(probes, images, seed=seed)
+        found.judgements[cell] = judgements
+        found.results += labelled_results(cell, judgements, seed=seed)
         if cell.kind == "clean":
-            found.clean, found.ids = (features, labels[known]), views.ids[known]
+            found.clean, found.ids = images, views.ids[known]
         elif cell.kind == "shift":
             assert found.clean is not None
-            found.rows += shift_rows(cell, probes, clean=found.clean, shifted=(features, labels[known]))
+            found.results += shift_results(cell, probes, clean=found.clean, shifted=images)
 
 
 def _detect(
@@ -280,29 +275,28 @@ def _detect(
     if not len(foreign):
         raise UserError(f"{item.name} has no image: there is nothing to detect")
     scores = {
-        name: (
-            detection_scores(probe, found.clean[0], cosine_temperature=cosine_temperature),
-            detection_scores(probe, foreign, cosine_temperature=cosine_temperature),
+        name: foreign_scores(
+            probe, inside=found.clean.features, outside=foreign, cosine_temperature=cosine_temperature
         )
         for name, probe in probes.items()
     }
     found.scores[item.name] = scores
-    found.rows += ood_rows(cell, scores, seed=seed)
+    found.results += ood_results(cell, scores, seed=seed)
 
 
-def results_table(rows: list[Row]) -> pa.Table:
-    """The rows as Parquet: the interval as two columns."""
-    flat = [
+def results_table(results: Sequence[Result]) -> pa.Table:
+    """The results as Parquet: the interval as two columns."""
+    rows = [
         {
-            **{key: value for key, value in row.items() if key != "interval"},
-            "low": row["interval"] and row["interval"][0],
-            "high": row["interval"] and row["interval"][1],
+            **{key: value for key, value in vars(result).items() if key != "interval"},
+            "low": result.interval and result.interval[0],
+            "high": result.interval and result.interval[1],
         }
-        for row in rows
+        for result in results
     ]
     kinds = {"severity": pa.int32(), "value": pa.float64(), "low": pa.float64(), "high": pa.float64()}
-    names = list(flat[0])
-    return pa.Table.from_pylist(flat, schema=pa.schema([(n, kinds.get(n, pa.string())) for n in names]))
+    names = list(rows[0])
+    return pa.Table.from_pylist(rows, schema=pa.schema([(n, kinds.get(n, pa.string())) for n in names]))
 
 
 def _summary(
@@ -318,12 +312,15 @@ def _summary(
     features = sum(one.store.manifest.num_rows * len(one.store.manifest.views) for one in encoded)
     seconds = sum(one.seconds for one in encoded)
     losses = [
-        {key: row[key] for key in ("set", "corruption", "severity", "probe", "value", "interval")}
-        for row in found.rows
-        if row["metric"] == "accuracy_gain" and row["corruption"] != "mean" and row["interval"][1] < 0
+        {
+            key: value
+            for key, value in gain.to_json().items()
+            if key in ("set", "corruption", "severity", "probe", "value", "interval")
+        }
+        for gain in worse_than_zero_shot(found.results)
     ]
     return {
-        "results": found.rows,
+        "results": [result.to_json() for result in found.results],
         "significantly_worse": losses,
         "sets": [
             {
@@ -360,11 +357,30 @@ def _summary(
     }
 
 
-def _evidence(found: _Found, data: EvaluationSet, probes: Mapping[str, Probe]) -> Evidence:
+def _evidence(found: _Found, probes: Mapping[str, Probe], retrieval: Sequence[RetrievalResult]) -> Evidence:
+    assert found.clean is not None
+    classes = next(iter(probes.values())).class_names
+    clean = next(judged for cell, judged in found.judgements.items() if cell.kind == "clean")
+    return Evidence(
+        results=found.results,
+        classes=classes,
+        curves={
+            name: judgement_curves(judged, found.clean.labels, num_classes=len(classes))
+            for name, judged in clean.items()
+        },
+        scores=found.scores,
+        retrieval=retrieval,
+    )
+
+
+def _examples(
+    found: _Found, data: EvaluationSet, probes: Mapping[str, Probe]
+) -> list[tuple[str, list[Example]]]:
+    """Captions and images on which zero-shot and the first probe disagree."""
     assert found.clean is not None
     assert found.ids is not None
-    features, labels = found.clean
-    clean = next(outcomes for cell, outcomes in found.outcomes.items() if cell.kind == "clean")
+    labels = found.clean.labels
+    clean = next(judged for cell, judged in found.judgements.items() if cell.kind == "clean")
     rival = next(name for name in probes if name != ZERO_SHOT)
     before, after = clean[ZERO_SHOT], clean[rival]
     groups = {
@@ -383,20 +399,31 @@ def _evidence(found: _Found, data: EvaluationSet, probes: Mapping[str, Probe]) -
         }
         return Example(image=image, predictions=answers, truth=names[labels[place]], name=name)
 
-    return Evidence(
-        probes=probes,
-        clean=clean,
-        labels=labels,
-        features=features,
-        scores=found.scores,
-        examples=[
-            (
-                f"{title} ({len(items)} of {int(groups[title].sum()):,})",
-                [example(name, image) for name, image in items.items()],
-            )
-            for title, items in images.items()
-        ],
-    )
+    return [
+        (
+            f"{title} ({len(items)} of {int(groups[title].sum()):,})",
+            [example(name, image) for name, image in items.items()],
+        )
+        for title, items in images.items()
+    ]
+
+
+def _facts(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The page's short list of names and values."""
+    lite = ", which is not CLIP: it serves first impressions" if summary["encoder_name"] == "lite" else ""
+    sizes = {item["set"]: item["images"] for item in reversed(summary["sets"])}
+    names = dict.fromkeys(item["set"] for item in summary["sets"])
+    return {
+        "images": ", ".join(f"{name} ({sizes[name]:,})" for name in names),
+        "classifiers": ", ".join(
+            name if name == ZERO_SHOT else f"{name} ({about['method']})"
+            for name, about in summary["probes"].items()
+        ),
+        "encoder": summary["encoder_name"] + lite,
+        "classes": f"{len(summary['classes'])}",
+        "seed": f"{summary['config']['seed']}",
+        "versions": ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
+    }
 
 
 def _thumbnails(data: Data, wanted: dict[str, list[str]]) -> dict[str, dict[str, bytes]]:
@@ -430,12 +457,12 @@ def _thumbnails(data: Data, wanted: dict[str, list[str]]) -> dict[str, dict[str,
     return small
 
 
-def _draw(rows: list[Row], folder: str) -> None:
+def _draw(results: Sequence[Result], folder: str) -> None:
     """The overviews of corruptions as pictures of their own."""
     files.make_folder(folder)
-    (clean,) = plain_values(rows, "clean", "accuracy").values()
-    for name, kind in dict.fromkeys((row["set"], row["kind"]) for row in rows if row["corruption"]):
-        curves = corruption_curves(rows, name)
+    (clean,) = plain_values(results, "clean", "accuracy").values()
+    for name, kind in dict.fromkeys((found.set, found.kind) for found in results if found.corruption):
+        curves = corruption_curves(results, name)
         figure = corruption_figure(curves, clean=clean if kind == "corrupted" else None)
         save(figure, files.join(folder, f"corruptions-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}.png"))
 
@@ -444,7 +471,7 @@ TRACKED = ("accuracy", "accuracy_gain", "ece", "adaptive_ece", "nll", "brier", "
 
 
 def _track(
-    job: EvaluateJob, run: tracking.Run, rows: list[Row], probes: Mapping[str, Probe], out: str
+    job: EvaluateJob, run: tracking.Run, results: Sequence[Result], probes: Mapping[str, Probe], out: str
 ) -> None:
     """A nested run for each classifier, all with the same metric names: that is what the pages compare."""
     for name in ("report.html", "summary.json", "results.parquet", "figures"):
@@ -460,21 +487,22 @@ def _track(
             parent=run,
         ) as child:
             for step in (0, 1, 2, 3, 4, 5):
-                mine = [r for r in rows if r["probe"] == name and (r["severity"] or 0) == step]
-                found: dict[str, float | None] = dict(pair for row in mine for pair in _metrics_of(row))
+                mine = [r for r in results if r.probe == name and (r.severity or 0) == step]
+                found: dict[str, float | None] = dict(pair for result in mine for pair in _metrics_of(result))
                 child.log(found, step=step)
                 if step == 0:
                     run.log({f"{name}/{key}": v for key, v in found.items() if key.count("/") == 1}, step=0)
 
 
-def _metrics_of(row: Row) -> Iterator[tuple[str, float]]:
-    """A row's name in MLflow, without probe and severity: these are the run and the step.
+def _metrics_of(result: Result) -> Iterator[tuple[str, float]]:
+    """A result's name in MLflow, without probe and severity: these are the run and the step.
 
     A mean over all severities has a name of its own: the pages show a metric's last step.
     """
-    if row["value"] is None or (row["kind"] != "ood" and row["metric"] not in TRACKED):
+    if result.value is None or (result.kind != "ood" and result.metric not in TRACKED):
         return
-    place = {"clean": "clean", "corrupted": "corrupted"}.get(row["kind"], f"{row['kind']}/{row['set']}")
-    if row["corruption"] is not None and (row["corruption"], row["severity"]) != ("mean", None):
-        place = f"{place}/{row['corruption']}"
-    yield f"{place}/{row['metric']}", row["value"]
+    own = {"clean": "clean", "corrupted": "corrupted"}
+    place = own.get(result.kind, f"{result.kind}/{result.set}")
+    if result.corruption is not None and (result.corruption, result.severity) != (MEAN, None):
+        place = f"{place}/{result.corruption}"
+    yield f"{place}/{result.metric}", result.value

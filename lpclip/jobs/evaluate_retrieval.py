@@ -11,6 +11,7 @@ from lpclip.config import EncoderConfig, EvaluateJob, to_dict
 from lpclip.encoders.head import EncoderInfo
 from lpclip.errors import UserError
 from lpclip.evaluation.ranking import retrieval_metrics
+from lpclip.evaluation.results import RetrievalResult
 from lpclip.features.describe import describe_encoder
 from lpclip.features.find_or_encode import Data
 from lpclip.features.texts import encode_texts, read_pairs
@@ -86,8 +87,9 @@ def retrieval_job(job: EvaluateJob, probe: Probe | None) -> dict[str, Any]:
             job.tracking, name=files.split(out)[1], params=params, resume_key=f"evaluate {out}"
         ) as run:
             run.set_tags({"encoder": info.name, "data": sets[0].name, "out": out})
+            entries, results = measure_retrieval(job, out, sets, info, encoder, run)
             summary = {
-                "retrieval": measure_retrieval(job, out, sets, info, encoder, run),
+                "retrieval": entries,
                 "encoder": info.identity,
                 "encoder_name": info.name,
                 "config": {key: list(v) if isinstance(v, tuple) else v for key, v in to_dict(job).items()},
@@ -97,7 +99,7 @@ def retrieval_job(job: EvaluateJob, probe: Probe | None) -> dict[str, Any]:
             claim(out, identity)
             files.write_json(files.join(out, "summary.json"), summary)
             run.artifact(files.join(out, "summary.json"))
-        print_retrieval(summary, out=out, run=run)
+        print_retrieval(results, out=out, run=run)
         return summary
 
 
@@ -108,12 +110,12 @@ def measure_retrieval(
     info: EncoderInfo,
     encoder: EncoderConfig,
     run: tracking.Run,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], list[RetrievalResult]]:
     """What the summary tells of each set: what it holds, recalls and median rank, and what it took in seconds.
 
     Raises UserError when too many pairs are bad.
     """
-    found = []
+    entries, results = [], []
     for item in sets:
         begin = time.monotonic()
         views = encode_evaluated(job, item.data, views=item.views, info=info, encoder=encoder, out=out)
@@ -127,7 +129,7 @@ def measure_retrieval(
         progress = Progress(
             f"ranking {item.data.name}", total=len(images) + len(texts), unit="images and texts"
         )
-        metrics = retrieval_metrics(
+        found = retrieval_metrics(
             images,
             text_features,
             image_index=image_index,
@@ -139,13 +141,21 @@ def measure_retrieval(
         run.log(
             {
                 f"retrieval/{item.name}/{direction}_{metric}": value
-                for direction, values in metrics.items()
-                for metric, value in values.items()
-                if metric != "intervals"
+                for direction, values in found.directions().items()
+                for metric, value in values.numbers().items()
             },
             step=0,
         )
-        found.append(
+        results.append(
+            RetrievalResult(
+                set=item.name,
+                images=len(images),
+                texts=len(texts),
+                quarantined=views.stores[0].store.manifest.num_quarantined,
+                retrieval=found,
+            )
+        )
+        entries.append(
             {
                 "set": item.name,
                 "data": item.data.name,
@@ -153,11 +163,11 @@ def measure_retrieval(
                 "texts": len(texts),
                 "pairs": len(text_index),
                 "quarantined": views.stores[0].store.manifest.num_quarantined,
-                **metrics,
+                **{name: direction.to_json() for name, direction in found.directions().items()},
                 "views": [str(view) for view in item.views],
                 "stores": [one.store.path for one in views.stores],
                 "encoded_now": any(not one.reused for one in views.stores),
                 "seconds": {name: round(value, 3) for name, value in seconds.items()},
             }
         )
-    return found
+    return entries, results

@@ -9,7 +9,7 @@ import numpy as np
 
 from lpclip.config import ClassConfig, EvaluateJob, to_dict
 from lpclip.errors import UserError
-from lpclip.evaluation.judge import Cell, Kind
+from lpclip.evaluation.results import Cell, Kind
 from lpclip.features.find_or_encode import Data, open_data
 from lpclip.images.classes import ClassList, map_labels, resolve_classes
 from lpclip.images.published import Published, published_sets

@@ -15,7 +15,7 @@ from lpclip.config import SelftrainJob, to_dict
 from lpclip.encoders.head import EncoderInfo, Head, make_head
 from lpclip.encoders.prompts import templates
 from lpclip.errors import UserError
-from lpclip.evaluation.judge import evaluate, pictures
+from lpclip.evaluation.judge import evaluate, probe_curves
 from lpclip.features.describe import describe_encoder
 from lpclip.features.store import Features
 from lpclip.images.classes import ClassList, map_labels
@@ -221,10 +221,10 @@ def _track(
     files.make_folder(figures)
     save(rounds_figure(summary["rounds"]), files.join(figures, "rounds.png"))
     if (y >= 0).any():
-        drawn = {name: pictures(probe, x, y) for name, probe in probes.items()}
-        matrix = confusion_matrix_figure(drawn["probe"]["confusion"], classes.names)
+        drawn = {name: probe_curves(probe, x, y) for name, probe in probes.items()}
+        matrix = confusion_matrix_figure(drawn["probe"].confusion, classes.names)
         save(matrix, files.join(figures, "confusion_matrix.png"))
-        bins = {name.replace("_", "-"): found["reliability"] for name, found in drawn.items()}
+        bins = {name.replace("_", "-"): found.reliability for name, found in drawn.items()}
         save(reliability_figure(bins), files.join(figures, "reliability.png"))
     for name in ("probe", "figures", "summary.json", "pseudo_labels.parquet"):
         run.artifact(files.join(out, name))

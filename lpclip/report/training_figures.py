@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
+from lpclip.evaluation.evidence import Reliability
 from lpclip.report.style import (
     COLOURS,
     FAINT,
@@ -75,11 +76,10 @@ def confusion_matrix_figure(matrix: ArrayLike, class_names: Sequence[str]) -> Fi
     return figure
 
 
-def reliability_figure(bins_by_name: Mapping[str, Mapping[str, ArrayLike]]) -> Figure:
-    """Accuracy against confidence, and below it how many images have which confidence.
+def reliability_figure(bins_by_name: Mapping[str, Reliability]) -> Figure:
+    """Accuracy against confidence, and below it the share of images with each confidence; empty bins are left out.
 
-    Each value holds three arrays of one length: `confidence` and `accuracy`, a bin's means in [0, 1], and
-    `count`. Empty bins are left out. On the diagonal, confidence is what it claims to be.
+    On the diagonal, a classifier is right as often as its confidence says.
     """
     figure = new_figure(4.4, 4.9)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
@@ -87,11 +87,9 @@ def reliability_figure(bins_by_name: Mapping[str, Mapping[str, ArrayLike]]) -> F
     top.text(0.03, 0.09, "well calibrated", color="#9aa0a8", fontsize=8, rotation=38, rotation_mode="anchor")
     colour_of = colours(bins_by_name)
     for name, bins in bins_by_name.items():
-        count = np.asarray(bins["count"], dtype=np.float64)
+        count = np.asarray(bins.count, dtype=np.float64)
         full = count > 0
-        confidence, accuracy = (
-            np.asarray(bins[key], dtype=np.float64)[full] for key in ("confidence", "accuracy")
-        )
+        confidence, accuracy = bins.confidence[full], bins.accuracy[full]
         share = count[full] / max(count.sum(), 1)
         colour = colour_of[name]
         top.plot(confidence, accuracy, color=colour, linewidth=1.8, zorder=2)
