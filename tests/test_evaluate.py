@@ -35,7 +35,7 @@ from lpclip.config import (
     TrackingConfig,
 )
 from lpclip.evaluation.bootstrap import mean_interval
-from lpclip.evaluation.judge import ZERO_SHOT
+from lpclip.evaluation.results import ZERO_SHOT
 from lpclip.evaluation.shift import ALEXNET_ERROR, effective_robustness
 from lpclip.features.store import Store, row_order
 from lpclip.jobs.evaluate import EXAMPLES, evaluate_job

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import sklearn.metrics
 import torch
 from torch_uncertainty.metrics import classification as torch_uncertainty
 
-from lpclip.evaluation.bootstrap import bootstrap_blocks, bootstrap_counts, mean_interval
+from lpclip.evaluation.bootstrap import BLOCK_RESAMPLES, bootstrap_blocks, mean_interval
 from lpclip.evaluation.metrics import (
     METRICS,
     NUM_BINS,
@@ -28,6 +29,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CASES = [
     (seed, *size) for seed, size in enumerate([(15, 2), (40, 3), (100, 5), (500, 6), (997, 10), (2000, 50)])
 ]
+
+
+def drawn_counts(num_rows: int, **options: Any) -> torch.Tensor:
+    """The counts (B, N) of all resamples."""
+    return torch.cat(list(bootstrap_blocks(num_rows, **options)))
 
 
 def random_case(num_rows: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
@@ -345,7 +351,7 @@ def test_intervals_are_quantiles_of_metrics_of_repeated_rows(drawn: tuple[torch.
     probabilities, labels = drawn
     # The draws are of rows in order of confidence.
     rows = probabilities.amax(dim=1).argsort(descending=True, stable=True)
-    counts = bootstrap_counts(len(labels), resamples=60, seed=4).long()
+    counts = drawn_counts(len(labels), resamples=60, seed=4).long()
     draws = []
     for count in counts:
         drawn_rows = rows.repeat_interleave(count)
@@ -388,19 +394,19 @@ def test_the_seed_makes_the_interval():
 
 @pytest.mark.parametrize(("num_rows", "resamples"), [(1, 3), (7, 25), (100, 60)])
 def test_every_resample_draws_as_many_rows(num_rows: int, resamples: int):
-    counts = bootstrap_counts(num_rows, resamples=resamples)
+    counts = drawn_counts(num_rows, resamples=resamples)
     assert (counts.shape, counts.dtype) == ((resamples, num_rows), torch.float32)
     assert (counts.sum(dim=1) == num_rows).all()
-    assert torch.equal(counts, bootstrap_counts(num_rows, resamples=resamples))
-    assert torch.equal(counts, torch.cat(list(bootstrap_blocks(num_rows, resamples=resamples))))
+    assert torch.equal(counts, drawn_counts(num_rows, resamples=resamples))
+    assert max(map(len, bootstrap_blocks(num_rows, resamples=resamples))) <= BLOCK_RESAMPLES
 
 
 def test_counts_are_multinomial():
-    counts = bootstrap_counts(50, resamples=4000, seed=2).double()
+    counts = drawn_counts(50, resamples=4000, seed=2).double()
     # Mean 1, variance 1 - 1/N, covariance -1/N.
     assert counts.mean(dim=0).sub(1).abs().max() < 0.08
     assert float(counts.var(dim=0).mean()) == pytest.approx(1 - 1 / 50, rel=0.02)
-    assert not torch.equal(counts, bootstrap_counts(50, resamples=4000, seed=3).double())
+    assert not torch.equal(counts, drawn_counts(50, resamples=4000, seed=3).double())
     covariance = counts.T.cov()
     assert float((covariance.sum() - covariance.trace()) / (50 * 49)) == pytest.approx(-1 / 50, rel=0.05)
 

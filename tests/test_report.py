@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
+from results_figure import comparison_figure
 
 from lpclip.evaluation.evidence import Reliability
 from lpclip.images.views import CORRUPTIONS
@@ -23,7 +24,6 @@ from lpclip.report.evaluation_figures import (
 from lpclip.report.style import COLOURS, MORE_COLOURS, colours, png, save
 from lpclip.report.tables import format_table
 from lpclip.report.training_figures import (
-    comparison_figure,
     confusion_matrix_figure,
     reliability_figure,
     rounds_figure,

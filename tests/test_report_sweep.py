@@ -8,16 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection, PathCollection
-from matplotlib.colors import same_color, to_hex
+from matplotlib.collections import PathCollection
+from matplotlib.colors import same_color
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from lpclip.report.style import COLOURS, png
 from lpclip.report.sweep_page import (
     criterion_figure,
-    parallel_coordinates_figure,
     status_line,
     sweep_page,
     trials_table,
@@ -119,24 +117,6 @@ def legend(figure: Figure) -> list[str]:
 
 def notes(axes: Axes) -> list[str]:
     return [text.get_text() for text in axes.texts]
-
-
-def lines(figure: Figure) -> LineCollection:
-    return next(found for found in figure.axes[0].collections if found.get_label() == "trials")
-
-
-def chosen_line(figure: Figure) -> Line2D:
-    (line,) = [line for line in figure.axes[0].lines if line.get_label() == "chosen"]
-    return line
-
-
-def ticks(figure: Figure, index: int) -> dict[str, float]:
-    """Where on axis `index` of parallel coordinates which label stands."""
-    return {
-        text.get_text(): float(text.xy[1])
-        for text in figure.axes[0].texts
-        if text.get_horizontalalignment() == "right" and text.xy[0] == index
-    }
 
 
 def assert_readable(figure: Figure) -> None:
@@ -269,10 +249,6 @@ def test_zero_shot_can_be_chosen_and_best() -> None:
     summary["chosen"] = {**summary["chosen"], "name": "zero_shot", "accuracy": 0.9, "criterion": 0.95}
     figure = criterion_figure(summary)
     assert offsets(figure)["zero-shot, chosen, best by accuracy: 90.0%"] == [[0.95, 0.9]]
-    figure = parallel_coordinates_figure(summary)
-    assert "chosen" not in [line.get_label() for line in figure.axes[0].lines]
-    assert len(lines(figure).get_segments()) == 3
-    assert "Zero-shot was chosen" in notes(figure.axes[0])[0]
     assert "Zero-shot itself was chosen" in sweep_page(summary, facts={})
 
 
@@ -286,125 +262,16 @@ def test_without_labels_the_criterion_is_drawn_by_rank() -> None:
     assert_readable(figure)
 
 
-@pytest.mark.parametrize("draw", [criterion_figure, parallel_coordinates_figure])
 @pytest.mark.parametrize("with_labels", [True, False])
 @pytest.mark.parametrize("count", [1, 3, 64, 500])
-def test_pictures_of_any_number_of_trials_can_be_read(draw: Any, with_labels: bool, count: int) -> None:
+def test_pictures_of_any_number_of_trials_can_be_read(with_labels: bool, count: int) -> None:
     summary = many(count)
     if not with_labels:
         for row in (*summary["trials"], summary["zero_shot"]):
             row["accuracy"] = None
-    figure = draw(summary)
+    figure = criterion_figure(summary)
     assert_readable(figure)
     assert png(figure, dpi=50)
-
-
-@pytest.mark.parametrize("count", [1, 2, 12])
-def test_any_number_of_parameters_can_be_read(count: int) -> None:
-    figure = parallel_coordinates_figure(many(30, parameters=count, name="a_name_of_a_length"))
-    assert len(figure.axes[0].get_xticklabels()) == count + 2
-    assert_readable(figure)
-
-
-def test_lines_cross_their_axes_at_the_trials_values() -> None:
-    figure = parallel_coordinates_figure(labelled())
-    axes = figure.axes[0]
-    names = [label.get_text() for label in axes.get_xticklabels()]
-    assert names == ["factor", "prior", "consensus\n(criterion)", "accuracy"]
-    across = np.log(1 / 0.1234) / np.log(10 / 0.1234)
-    expected = [[across, 1, 0, 0], [1, 1, 0.5, 1]]  # the better one on top
-    for segment, places in zip(lines(figure).get_segments(), expected, strict=True):
-        assert segment[:, 0].tolist() == [0, 1, 2, 3]
-        assert segment[:, 1] == pytest.approx(places)
-    own = chosen_line(figure)
-    assert own.get_ydata() == pytest.approx([0, 0, 1, 0.12 / 0.13])
-    assert same_color(own.get_color(), COLOURS["probe"])
-    assert own.get_linewidth() > 2 * max(lines(figure).get_linewidths())
-    assert own.get_zorder() > lines(figure).get_zorder()
-    assert ticks(figure, 0) == pytest.approx({"0.123": 0, "1": across, "10": 1})
-    assert ticks(figure, 1) == {"none": 0, "weak": 1}
-    assert ticks(figure, 2) == pytest.approx({"0.6": 0, "0.7": 0.5, "0.8": 1})
-    assert ticks(figure, 3) == pytest.approx({"60.0%": 0, "72.0%": 0.12 / 0.13, "73.0%": 1})
-    bold = {text.get_text() for text in axes.texts if text.get_fontweight() == "bold"}
-    assert bold == {"0.123", "none", "0.8", "72.0%"}
-    assert_readable(figure)
-
-
-def test_lines_are_the_darker_the_higher_the_accuracy() -> None:
-    summary = many(30)
-    found = {row["name"]: row["accuracy"] for row in summary["trials"]}
-    accuracies = sorted(value for name, value in found.items() if name != summary["chosen"]["name"])
-    figure = parallel_coordinates_figure(summary)
-    drawn = [segment[-1, 1] for segment in lines(figure).get_segments()]
-    assert np.corrcoef(drawn, accuracies)[0, 1] == pytest.approx(1)
-    lightness = np.asarray(lines(figure).get_colors())[:, :3] @ [0.2126, 0.7152, 0.0722]
-    assert (np.diff(lightness) <= 1e-9).all()
-    assert lightness[0] - lightness[-1] > 0.4
-    assert figure.axes[1].get_ylabel() == "accuracy"
-    assert figure.axes[1].get_ylim() == pytest.approx((min(found.values()), max(found.values())))
-    assert parallel_coordinates_figure(unlabelled()).axes[1].get_ylabel() == "consensus"
-    many_lines = lines(parallel_coordinates_figure(many(500)))
-    assert many_lines.get_alpha() < lines(figure).get_alpha() < 1
-
-
-def places(*values: Any) -> tuple[list[float], dict[str, float]]:
-    """Of a parameter's values: where each is drawn, and the axis' ticks."""
-    trials = [trial(f"t{index}", {"x": value}, 0.9 - index / 100) for index, value in enumerate(values)]
-    figure = parallel_coordinates_figure(sweep(trials, chosen="zero_shot"))
-    segments = lines(figure).get_segments()
-    return [float(segment[0, 1]) for segment in reversed(segments)], ticks(figure, 0)
-
-
-def test_numbers_over_more_than_a_decade_are_logarithmic() -> None:
-    assert places(0.01, 0.1, 1.0)[0] == pytest.approx([0, 0.5, 1])
-    assert places(1, 5.5, 10)[0] == pytest.approx([0, 0.5, 1])
-    assert places(0, 50, 100)[0] == pytest.approx([0, 0.5, 1])
-    assert places(-100.0, 0.0, 100.0)[0] == pytest.approx([0, 0.5, 1])
-    found, labels = places(*np.geomspace(0.0011, 0.9, 20).tolist())
-    assert labels == pytest.approx({"0.001": 0, "0.01": 1 / 3, "0.1": 2 / 3, "1": 1})
-    assert np.diff(found) == pytest.approx(np.full(19, np.diff(found)[0]))
-    assert all(0 <= place <= 1 for place in found)
-
-
-def test_numbers_in_a_narrow_range_have_ticks_that_differ() -> None:
-    found, labels = places(*np.linspace(0.80011, 0.80019, 30).tolist())
-    assert len(labels) >= 3
-    assert [float(label) for label in labels] == sorted(float(label) for label in labels)
-    assert min(found) >= 0
-    assert max(found) <= 1
-
-
-def test_whole_numbers_have_whole_ticks() -> None:
-    _, labels = places(*range(3, 12))
-    assert all(re.fullmatch(r"\d+", label) for label in labels)
-    assert places(5, 10, 20)[1] == pytest.approx({"5": 0, "10": 1 / 3, "20": 1})
-
-
-def test_categories_are_evenly_spaced_by_name() -> None:
-    assert places("weak", "none", "strong", "none") == ([1, 0, 0.5, 0], {"none": 0, "strong": 0.5, "weak": 1})
-    assert places("a", "b", "c", "d", 123456, 2.0)[1] == pytest.approx(
-        {"a": 0, "b": 0.2, "c": 0.4, "d": 0.6, "2": 0.8, "123456": 1}
-    )
-    assert places(True, False) == ([1, 0], {"false": 0, "true": 1})
-    found, labels = places(*(f"name {index:02}" for index in range(40)))
-    assert found == pytest.approx(np.linspace(0, 1, 40))
-    assert 5 <= len(labels) <= 14
-
-
-def test_what_is_no_number_lies_below_the_numbers() -> None:
-    found, labels = places(None, 1.0, 2.0, 3.0)
-    assert found[0] == 0
-    assert 0.1 < found[1] < found[2] < found[3] == 1
-    assert labels["none"] == 0
-    assert found[2] - found[1] == pytest.approx(found[3] - found[2])
-
-
-@pytest.mark.parametrize("value", [0.1, 0.0, -3, 7, "weak", None, True, float("nan")])
-def test_a_value_that_all_trials_share_has_one_place(value: Any) -> None:
-    found, labels = places(value, value, value)
-    assert len(set(found)) == len(labels) == 1
-    assert 0 <= found[0] <= 1
-    assert set(labels.values()) == set(found)
 
 
 def test_a_criterion_that_tells_nothing_apart_can_be_drawn() -> None:
@@ -412,14 +279,10 @@ def test_a_criterion_that_tells_nothing_apart_can_be_drawn() -> None:
     summary["evidence"] = {"spearman": None, "regret": 0.0, "best_accuracy": 0.73, "rank": 1, "trials": 3}
     for row in (*summary["trials"], summary["zero_shot"], summary["chosen"]):
         row |= {"criterion": 0.8, "accuracy": 0.7}
-    for figure in (criterion_figure(summary), parallel_coordinates_figure(summary)):
-        assert "nan" not in " ".join(notes(figure.axes[0]))
-        assert_readable(figure)
-        png(figure, dpi=50)
-    figure = parallel_coordinates_figure(summary)
-    assert {segment[-1, 1] for segment in lines(figure).get_segments()} == {0.5}
-    assert figure.axes[1].get_yticks().tolist() == [0.7]
-    assert {to_hex(colour) for colour in lines(figure).get_colors()} != {"#ffffff"}
+    figure = criterion_figure(summary)
+    assert "nan" not in " ".join(notes(figure.axes[0]))
+    assert_readable(figure)
+    png(figure, dpi=50)
 
 
 @pytest.mark.parametrize("status", ["failed", "stopped"])
@@ -429,7 +292,6 @@ def test_a_sweep_of_which_nothing_finished_has_a_page(status: str) -> None:
         summary = sweep(trials, chosen="zero_shot", zero_shot={"accuracy": accuracy})
         html = sweep_page(summary, facts={})
         assert f"0 of 3 trials finished, 3 {status}" in html
-        assert "No trial finished" in notes(parallel_coordinates_figure(summary).axes[0])
     summary["zero_shot"]["criterion"] = None
     assert "0 of 3 trials finished" in sweep_page(summary, facts={})
 
@@ -447,7 +309,6 @@ def test_the_page_says_what_was_chosen_and_how_to_get_it() -> None:
         "What was chosen",
         "Best trials",
         "Accuracy against the criterion",
-        "Parameters and outcomes",
         "Failed trials",
     ]
     paragraphs = texts(html, "p")
@@ -462,7 +323,7 @@ def test_the_page_says_what_was_chosen_and_how_to_get_it() -> None:
     assert "never sees labels" in paragraphs[4]
     assert texts(html, "dd") == ["17"]
     assert texts(html, "tr")[-1] == "e factor 3, prior weak ValueError: no image"
-    assert html.count("<img") == 2
+    assert html.count("<img") == 1
 
 
 def test_the_page_without_labels_claims_no_accuracy() -> None:
@@ -489,5 +350,5 @@ def test_any_text_is_shown_as_it_is() -> None:
     escaped = "&lt;b&gt;x&lt;/b&gt; &amp; $y$ {{ 7 }}"
     assert f"run --x &#39;{escaped}&#39;" in html
     assert f"Error: {escaped}" in texts(html, "tr")[-1]
-    figure = parallel_coordinates_figure(summary)
-    assert "$" not in figure.axes[0].get_xticklabels()[0].get_text().replace(r"\$", "")
+    figure = criterion_figure(summary)
+    assert "$" not in figure.axes[0].get_xlabel().replace(r"\$", "")

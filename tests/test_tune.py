@@ -245,7 +245,7 @@ def test_the_winners_probe_is_its_trials_and_classifies_as_the_summary_says(
         for name in ("probe", "zero_shot")
     ]
     assert confidence[0] < 0.99, "the temperature is set, without labels"
-    assert sorted(path.name for path in (out / "figures").iterdir()) == ["criterion.png", "parameters.png"]
+    assert sorted(path.name for path in (out / "figures").iterdir()) == ["criterion.png"]
     page = Page((out / "report.html").read_text())
     text = " ".join(page.texts("body"))
     assert swept["chosen"]["command"] in text

@@ -8,14 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Resamples that are held at once: for 50,000 rows 5 MB of counts.
+# This many resamples are held at once: for 50,000 rows 5 MB of counts.
 BLOCK_RESAMPLES = 25
 
 
 def bootstrap_blocks(
     num_rows: int, *, resamples: int = 1000, seed: int | tuple[int, ...] = 0
 ) -> Iterator[Tensor]:
-    """The rows of `bootstrap_counts`, up to 25 at a time: for many rows they need not all be held at once."""
+    """Counts (B, N) float32 of B resamples, in blocks of up to 25: how often each of N rows is drawn.
+
+    Every resample has N draws. A mean over resampled rows of a column (N,) is counts @ column / N.
+    """
     random = np.random.default_rng(seed)
     for start in range(0, resamples, BLOCK_RESAMPLES):
         size = min(BLOCK_RESAMPLES, resamples - start)
@@ -23,14 +26,6 @@ def bootstrap_blocks(
         rows += np.arange(size)[:, None] * num_rows
         counts = np.bincount(rows.ravel(), minlength=size * num_rows)
         yield torch.from_numpy(counts.astype(np.float32)).reshape(size, num_rows)
-
-
-def bootstrap_counts(num_rows: int, *, resamples: int = 1000, seed: int | tuple[int, ...] = 0) -> Tensor:
-    """How often each of N rows is drawn in each of B resamples, (B, N) float32; every resample has N draws.
-
-    A mean over resampled rows of a column (N,) is counts @ column / N.
-    """
-    return torch.cat(list(bootstrap_blocks(num_rows, resamples=resamples, seed=seed)))
 
 
 def mean_interval(values: Tensor, *, resamples: int = 1000, seed: int = 0) -> Tensor:

@@ -35,7 +35,7 @@ from lpclip.method.probe import Probe, zero_shot_probe
 from lpclip.method.self_training import check_config, config_identity
 from lpclip.progress import TrialProgress
 from lpclip.report.style import save
-from lpclip.report.sweep_page import ZERO_SHOT_KEY, criterion_figure, parallel_coordinates_figure, sweep_page
+from lpclip.report.sweep_page import ZERO_SHOT_KEY, criterion_figure, sweep_page
 from lpclip.training.search_space import (
     FACTOR,
     Parameters,
@@ -433,7 +433,6 @@ class _Sweep:
         figures = files.join(out, "figures")
         files.make_folder(figures)
         save(criterion_figure(summary), files.join(figures, "criterion.png"))
-        save(parallel_coordinates_figure(summary), files.join(figures, "parameters.png"))
         for trial in summary["trials"]:
             values = {f"criterion_{name}": value for name, value in trial["criteria"].items()}
             values |= {"criterion": trial["criterion"]}

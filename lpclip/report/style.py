@@ -60,18 +60,18 @@ def grid(axes: Axes, which: str = "y") -> None:
     axes.spines[["left", "bottom"]].set_color("#aab0b8")
 
 
-def headline(axes: Axes, title: str, subtitle: str, *, pad: float = 0) -> None:
-    """A title with a smaller text below it; `pad` points make room for what else stands above the axes."""
+def headline(axes: Axes, title: str, subtitle: str) -> None:
+    """Write a title with a smaller text below it."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     length = int(SUBTITLE_CHARACTERS * (figure.get_size_inches()[0] - 1.2))
     lines = [line for part in subtitle.splitlines() for line in textwrap.wrap(part, length)]
-    axes.set_title(title, loc="left", pad=pad + 10 + 13 * len(lines))
+    axes.set_title(title, loc="left", pad=10 + 13 * len(lines))
     note = axes.annotate(
-        "\n".join(lines), (0, 1), (0, pad + 8), xycoords="axes fraction", textcoords="offset points",
+        "\n".join(lines), (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points",
         fontsize=9, color="#5c636d", linespacing=1.25,
     )  # fmt: skip
-    note.set_in_layout(False)  # the title's distance has its place already
+    note.set_in_layout(False)  # the title's distance already makes room for it
 
 
 def png(figure: Figure, *, dpi: int = PAGE_DPI) -> bytes:

@@ -6,6 +6,7 @@ All functions take the sweep's summary, the mapping that its summary.json holds.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,20 +16,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lpclip.report.page import Picture, Section, render_page
-from lpclip.report.parallel_coordinates import (
-    CHOSEN,
-    is_number,
-    parallel_coordinates,
-    percent_text,
-    scale,
-    value_text,
-)
 from lpclip.report.style import COLOURS, INK, grid, headline, new_figure, shortened
 
 Summary = Mapping[str, Any]
 
 ZERO_SHOT_KEY = "zero_shot"
 OUTCOMES = ("trial", "criterion", "accuracy %", "ECE %", "rounds", "seconds")
+CHOSEN = COLOURS["probe"]
 BEST = COLOURS["supervised"]  # it takes labels to know it
 
 MAX_NAMED = 3
@@ -130,32 +124,6 @@ def criterion_figure(summary: Summary) -> Figure:
     return figure
 
 
-def parallel_coordinates_figure(summary: Summary) -> Figure:
-    """An axis for each searched parameter, then the criterion and, with labels, accuracy; a line for each trial."""
-    labelled = _labelled(summary)
-    outcomes = ["criterion", "accuracy"] if labelled else ["criterion"]
-    trials = [t for t in _finished(summary) if all(_number(t.get(key)) is not None for key in outcomes)]
-    axes = {
-        name: scale([trial["parameters"].get(name) for trial in trials]) for name in summary["parameters"]
-    }
-    last = {
-        f"{summary['criterion']}\n(criterion)": scale([trial["criterion"] for trial in trials], log=False)
-    }
-    if labelled:
-        last["accuracy"] = scale([trial["accuracy"] for trial in trials], text=percent_text, log=False)
-    chosen = next((i for i, t in enumerate(trials) if t["name"] == summary["chosen"]["name"]), None)
-    title, subtitle = _parallel_head(summary, len(trials), chosen is not None, labelled)
-    return parallel_coordinates(
-        axes,
-        last,
-        colour=np.array([trial[outcomes[-1]] for trial in trials], dtype=np.float64),
-        colour_label="accuracy" if labelled else summary["criterion"],
-        chosen=chosen,
-        title=title,
-        subtitle=subtitle,
-    )
-
-
 def sweep_page(summary: Summary, *, facts: Mapping[str, str]) -> str:
     """The report as one HTML page."""
     sections = [
@@ -166,7 +134,6 @@ def sweep_page(summary: Summary, *, facts: Mapping[str, str]) -> str:
             tables=[(f"The chosen one, then by {summary['criterion']}", trials_table(summary))],
         ),
         _criterion_section(summary),
-        _parameters_section(summary),
         *_failed_section(summary),
     ]
     data = summary["evaluated_on"]["data"]
@@ -239,22 +206,6 @@ def _criterion_section(summary: Summary) -> Section:
     return Section(title=title, text=text, pictures=[picture])
 
 
-def _parameters_section(summary: Summary) -> Section:
-    colour = "accuracy" if _labelled(summary) else summary["criterion"]
-    return Section(
-        title="Parameters and outcomes",
-        text="Each line is a trial: where it crosses an axis is its value there. A parameter matters where the dark "
-        "lines crowd together on its axis, and does not where they spread over all of it.",
-        pictures=[
-            Picture(
-                caption=f"Colour: {colour}.",
-                figure=parallel_coordinates_figure(summary),
-                alt="Parameters, criterion and accuracy of all trials as parallel coordinates",
-            )
-        ],
-    )
-
-
 def _failed_section(summary: Summary) -> Iterator[Section]:
     rows = []
     for trial in summary["trials"]:
@@ -279,7 +230,8 @@ def _labelled(summary: Summary) -> bool:
 
 def _number(value: Any) -> float | None:
     """The value itself, but None for what is no finite number."""
-    return value if is_number(value) else None
+    number = not isinstance(value, bool) and isinstance(value, numbers.Real) and math.isfinite(value)
+    return value if number else None
 
 
 def _value(row: Mapping[str, Any], key: str, default: float) -> float:
@@ -290,7 +242,16 @@ def _value(row: Mapping[str, Any], key: str, default: float) -> float:
 def _parameters(summary: Summary, trial: Mapping[str, Any]) -> dict[str, str | None]:
     """Searched parameters as text; None for what a trial does not have, as zero-shot has none."""
     found = trial.get("parameters", {})
-    return {name: value_text(found[name]) if name in found else None for name in summary["parameters"]}
+    return {name: _value_text(found[name]) if name in found else None for name in summary["parameters"]}
+
+
+def _value_text(value: Any) -> str:
+    """A parameter's value: floats to three significant digits, whole numbers whole."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):
+        return f"{float(f'{float(value):.3g}'):g}"
+    return str(value)
 
 
 def _column(parameter: str) -> str:
@@ -323,18 +284,6 @@ def _evidence(summary: Summary) -> str:
     if evidence.get("rank") is not None:
         parts.append(f"the chosen one ranks {evidence['rank']} of {evidence['trials']}")
     return ", ".join(parts)
-
-
-def _parallel_head(summary: Summary, trials: int, chosen: bool, labelled: bool) -> tuple[str, str]:
-    if not trials:
-        return "Parameters and outcomes", "No trial finished"
-    by = "accuracy" if labelled else shortened(summary["criterion"])
-    subtitle = f"Each line is a trial, the darker the higher its {by}."
-    if chosen:
-        subtitle += " Thick and blue: the one chosen without labels, and its values."
-    elif summary["chosen"]["name"] == ZERO_SHOT_KEY:
-        subtitle += " Zero-shot was chosen, which has no line."
-    return f"Parameters and outcomes of {trials} trial{'s' * (trials != 1)}", subtitle
 
 
 def _marked(
@@ -385,7 +334,7 @@ def _draw_points(
             styles.append({"s": 105, "color": CHOSEN, "edgecolor": INK, "linewidth": 1.4})
         else:
             styles.insert(0, dot)
-        value = percent_text(y) if labelled else f"{y:.3f}"
+        value = f"{100 * y:.1f}%" if labelled else f"{y:.3f}"
         for place, style in enumerate(reversed(styles)):  # the last one is in the legend
             axes.scatter(
                 x, y, **style, zorder=4 - place, clip_on=False, label=None if place else f"{who}: {value}"
