@@ -31,6 +31,7 @@ from lpclip.config import (
     TuneJob,
 )
 from lpclip.encoders.load import load_encoder
+from lpclip.images.source import ROWS, Reader
 from lpclip.jobs.cli import main
 from lpclip.jobs.encode import encode_job
 from lpclip.jobs.evaluate import evaluate_job
@@ -155,6 +156,11 @@ def draw(place: int, seed: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def read_unit(reader: Reader, unit: str) -> pa.Table:
+    """A unit of a source as one table."""
+    return pa.concat_tables([ROWS.empty_table(), *reader.tables(unit)])
 
 
 def write_tar(path: Path, images: dict[str, bytes]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import read_unit
 from PIL import Image
 
 from lpclip.config import SourceConfig
@@ -65,7 +66,7 @@ def rows(source: Source) -> list[dict[str, Any]]:
     """All rows, as workers read them: the reader travels to them by pickle."""
     data = pickle.dumps(source.reader)
     assert len(data) < 2000
-    tables = [pickle.loads(data).read(unit) for unit in source.units]
+    tables = [read_unit(pickle.loads(data), unit) for unit in source.units]
     assert all(table.schema == ROWS and 0 < len(table) <= UNIT_ROWS for table in tables)
     read = pa.concat_tables(tables).to_pylist()
     assert source.num_rows == len(read) == len({row["id"] for row in read})
@@ -128,10 +129,10 @@ class TestArrays:
         save(tmp_path / "labels.npy", labels(5 * count))
         (item,) = [item for item in published_sets(str(tmp_path))[0] if item.severity == 2]
         source = item.open(config=CONFIG)
-        assert [len(source.reader.read(unit)) for unit in source.units] == [UNIT_ROWS, UNIT_ROWS, 1]
+        assert [len(read_unit(source.reader, unit)) for unit in source.units] == [UNIT_ROWS, UNIT_ROWS, 1]
         assert np.array_equal([decode(row["image"]) for row in rows(source)], array[count : 2 * count])
         monkeypatch.setattr(corrupted, "TABLE_BYTES", 1200)
-        assert {len(source.reader.read(unit)) for unit in item.open(config=CONFIG).units[:-1]} == {100}
+        assert {len(read_unit(source.reader, unit)) for unit in item.open(config=CONFIG).units[:-1]} == {100}
 
     def test_a_unit_reads_the_bytes_of_its_rows_alone(
         self, cifar: Path, monkeypatch: pytest.MonkeyPatch

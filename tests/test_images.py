@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import read_unit
 from PIL import Image
 
 from lpclip.config import SourceConfig
@@ -61,7 +62,7 @@ def write_tar(path: Path, members: Sequence[tuple[str, bytes]], mode: str = "w")
 def rows(source: Source) -> list[dict[str, Any]]:
     """All rows, as workers read them: the reader travels to them by pickle."""
     reader = pickle.loads(pickle.dumps(source.reader))
-    tables = [reader.read(unit) for unit in source.units]
+    tables = [read_unit(reader, unit) for unit in source.units]
     assert all(table.schema == ROWS for table in tables)
     return pa.concat_tables(tables).to_pylist()
 
@@ -122,7 +123,7 @@ class TestFolder:
         for n in range(2 * UNIT_ROWS + 1):
             write(tmp_path / f"{n}.png", b"x")
         source = open_source(str(tmp_path), config=CONFIG)
-        assert [len(source.reader.read(unit)) for unit in source.units] == [UNIT_ROWS, UNIT_ROWS, 1]
+        assert [len(read_unit(source.reader, unit)) for unit in source.units] == [UNIT_ROWS, UNIT_ROWS, 1]
         assert len(by_id(source)) == 2 * UNIT_ROWS + 1
 
     def test_a_file_uri_is_read_like_its_path(self, tmp_path: Path) -> None:
@@ -258,7 +259,7 @@ class TestParquet:
         assert len(source.units) <= 2 * len(read) / UNIT_ROWS + 1
         # Any worker may get any unit, in any order.
         order = np.random.default_rng(0).permutation(len(source.units))
-        shuffled = pa.concat_tables([source.reader.read(source.units[n]) for n in order]).to_pylist()
+        shuffled = pa.concat_tables([read_unit(source.reader, source.units[n]) for n in order]).to_pylist()
         assert sorted(row["id"] for row in shuffled) == sorted(read)
         assert all(row == read[row["id"]] for row in shuffled)
 

@@ -6,16 +6,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from lpclip.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 import numpy as np
 
 from lpclip.config import ClassConfig
+from lpclip.errors import UserError
 
 
 def resolve_classes(config: ClassConfig, *, label_names: tuple[str, ...] | None) -> ClassList:

@@ -56,7 +56,7 @@ def refuse_duplicates(ids: pa.Array | pa.ChunkedArray, *, what: str) -> None:
     )
 
 
-def pick_texts(texts: Texts | None, schema: pa.Schema, *, what: str) -> str | None:
+def text_column(texts: Texts | None, schema: pa.Schema, *, what: str) -> str | None:
     """The column of the texts that are asked for, None when none are; UserError when there is no such column."""
     if texts is None:
         return None

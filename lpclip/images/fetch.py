@@ -24,8 +24,8 @@ HTTP_LATER = (408, 429)
 T = TypeVar("T")
 
 
-def join(root: str, path: str) -> str:
-    """A path under root, which may be a URI with options; absolute paths and URIs stay as they are."""
+def under(root: str, path: str) -> str:
+    """A path below `root`, which may be a URI with options. Absolute paths and URIs stay as they are."""
     return path if "://" in path or path.startswith("/") else files.join(root, path)
 
 
@@ -65,7 +65,7 @@ def fetch_all(
 
     def fetch(uri: str) -> bytes | Exception:
         try:
-            place = join(root, uri)
+            place = under(root, uri)
             refuse_scheme(place, schemes)
             return retry(lambda: _fetch(place, max_bytes=max_bytes, schemes=schemes, timeout=timeout))
         except (OSError, ValueError, pa.ArrowException) as error:

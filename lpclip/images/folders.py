@@ -23,10 +23,10 @@ from lpclip.images.columns import (
     Texts,
     as_texts,
     pick_column,
-    pick_texts,
     refuse_duplicates,
+    text_column,
 )
-from lpclip.images.fetch import fetch_all, followed, join, reason, scheme
+from lpclip.images.fetch import fetch_all, followed, reason, scheme, under
 from lpclip.images.source import (
     TABLE_BYTES,
     UNIT_ROWS,
@@ -131,7 +131,7 @@ def open_manifest(
 ) -> Source:
     """A CSV, TSV or JSONL file with a column of URIs or of paths relative to it, and maybe id and label."""
     (file,) = listing.files
-    table = _read_manifest(join(listing.root, file.path))
+    table = _read_manifest(under(listing.root, file.path))
     names = table.column_names
     image_column = pick_column(config.image_column, IMAGE_COLUMNS, names, what=file.path)
     id_column = pick_column(config.id_column, ID_COLUMNS, names, what=file.path)
@@ -147,8 +147,8 @@ def open_manifest(
         ids = id_array.to_pylist()
     else:
         ids = [f"{file.path}:{row}" for row in range(len(paths))]
-    text_column = pick_texts(texts, table.schema, what=file.path)
-    own_texts = as_texts(table[text_column]) if text_column else None
+    texts_from = text_column(texts, table.schema, what=file.path)
+    own_texts = as_texts(table[texts_from]) if texts_from else None
     labels, label_names = _labels(table, label_column)
     schemes = followed(config.schemes, root=listing.root)
     notes = _refused(paths, schemes, listing.root, file.path)
@@ -159,7 +159,7 @@ def open_manifest(
         "labels": [labels[row] for row in chosen] if labels else None,
         "texts": [own_texts[row] for row in chosen] if own_texts else None,
     }
-    columns = (image_column, id_column, label_column, *filter(None, (text_column,)))
+    columns = (image_column, id_column, label_column, *filter(None, (texts_from,)))
     identity = make_identity(
         "manifest",
         [file, *_local_files(paths, listing.root)],
@@ -190,7 +190,7 @@ def open_manifest(
 
 def _refused(paths: Sequence[str], schemes: Sequence[str], root: str, name: str) -> tuple[str, ...]:
     """A note on URIs whose schemes are not followed; UserError when there are no others."""
-    counts = Counter(scheme(join(root, path)) for path in paths)
+    counts = Counter(scheme(under(root, path)) for path in paths)
     refused = {kind: count for kind, count in counts.items() if kind not in schemes}
     if not refused:
         return ()
@@ -244,6 +244,6 @@ def _labels(table: pa.Table, column: str | None) -> tuple[list[int | None] | Non
 
 def _local_files(paths: Sequence[str], root: str) -> list[File]:
     """Size and time of the files on this machine, so that a change to one of them is seen; no remote ones."""
-    local = [path for path in paths if "://" not in join(root, path)]
-    infos = fs.LocalFileSystem().get_file_info([join(root, path) for path in local])
+    local = [path for path in paths if "://" not in under(root, path)]
+    infos = fs.LocalFileSystem().get_file_info([under(root, path) for path in local])
     return [File(path, info.size, info.mtime_ns) for path, info in zip(local, infos, strict=True)]

@@ -7,7 +7,6 @@ it is taken from there where that is installed, and apt fetches it, without root
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import os
 import shutil
@@ -22,10 +21,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from lpclip.errors import UserError
 from lpclip.images.fetch import reason
+from lpclip.images.pixels import encode_png
 
 CLASSES: dict[str, tuple[str, ...] | None] = {
     "fashion-mnist": (
@@ -165,11 +164,5 @@ def _write(path: Path, part: Any, *, name: str, split: str) -> None:
     images = np.asarray(part.data)
     ids = [f"{split}/{row:05d}" for row in range(len(images))]
     labels = [int(label) for label in part.targets]
-    table = pa.table([ids, [_png(image) for image in images], labels], schema=schema)
+    table = pa.table([ids, [encode_png(image) for image in images], labels], schema=schema)
     pq.write_table(table, path, row_group_size=ROW_GROUP_ROWS, compression="none")
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()

@@ -26,10 +26,10 @@ from lpclip.images.columns import (
     as_texts,
     is_text,
     pick_column,
-    pick_texts,
     refuse_duplicates,
+    text_column,
 )
-from lpclip.images.fetch import fetch_all, followed, join, reason, retry
+from lpclip.images.fetch import fetch_all, followed, reason, retry, under
 from lpclip.images.source import (
     UNIT_ROWS,
     Listing,
@@ -80,7 +80,7 @@ class ParquetReader(Reader):
         except (OSError, pa.ArrowException) as error:
             yield from (Row(name, None, error=f"Parquet: {reason(error)}") for name in ids)
             return
-        folder, _ = split(join(self.root, file))
+        folder, _ = split(under(self.root, file))
         images = self._images(table[self.image_column], folder)
         for name, image, label, own in zip(ids, images, labels, texts, strict=True):
             yield make_row(name, image, label, own)
@@ -155,7 +155,7 @@ class _Cursor:
 
     def __init__(self, key: tuple[str, str, int, list[str]]) -> None:
         root, file, group, columns = key
-        filesystem, path = locate(join(root, file))
+        filesystem, path = locate(under(root, file))
         parquet = pq.ParquetFile(filesystem.open_input_file(path), buffer_size=1 << 20, pre_buffer=False)
         self.key = key
         self.position = 0
@@ -288,7 +288,7 @@ def _columns(
     label = pick_column(config.label_column, LABEL_COLUMNS, names, what=paths[0])
     if label and pa.types.is_null(schemas[0].field(label).type):
         label = None
-    text = pick_texts(texts, schemas[0], what=paths[0])
+    text = text_column(texts, schemas[0], what=paths[0])
     for column in filter(None, (image, identity, label, text)):
         wanted = schemas[0].field(column).type
         for path, schema in zip(paths, schemas, strict=True):
@@ -336,7 +336,7 @@ def _names_in_metadata(schema: pa.Schema, column: str) -> tuple[str, ...] | None
 
 
 def _footer(root: str, path: str) -> pq.FileMetaData:
-    filesystem, inner = locate(join(root, path))
+    filesystem, inner = locate(under(root, path))
     try:
         return retry(lambda: pq.read_metadata(inner, filesystem=filesystem))
     except (OSError, pa.ArrowException) as error:
@@ -345,7 +345,7 @@ def _footer(root: str, path: str) -> pq.FileMetaData:
 
 def _read_column(listing: Listing, column: str) -> pa.ChunkedArray:
     def read(path: str) -> pa.ChunkedArray:
-        filesystem, inner = locate(join(listing.root, path))
+        filesystem, inner = locate(under(listing.root, path))
         with filesystem.open_input_file(inner) as file:
             return pq.ParquetFile(file).read(columns=[column])[column]
 

@@ -74,6 +74,13 @@ def decode_image(data: bytes, *, max_pixels: int, max_bytes: int, size: int | No
         raise UserError(str(error) or type(error).__name__) from error
 
 
+def encode_png(pixels: Pixels) -> bytes:
+    """Pixels (H, W) or (H, W, 3) uint8 as a PNG, compressed lightly because that is fast."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
 def _formats() -> tuple[str, ...]:
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)

@@ -21,14 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 from numpy.lib import format as npy
-from PIL import Image
 from pyarrow import fs
 
 from lpclip.config import SourceConfig
 from lpclip.errors import UserError
 from lpclip.files import locate, split
-from lpclip.images.fetch import join, reason, retry
+from lpclip.images.fetch import reason, retry, under
 from lpclip.images.open import open_source
+from lpclip.images.pixels import encode_png
 from lpclip.images.source import TABLE_BYTES, UNIT_ROWS, File, Reader, Row, Source, choose, make_identity
 from lpclip.images.views import CORRUPTIONS, SEVERITIES
 
@@ -59,7 +59,7 @@ class Published:
         if self.place.endswith(".npy"):
             source = _open_array(self, config=config, limit=limit)
         else:
-            source = open_source(join(self.root, self.place), config=config, limit=limit)
+            source = open_source(under(self.root, self.place), config=config, limit=limit)
             if not source.has_labels:
                 raise UserError(f"{source.root}: the images lie in no class folders, so they have no labels")
         # Corrupted files may be alike in names, sizes and times: the identity must tell them apart.
@@ -91,7 +91,7 @@ class ArrayReader(Reader):
                 yield Row(name, None, label, f"npy: {reason(error)}")
             return
         for name, image, label in zip(ids, images, work["labels"], strict=True):
-            yield Row(name, _png(image), label)
+            yield Row(name, encode_png(image), label)
 
     def _read(self, rows: Sequence[int]) -> np.ndarray:
         """Pixels (len(rows), H, W, 3): a read for each run of neighbouring rows, and no byte of the others."""
@@ -161,7 +161,7 @@ def published_sets(path: str) -> tuple[list[Published], list[str]]:
 
 def _list(root: str, folder: str = "") -> tuple[list[str], list[str]]:
     """Sorted names of the folders and of the files right in a folder under root, without hidden ones."""
-    uri = join(root, folder) if folder else root
+    uri = under(root, folder) if folder else root
     try:
         filesystem, path = locate(uri)
         info = filesystem.get_file_info(path)
@@ -196,7 +196,7 @@ def _open_array(item: Published, *, config: SourceConfig, limit: int | None) -> 
     """One severity of a .npy file: its header and the labels are read, but no image."""
     if limit is not None and limit < 1:
         raise UserError(f"the limit must be at least 1, not {limit}")
-    uri = join(item.root, item.place)
+    uri = under(item.root, item.place)
     array = _inspect(uri)
     if array.dtype != np.uint8 or len(array.shape) != 4 or array.shape[3] != 3 or array.fortran:
         order = "Fortran" if array.fortran else "C"
@@ -209,7 +209,7 @@ def _open_array(item: Published, *, config: SourceConfig, limit: int | None) -> 
             f"{uri}: {num_rows} rows of {width}x{height} pixels are not five severities of images"
         )
     count, row_bytes = num_rows // len(SEVERITIES), height * width * 3
-    labels_file, labels = _labels(join(item.root, LABELS), num_rows=num_rows)
+    labels_file, labels = _labels(under(item.root, LABELS), num_rows=num_rows)
     # The ids' hashes choose, without the corruption: under a limit, all sets hold the same images.
     rows = choose([f"{row:05d}" for row in range(count)], limit)
     step = min(UNIT_ROWS, max(TABLE_BYTES // row_bytes, 1))
@@ -295,9 +295,3 @@ def _parse(head: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     if version == (2, 0):
         return npy.read_array_header_2_0(head)
     raise UserError(f"format version {version[0]}.{version[1]}")
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()

@@ -72,10 +72,6 @@ class Reader(ABC):
         if rows:
             yield _table(rows, schema)
 
-    def read(self, unit: str) -> pa.Table:
-        """The unit as one table of ROWS: only a tar's has more than UNIT_ROWS rows."""
-        return pa.concat_tables([_table([], ROWS), *self.tables(unit)])
-
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -184,6 +180,7 @@ def make_pair(
 
 
 def _table(rows: list[Row], schema: pa.Schema) -> pa.Table:
-    columns = list(zip(*rows, strict=True)) if rows else [()] * len(PAIRS)
+    # Row's last field, the texts, has no column in ROWS.
+    columns = zip(*rows, strict=True)
     arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=False)]
     return pa.table(arrays, schema)

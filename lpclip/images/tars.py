@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from lpclip.config import SourceConfig
 from lpclip.files import locate
 from lpclip.images.columns import Texts
-from lpclip.images.fetch import join, reason
+from lpclip.images.fetch import reason, under
 from lpclip.images.source import IMAGE_SUFFIXES, Listing, Reader, Row, Source, make_identity, make_pair
 
 TAR_ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error)
@@ -143,7 +143,7 @@ def class_label(data: bytes | Exception) -> int | None:
 
 def open_tar(root: str, file: str) -> tarfile.TarFile:
     """A tar under root, compressed or not, to read from start to end."""
-    filesystem, path = locate(join(root, file))
+    filesystem, path = locate(under(root, file))
     stream = filesystem.open_input_stream(path, compression=None)
     return tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo)
 
