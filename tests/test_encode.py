@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +23,7 @@ import torch
 from conftest import CLASSES, ROOT, draw, write_tar
 from PIL import Image
 
+import lpclip.images
 from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
 from lpclip.encoders.head import EncoderInfo, Head, make_head
 from lpclip.encoders.load import load_encoder
@@ -249,9 +252,22 @@ def test_a_node_with_another_encoder_is_refused(tars: Path, info: EncoderInfo, t
     assert re.match("another encoder was found on .* have the same", users_mistake(raised.value) or "")
 
 
-def test_processes_that_decode_and_commit_do_without_torch() -> None:
-    code = "import sys, lpclip.features.decode_stage, lpclip.features.commit_stage; sys.exit('torch' in sys.modules)"
+def test_processes_that_read_decode_and_commit_do_without_torch() -> None:
+    # A Ray Data stage pickles a function or a reader by the name of its module, which its processes import.
+    stages = ("decode_stage", "commit_stage", "zero_shot_labels", "pairs")
+    names = [f"lpclip.features.{stage}" for stage in stages]
+    names += [f"lpclip.images.{module.name}" for module in pkgutil.iter_modules(lpclip.images.__path__)]
+    assert len(names) > 12
+    code = f"import sys, {', '.join(names)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_encoding_leaves_the_filters_of_warnings_as_they_were(info: EncoderInfo, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").write_bytes(draw(0, 0))
+    before = list(warnings.filters)
+    run(tmp_path / "images", info, tmp_path / "store")
+    assert [found for found in warnings.filters if found not in before] == []
 
 
 def test_an_interrupted_encoding_goes_on_with_the_missing_units_alone(

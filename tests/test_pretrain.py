@@ -22,6 +22,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
 from lpclip.config import ModelConfig
+from lpclip.encoders.open_clip import SMALL as SMALL_MODELS
 from lpclip.encoders.open_clip import load_trainable
 from lpclip.features.pairs import PairStore
 
@@ -194,7 +195,7 @@ def test_a_labelled_folder_becomes_pairs(
 
 
 def test_an_architecture_may_be_a_file(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = {**open_clip.get_model_config("tiny-vit-32"), "embed_dim": 48}
+    config = {**SMALL_MODELS["tiny-vit-32"], "embed_dim": 48}
     (tmp_path / "mine.json").write_text(json.dumps(config))
     found = run(
         f"pretrain.py --data {pairs} --out {tmp_path}/out --encoder {tmp_path}/mine.json --batch-size 32 --epochs 1 "

@@ -1,4 +1,4 @@
-"""What is known of an encoder without loading it, and the zero-shot head: class names as weights.
+"""An encoder described without loading it, and the zero-shot head: class names as weights.
 
 This module does not import torch: the processes that commit features stay small and start fast.
 """
@@ -40,7 +40,7 @@ def make_head(info: EncoderInfo, names: tuple[str, ...], *, temperature: float |
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderInfo:
-    """What the driver must know of an encoder."""
+    """The description of an encoder that the driver works with."""
 
     name: str
     identity: dict[str, Any]

@@ -8,7 +8,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from lpclip.images.pixels import Preprocess, preprocess_identity
 log = logging.getLogger(__name__)
 
 
-# Architectures for small images and CPUs, as open_clip's configurations are: they are not CLIP's.
+# Architectures for small images and CPUs, in the form of open_clip's own configurations. They are not CLIP's.
 SMALL: dict[str, dict[str, Any]] = {
     "tiny-32": {
         "embed_dim": 128,
@@ -103,10 +103,11 @@ class OpenClipEncoder:
 
 
 def register(name: str) -> str:
-    """The model's name as open_clip knows it from now on; `name` may be a JSON file with its configuration.
+    """Make a model known to open_clip. Returns its name there; `name` may be a JSON file with its configuration.
 
-    Raises UserError when the file is none.
+    Raises UserError when the file holds no configuration.
     """
+    _register_small()
     if name.startswith(HUB):
         return name
     if not name.endswith(".json"):
@@ -124,15 +125,13 @@ def register(name: str) -> str:
     return path.stem
 
 
+@cache
 def _register_small() -> None:
     # open_clip takes configurations from files alone, and reads them at once.
     with tempfile.TemporaryDirectory() as folder:
         for name, config in SMALL.items():
             Path(folder, f"{name}.json").write_text(json.dumps(config))
         open_clip.add_model_config(folder)
-
-
-_register_small()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +146,7 @@ class Trainable:
     locked: torch.nn.Module | None
     """The tower that stays as it is."""
     open_clip_config: dict[str, Any]
-    """What open_clip_config.json is to say."""
+    """Contents of open_clip_config.json, which lies beside trained weights."""
 
 
 def load_trainable(config: ModelConfig, *, seed: int) -> Trainable:
@@ -192,7 +191,7 @@ def load_trainable(config: ModelConfig, *, seed: int) -> Trainable:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Without open_clip's warning, through the root logger, that first weights are random."""
+    """Keep back open_clip's warning, through the root logger, that first weights are random."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

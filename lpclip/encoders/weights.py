@@ -78,6 +78,8 @@ def _load_hub_model(repository: str) -> Any:
 
 
 def create_model(name: str, *, what: str, **options: Any) -> Any:
+    """open_clip's model of that name; `what` names it in errors. Raises UserError when its weights do not fit it."""
+
     def create() -> Any:
         # open_clip logs every step through the root logger, and warns of what is warned of here already.
         with warnings.catch_warnings():
@@ -104,6 +106,7 @@ def create_model(name: str, *, what: str, **options: Any) -> Any:
 
 
 def check_name(name: str) -> None:
+    """Raise UserError, with names that are near, when open_clip knows no model of this name."""
     known = open_clip.list_models()
     if name not in known:
         by_lower = {model.lower(): model for model in [*known, "lite"]}
@@ -224,7 +227,7 @@ def _offline() -> Iterator[None]:
 
 
 def reachable(url: str, *, seconds: float) -> bool:
-    """Whether a server answers within so many seconds, whatever it answers; proxies are honoured."""
+    """Say whether a server answers, with anything at all, within so many seconds. Proxies are honoured."""
     answers: list[bool] = []
 
     def ask() -> None:
@@ -246,6 +249,6 @@ def reachable(url: str, *, seconds: float) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    """What an error says first; a line that ends with a colon says nothing without the next."""
+    """The first line of an error, and the next if the first ends with a colon and says nothing without it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]

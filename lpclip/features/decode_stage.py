@@ -18,7 +18,7 @@ from lpclip.images.pixels import Preprocess, decode_image
 from lpclip.images.render import render
 from lpclip.images.views import View
 
-# Pixels of the tables that travel from the decoding tasks to the encoder: many views make few rows.
+# Largest size of the tables of pixels that travel from the decoding tasks to the encoder: many views make few rows.
 PIXEL_BYTES = 64 << 20
 
 
@@ -32,7 +32,7 @@ def decode_unit(
     preprocess: Preprocess,
     seed: int,
 ) -> Iterator[pa.Table]:
-    """One unit to tables with a row an image: id, label, error, place in the unit, digest, a pixel column a view.
+    """Decode a unit to tables with a row an image: id, label, error, place in the unit, digest, a pixel column a view.
 
     A reader of texts adds a column of them.
     """
@@ -53,7 +53,7 @@ def decode_unit(
 
 
 def rows_at_once(views: tuple[View, ...], preprocess: Preprocess) -> int:
-    """How many images, in all these views, fit into PIXEL_BYTES; one at least."""
+    """Number of images that fit, in all these views, into PIXEL_BYTES; one at least."""
     return max(1, PIXEL_BYTES // (len(views) * preprocess.size**2 * 3))
 
 

@@ -1,4 +1,4 @@
-"""What the driver must know of an encoder: its identity, its preprocessing, the weights of class names."""
+"""An encoder described to the driver: its identity, its preprocessing, the weights of class names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from lpclip.config import EncoderConfig
 from lpclip.encoders import prompts
 from lpclip.encoders.head import EncoderInfo
-from lpclip.encoders.load import load_encoder
+from lpclip.encoders.load import full_identity, load_encoder
 
 
 def _describe(
@@ -23,17 +23,17 @@ def _describe(
     head = prompts.zero_shot_head(encoder, names, templates=templates).numpy() if names else None
     return EncoderInfo(
         name=encoder.name,
-        identity={**encoder.identity, "dim": encoder.dim},
+        identity=full_identity(encoder),
         preprocess=encoder.preprocess,
         logit_scale=encoder.logit_scale,
         head=head,
-        # A worker's warnings end in Ray's logs, where nobody looks: these belong into the plan.
+        # A worker's warnings end in Ray's logs, where nobody looks. These belong in the plan.
         notes=tuple(dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning)),
     )
 
 
 def has_gpus() -> bool:
-    """Whether the cluster has GPUs."""
+    """Say whether the cluster has GPUs."""
     return ray.cluster_resources().get("GPU", 0) >= 1
 
 
@@ -45,8 +45,8 @@ def describe_encoder(
     Raises UserError when the encoder cannot be loaded.
     """
     if not has_gpus():
-        # Another process would cost its start and torch's import for nothing. On the CPU, as the encoders will be,
-        # even if this process sees a GPU that Ray was not given.
+        # Another process would cost its start and torch's import for nothing. The encoders will run on the CPU, so this
+        # one does too, even if this process sees a GPU that Ray was not given.
         return _describe(config, class_names, templates, device="cpu")
     task = ray.remote(num_cpus=1, num_gpus=1, max_retries=1)(_describe)
     try:

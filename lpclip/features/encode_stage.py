@@ -8,11 +8,10 @@ counts only. Requested CPUs differ from stage to stage so that Ray keeps the sta
 
 from __future__ import annotations
 
-import platform
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,7 +23,7 @@ import torch
 from lpclip import files
 from lpclip.config import EncodeConfig, EncoderConfig
 from lpclip.encoders.head import EncoderInfo, Head
-from lpclip.encoders.load import load_encoder
+from lpclip.encoders.load import load_again, refuse_another
 from lpclip.errors import UserError
 from lpclip.features.commit_stage import commit
 from lpclip.features.decode_stage import pixel_array, rows_at_once
@@ -46,7 +45,7 @@ CPU_BATCH = 8
 def store_identity(
     source: Source | None, info: EncoderInfo, views: tuple[View, ...], *, seed: int
 ) -> dict[str, Any]:
-    """Whatever changes a feature; without a source, whatever features of any source must have in common.
+    """Everything that changes a feature; without a source, everything that features of any source must have in common.
 
     The seed counts only where a view draws random numbers.
     """
@@ -81,19 +80,13 @@ class _Encode:
         if self.device == "cpu":
             torch.set_num_threads(1)
             self.batch_size, self.map = CPU_BATCH, ThreadPoolExecutor(num_threads).map
-        # `auto` may mean another precision on this node.
-        config = replace(config, precision=identity["precision"])
-        self.encoder = load_encoder(config, device=self.device)
-        self.is_other = {**self.encoder.identity, "dim": self.encoder.dim} != identity
+        self.encoder = load_again(config, identity, device=self.device)
+        self.identity = identity
         self.views = views
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        if self.is_other:
-            # Not where it is loaded: Ray would start a failing actor again.
-            raise UserError(
-                f"another encoder was found on {platform.node()} than where the job began: its weights, its "
-                "precision or its preprocessing differ; all nodes must have the same checkpoint"
-            )
+        # This is not done where the encoder is loaded, because Ray would start a failing actor again.
+        refuse_another(self.encoder, self.identity)
         good = table.filter(table["error"].is_null())
         kept = table.drop_columns([name for name in table.column_names if name.startswith("pixels:")])
         is_good = table["error"].is_null().to_numpy()
@@ -134,7 +127,7 @@ class _Encode:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How the pipeline lies on the machine."""
+    """The pipeline's share of the machine."""
 
     num_actors: int
     cpus_per_actor: float
@@ -149,8 +142,8 @@ class Plan:
 def plan_actors(num_actors: int | None) -> Plan:
     """One actor for each GPU, else one for every eight CPUs of a node. Half of a node's CPUs stay for decoding.
 
-    Actors that held all CPUs would starve the tasks that feed them, and the pipeline would wait for ever. So all
-    of them fit into half of the smallest node, whatever others are lost, and hold nothing of a single CPU.
+    If actors held every CPU, no CPU would be left to decode, and the pipeline would wait forever. So all of them fit
+    into half of the smallest node, even if the other nodes are lost, and hold nothing of a node with a single CPU.
     """
     if num_actors is not None and num_actors < 1:
         raise UserError(f"--num-actors must be at least 1, not {num_actors}")
@@ -216,14 +209,14 @@ def encode(
         scores = partial(write_scores, head=head, path=scores_path) if head is not None else None
         columns = ("id", "label", "texts", *map(str, views))
         commit_parts = partial(commit, writer=writer, columns=columns, beside=scores)
-        # Not a share of a CPU: decoding would take it again and again, and commits would wait.
+        # A commit asks for no share of a CPU: decoding would take it again and again, and commits would wait.
         return encoded.map_batches(commit_parts, batch_size=None, batch_format="pyarrow", num_cpus=0)
 
     return fill_store(source, writer=writer, what="encoding", stages=stages)
 
 
 # The environment of processes that hold an encoder. glibc gives the large activations of every forward pass back to
-# the kernel and takes them anew, page by page: on CPUs that can cost more than the arithmetic. One heap that only
+# the kernel and takes them again, page by page: on CPUs that can cost more than the arithmetic. One heap that only
 # grows costs a peak's worth of memory.
 ENCODER_ENV = {
     "MALLOC_ARENA_MAX": "1",

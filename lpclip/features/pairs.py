@@ -37,7 +37,7 @@ READERS = 8
 
 
 def pairs_identity(source: Source, preprocess: Preprocess) -> dict[str, Any]:
-    """Whatever changes a row of the store; mean and deviation do not, as pixels are stored before them."""
+    """Everything that changes a row of the store. Mean and deviation do not: they are applied later."""
     found = preprocess_identity(preprocess)
     return {
         "pairs": FORMAT,

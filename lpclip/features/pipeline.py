@@ -1,4 +1,4 @@
-"""What Ray Data pipelines over images share: decoding, and going on after losses until a store is whole.
+"""The part that Ray Data pipelines over images share: decoding, and going on after losses until a store is whole.
 
     unit ──► read + decode (CPU tasks) ──► ... ──► commit a part ──► progress
 
@@ -30,7 +30,7 @@ from lpclip.images.source import Source
 from lpclip.images.views import View
 from lpclip.progress import Progress
 
-# How often an encoder, a machine, or a process over one unit of work may die.
+# The work ends when an encoder, a machine, or a process over one unit of work has died this often.
 MAX_LOSSES = 3
 LOSSES = (
     ray.exceptions.RayActorError,
@@ -40,9 +40,9 @@ LOSSES = (
     ray.exceptions.ObjectLostError,
 )
 
-# Tables of pixels that may wait for each consumer of them, or be on their way.
+# So many tables of pixels may wait for each consumer, or be on their way to it.
 TABLES_AHEAD = 8
-# What a decoding process takes at most but for huge images: three tables of pixels, and the interpreter.
+# A decoding process takes at most three tables of pixels and the interpreter, except for huge images.
 DECODE_MEMORY = 4 * PIXEL_BYTES
 
 
@@ -68,14 +68,17 @@ def fill_store(
     bad: Counter[int] = Counter()
     while todo:
         name = f"lpclip-{uuid.uuid4().hex}"
-        pipeline = stages(todo, name)
+        with warnings.catch_warnings():
+            # Ray Data has no other way yet to say how often a task or an actor may be tried again.
+            warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+            pipeline = stages(todo, name)
         try:
             for counts in _follow(pipeline):
                 bad[counts["unit"]] += counts["bad"]
                 progress.advance(counts["images"], bad=counts["bad"])
                 _check_bad(source, writer.path, bad=bad.total(), seen=source.num_rows)
         except LOSSES as error:
-            # Ray would restart a dying actor for ever; parts that are there need none.
+            # Ray would restart a dying actor forever, even where the parts that are there need none.
             num_losses += 1
             lost = _go_on_after(error, num_losses)
             print(f"{lost} was lost, going on ({num_losses} of {MAX_LOSSES - 1} times)", flush=True)
@@ -105,7 +108,10 @@ def decode_units(
     seed: int,
     tables_ahead: int,
 ) -> ray.data.Dataset:
-    """The first stage: units of a source to tables of uint8 pixels, one column a view, of which so many may wait."""
+    """The first stage: units of a source to tables of uint8 pixels, one column a view.
+
+    At most `tables_ahead` tables wait for the next stage.
+    """
     units = ray.put(pa.table({"unit": todo, "spec": [source.units[i] for i in todo]}))
     decode = partial(
         decode_unit,
@@ -116,28 +122,26 @@ def decode_units(
         preprocess=preprocess,
         seed=seed,
     )
-    # Retries and restarts have no parameter of their own: they go the way that Ray means to close.
-    warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
     blocks = ray.data.range(len(todo), override_num_blocks=len(todo))
     # Decoded images wait in shared memory: enough to keep the next stage busy, however many are to come.
     blocks.context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
         object_store_memory=tables_ahead * PIXEL_BYTES
     )
-    # Ray Data would try a unit for ever whose images bring the decoder down.
+    # Without a limit, Ray Data would forever try a unit again whose images bring the decoder down.
     return blocks.map_batches(
         decode, batch_size=1, num_cpus=1, memory=DECODE_MEMORY, max_retries=MAX_LOSSES - 1
     )
 
 
 def _follow(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
-    """Run the pipeline; the counts of each part, when it is committed."""
+    """Run the pipeline. Yields the counts of each part when it is committed."""
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         assert isinstance(batch, pa.Table)
         yield from batch.to_pylist()
 
 
 def _end_actors(name: str) -> None:
-    """Actors of a failed pipeline live while anything refers to it, and the next one would miss their CPUs."""
+    """End the actors of a failed pipeline: anything that refers to it keeps them, and their CPUs."""
     for actor in ray.util.list_named_actors():
         if actor.startswith(name):
             # It may end by itself meanwhile.
@@ -146,7 +150,7 @@ def _end_actors(name: str) -> None:
 
 
 def _go_on_after(error: BaseException, num_losses: int) -> str:
-    """What was lost, in words; UserError when it is no use to go on."""
+    """Name what was lost. Raises UserError when going on would not help."""
     cause = str(error).splitlines()[0]
     kept = f"the last time with: {cause}; what is encoded is kept, the same command goes on"
     if isinstance(error, ray.exceptions.WorkerCrashedError):
@@ -163,7 +167,7 @@ def _go_on_after(error: BaseException, num_losses: int) -> str:
 
 
 def _wait_for_nodes() -> None:
-    """Until each node has answered or is known to be lost, a minute at most.
+    """Wait until each node has answered or is known to be lost, for a minute at most.
 
     Ray notices late that a machine is gone. Until then it would place encoders there, to be lost once more.
     """

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +13,7 @@ import torch
 
 from lpclip.config import EncoderConfig
 from lpclip.encoders.head import EncoderInfo
-from lpclip.encoders.load import load_encoder
-from lpclip.errors import UserError
+from lpclip.encoders.load import load_again, refuse_another
 from lpclip.features.describe import has_gpus
 from lpclip.features.store import Store, row_order
 from lpclip.progress import Progress
@@ -42,7 +39,7 @@ def encode_texts(
 ) -> np.ndarray:
     """Features (M, d) float32, unit norm, of M texts, computed where GPUs are.
 
-    Raises UserError when the encoder is another one than `info` tells of.
+    Raises UserError when the encoder is not the one that `info` describes.
     """
     if has_gpus():
         task: Any = ray.remote(num_cpus=1, num_gpus=1, max_retries=1)(_text_batches)
@@ -62,12 +59,7 @@ def _text_batches(
     texts: list[str], info: EncoderInfo, config: EncoderConfig, *, device: str | None = None
 ) -> Iterator[np.ndarray]:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # `auto` may mean another precision on this node.
-    encoder = load_encoder(replace(config, precision=info.identity["precision"]), device=device)
-    if {**encoder.identity, "dim": encoder.dim} != info.identity:
-        raise UserError(
-            f"another encoder was found on {platform.node()} than where the job began: its weights, its precision or "
-            "its preprocessing differ; all nodes must have the same checkpoint"
-        )
+    encoder = load_again(config, info.identity, device=device)
+    refuse_another(encoder, info.identity)
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         yield encoder.encode_text(texts[start : start + TEXTS_AT_ONCE]).cpu().numpy()
