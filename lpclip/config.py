@@ -1,7 +1,8 @@
 """Configuration: frozen dataclasses, one for each stage, and the only source of the command-line flags.
 
 A field is a flag (`max_bad_fraction` is `--max-bad-fraction`), its default is the flag's default and the
-string under it is the flag's help. Comma lists are plain strings here, taken apart where they are used.
+string under it is the flag's help. Comma-separated lists are plain strings here and are taken apart where they are
+used. A dataclass's `check` refuses values that are out of range or do not go together; `check(job)` calls all of them.
 """
 
 from __future__ import annotations
@@ -9,117 +10,174 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from lpclip.errors import UserError
 
 # Label-free criteria that choose between trainings: lpclip/method/criteria.py.
 Criterion = Literal["structure", "class_ami", "neighbours", "views", "folds", "consensus"]
 
 
+def _refuse(config: Any, name: str, rule: str) -> None:
+    raise UserError(f"--{name.replace('_', '-')} must be {rule}, not {getattr(config, name)}")
+
+
+def _at_least(config: Any, lowest: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not lowest <= value < math.inf:
+            _refuse(config, name, f"at least {lowest}")
+
+
+def _above_zero(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            _refuse(config, name, "above 0")
+
+
+def _below_one(config: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            _refuse(config, name, "at least 0 and below 1")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """How images are read, whatever their source."""
+    """Reading images from any source."""
 
     id_column: str | None = None
-    """Column with the row's unique name; by default `id` where it exists, else file name and row number."""
+    """Column with the unique name of each row. By default it is `id` if there is one, else file name and row
+    number."""
     image_column: str | None = None
-    """Column with image bytes, URIs or bytes/path structs; by default image, img, jpg, bytes, uri, url or path."""
+    """Column with image bytes, URIs or bytes/path structs. By default it is the first of image, img, jpg, bytes,
+    uri, url and path that exists."""
     label_column: str | None = None
-    """Column with labels, read for evaluation only; by default label, labels or cls where it exists."""
+    """Column with labels, which are read for evaluation only. By default it is the first of label, labels and cls
+    that exists."""
     max_bad_fraction: float = 0.5
-    """Stop when more than this share of the images cannot be read."""
+    """The job stops if more than this share of the images cannot be read."""
     max_pixels: int = 100_000_000
     """Images with more pixels than this are quarantined before they are decoded."""
     max_bytes: int = 100_000_000
     """Encoded images larger than this are quarantined before they are decoded."""
     schemes: str = "https"
-    """Schemes by comma of the URIs in manifests and Parquet that are followed, such as https,http,s3. Always followed:
-    what lies where the manifest does, and any local path named by a local one."""
+    """Comma-separated schemes, such as https,http,s3: URIs of other schemes in manifests and Parquet files are
+    refused. Files beside the manifest, and local paths in a local manifest, need no scheme here."""
     read_timeout: float = 30.0
-    """Seconds that an image may take to come over http(s); it is tried three times, then quarantined."""
+    """Seconds that the download of an image over http(s) may take. After three attempts the image is quarantined."""
+
+    def check(self) -> None:
+        """Raise UserError for values out of range."""
+        if not 0 <= self.max_bad_fraction <= 1:
+            _refuse(self, "max_bad_fraction", "between 0 and 1")
+        _at_least(self, 1, "max_pixels", "max_bytes")
+        _above_zero(self, "read_timeout")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairsConfig(SourceConfig):
-    """How images are read together with their texts."""
+    """Reading images together with their texts."""
 
     text_column: str | None = None
-    """Column with an image's text or list of texts; by default text, texts, caption, captions or txt. Folders and tars
-    have them in a .txt file beside each image, one a line."""
+    """Column with the text, or the list of texts, of each image. By default it is the first of text, texts,
+    caption, captions and txt that exists. In folders and tars a .txt file beside each image holds its texts, one
+    per line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """Which frozen encoder, and how it runs."""
+    """The frozen encoder, and the precision it runs in."""
 
     encoder: str = "lite"
-    """`lite` (embedded, not CLIP), an open_clip model name such as ViT-B-32, or hf-hub:OWNER/NAME."""
+    """Encoder of images and texts: `lite` (embedded, not CLIP), an open_clip model name such as ViT-B-32, or
+    hf-hub:OWNER/NAME."""
     pretrained: str | None = None
-    """open_clip's tag of the weights (laion2b_s34b_b79k, openai, ...) or a local checkpoint file."""
+    """Weights of the encoder: an open_clip tag (laion2b_s34b_b79k, openai, ...) or a local checkpoint file."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights' dtype; auto takes bfloat16 where the device computes in it, else float32."""
+    """Number format of the weights. auto is bfloat16 on devices that compute in it, else float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
-    """How images become features."""
+    """Turning images into features."""
 
     views: str = "weak,mirror,strong"
-    """Views of each image, by comma: weak (always first) and mirror, whose mean is the image's feature; strong,
-    strong2, ..., and corruption:severity, which students are fitted to as well. Any but weak has VIEW+mirror."""
+    """Comma-separated views of each image. The mean of weak (always the first view) and mirror is the feature of
+    the image. Students are also fitted to the other views: strong, strong2, ..., and corruption:severity.
+    VIEW+mirror is the mirrored form of any view but weak."""
     batch_size: int = 64
     """Images in one forward pass on a GPU. On CPUs a pass always takes 8."""
     num_actors: int | None = None
-    """Encoder actors; by default one for each GPU, or one for every eight CPUs."""
+    """Number of encoder actors (processes). The default is one for each GPU, or one for every eight CPUs."""
     features: str | None = None
-    """Folder that holds the feature stores, to share them between runs; OUT/features by default."""
+    """Folder of the feature stores; runs that name the same folder share them. The default is OUT/features."""
+
+    def check(self) -> None:
+        """Raise UserError for values out of range."""
+        _at_least(self, 1, "batch_size", "num_actors")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassConfig:
-    """The classes, in words."""
+    """Names of the classes, and the prompts that they are put into."""
 
     classes: str | None = None
-    """Class names by comma, or a text file with one a line (`label<TAB>name` maps a label to its name)."""
+    """Comma-separated class names, or a text file with one name per line. A line `label<TAB>name` maps the label
+    in the data to a class name. By default the names come with the data."""
     templates: str = "default"
-    """Prompt templates: default, simple, openai (80), or a text file with one a line, {} for the class name."""
+    """Prompt templates: default, simple, openai (80 templates), or a text file with one template per line, in
+    which {} stands for the class name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelfTrainingConfig:
-    """The rounds."""
+    """The rounds of self-training."""
 
     solver: Literal["gaussian", "gradient"] = "gaussian"
-    """gaussian: closed form from class means and one covariance; gradient: LP-CLIP (reconstructed)."""
+    """Solver that fits the probe in each round. gaussian computes it in closed form from class means and one
+    covariance; gradient trains it step by step, as LP-CLIP does (reconstructed)."""
     rounds: int = 20
-    """Self-training rounds at most; they end earlier when fewer than 0.2% of the labels change."""
+    """Maximum number of rounds. They end earlier once fewer than 0.2% of the labels change."""
     temperature: float | None = None
-    """The teacher's softmax temperature; the encoder's own by default."""
+    """Softmax temperature of the teacher. The default is the temperature of the encoder itself."""
     threshold: float = 0.0
-    """Pseudo-labels with a confidence under this are left out of the fit."""
+    """Pseudo-labels with a confidence below this are left out of the fit."""
     prior: str = "auto"
-    """Class shares that labels are drawn to: uniform, weak (a third of that pull), none, or a text file with one
-    weight a line (or `name<TAB>weight`). auto: uniform where half the features bear it out, else weak."""
+    """Class shares that the pseudo-labels are pulled toward: uniform (equal shares), weak (a third of that pull),
+    none, or a text file with one weight, or `name<TAB>weight`, per line. auto chooses uniform if the two halves of
+    the features confirm it, else weak."""
     neighbours: int | None = None
-    """Nearest neighbours that have a say in each label (gaussian solver); by default half as many as a class has
-    images, 3 to 30, and none above 100,000 images. 0 uses none."""
+    """Number of nearest neighbours whose labels influence each pseudo-label (gaussian solver only); 0 turns this
+    off. The default is half the mean number of images per class, between 3 and 30, and 0 above 100,000 images."""
     num_workers: int = 0
-    """Ray Train workers for the rounds; 0 runs the same code in this process."""
+    """Number of Ray Train workers that run the rounds. 0 runs the same code in this process."""
     seed: int = 0
-    """Seed of the strong views and of the gradient solver's batches."""
+    """Seed of the strong views and of the batches of the gradient solver."""
+
+    def check(self) -> None:
+        """Raise UserError for values out of range."""
+        _above_zero(self, "temperature")
+        _at_least(self, 1, "rounds")
+        _below_one(self, "threshold")
+        _at_least(self, 0, "neighbours", "num_workers")
+        if self.neighbours and self.solver == "gradient":
+            raise UserError("--neighbours is for the gaussian solver: the gradient solver uses none")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which dual encoder is trained, and from what."""
+    """The dual encoder that is trained, and its first weights."""
 
     encoder: str = "tiny-32"
-    """open_clip's model name, a JSON file with a model's configuration as open_clip has them, or tiny-32: a small
-    one for 32 px images and CPUs."""
+    """Model to train: an open_clip model name, a JSON file with an open_clip model configuration, or tiny-32, a
+    small model for 32 px images and CPUs."""
     pretrained: str | None = None
-    """Begin with open_clip's weights of this tag, or those in a local checkpoint; by default from scratch."""
+    """Weights to begin with: an open_clip tag or a local checkpoint file. By default training begins from scratch."""
     lock: Literal["none", "image", "text"] = "none"
-    """The tower that stays as it is."""
+    """Tower whose weights are not trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,63 +185,103 @@ class PretrainConfig:
     """Contrastive training."""
 
     method: Literal["psd", "infonce"] = "psd"
-    """psd: progressive self-distillation (reconstructed), for pairs that are noisy; infonce: CLIP's own loss."""
+    """Loss. psd is progressive self-distillation (reconstructed), made for noisy pairs; infonce is the loss of
+    CLIP."""
     epochs: int = 10
-    """Passes over the pairs."""
+    """Number of passes over the pairs."""
     batch_size: int = 256
-    """Pairs in a batch, over all workers: each is told from all others of it."""
+    """Pairs in a batch, counted over all workers. The loss contrasts each pair with all others of its batch."""
     learning_rate: float = 1e-3
-    """AdamW's, at the end of the warm-up; it falls to 0 on a cosine. From pretrained weights take 1e-5 or so."""
+    """Learning rate of AdamW at the end of the warm-up; it then falls to 0 along a cosine. For pretrained weights,
+    about 1e-5 is a good choice."""
     warmup: float = 0.05
-    """Share of all steps in which the learning rate rises."""
+    """Share of all steps during which the learning rate rises."""
     weight_decay: float = 0.1
-    """AdamW's."""
+    """Weight decay of AdamW."""
     share_start: float = 0.0
-    """Share of each batch that psd distils at first, when there is little to distil yet; published: 0.2."""
+    """Share of each batch that psd distils in the first step, when the model knows little yet. The paper uses 0.2."""
     share_end: float = 0.5
-    """Share of each batch that psd distils at last; it grows on a cosine. Published: 0.8."""
+    """Share of each batch that psd distils in the last step; it grows along a cosine. The paper uses 0.8."""
     targets: Literal["images", "swapped", "own"] = "images"
-    """What psd's targets are made of. images: texts of similar images; swapped: the two directions swapped, as
-    published; own: each direction's own alignments."""
+    """Source of the soft targets of psd. images takes the texts of similar images; swapped takes the alignments of
+    the other direction, as in the paper; own takes those of the same direction."""
     teacher_sharpness: float = 3.0
-    """Factor of the model's own scale in psd's targets: over 1 they are sharper than its own alignments."""
+    """Factor on the scale of the model in the targets of psd. Above 1, targets are sharper than the alignments of
+    the model."""
     label_smoothing: float = 0.0
-    """infonce's, spread over the batch."""
+    """Label smoothing of the infonce loss, spread over the batch."""
     mirror: bool = False
-    """Mirror half of the images: wrong where texts tell left from right."""
+    """Mirror half of the images. This harms if the texts mention left and right."""
     accumulate: int = 1
-    """Parts in which each worker computes its share of a batch: less memory, a second forward pass, the same step."""
+    """Number of parts in which each worker computes its share of a batch. More parts need less memory and a second
+    forward pass; the step is the same."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the computation; weights are float32. auto takes bfloat16 on GPUs."""
+    """Number format of the computation; the weights are float32 in any case. auto is bfloat16 on GPUs, else
+    float32."""
     checkpoint_minutes: float = 5.0
-    """Minutes between checkpoints, from which a training that was stopped goes on."""
+    """Minutes between checkpoints. A training that was stopped resumes from the last one."""
     num_workers: int = 0
-    """Ray Train workers, each with a GPU where there are some; 0 trains in this process."""
+    """Number of Ray Train workers, each with a GPU if the cluster has any. 0 trains in this process."""
     seed: int = 0
-    """Seed of the first weights, the order of the pairs, crops and distilled shares."""
+    """Seed of the first weights, the order of the pairs, the crops and the choice of distilled pairs."""
+
+    def check(self) -> None:
+        """Raise UserError for values that are out of range or do not go together."""
+        _at_least(self, 1, "epochs", "batch_size", "accumulate")
+        _at_least(self, 0, "num_workers", "checkpoint_minutes", "weight_decay")
+        _above_zero(self, "learning_rate", "teacher_sharpness")
+        _below_one(self, "label_smoothing", "warmup")
+        if self.method == "psd" and self.batch_size < 2:
+            raise UserError("--batch-size 1 has no other pair to learn from")
+        workers = max(1, self.num_workers)
+        if self.batch_size % (self.accumulate * workers):
+            raise UserError(
+                f"--batch-size {self.batch_size} cannot be shared by {workers} workers in {self.accumulate} parts "
+                "each: choose a multiple of them"
+            )
+        if not 0 <= self.share_start <= self.share_end <= 1:
+            raise UserError(
+                f"--share-start {self.share_start:g} and --share-end {self.share_end:g} must lie between 0 and 1, in "
+                "this order"
+            )
+        if self.label_smoothing and self.method == "psd":
+            raise UserError("--label-smoothing is for --method infonce: psd's targets are soft already")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """Where MLflow keeps the runs."""
+    """The names under which MLflow keeps the run."""
 
     experiment: str = "lpclip"
-    """MLflow experiment. The server is MLFLOW_TRACKING_URI, or a SQLite file mlflow.db in this folder."""
+    """MLflow experiment of the run. Runs go to the server in MLFLOW_TRACKING_URI, or else to the SQLite file
+    mlflow.db in this folder."""
     run_name: str | None = None
-    """Name of the MLflow run; the output folder's name by default."""
+    """Name of the MLflow run. The default is the name of the output folder."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as a flat dict, nested stages merged, in declaration order."""
+    """The configuration as a flat dict, nested stages merged, in declaration order. Their names must be disjoint."""
     flat: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
-        flat.update(to_dict(value) if dataclasses.is_dataclass(value) else {item.name: value})
+        part = to_dict(value) if dataclasses.is_dataclass(value) else {item.name: value}
+        assert not flat.keys() & part.keys(), sorted(flat.keys() & part.keys())
+        flat |= part
     return flat
 
 
+def check(config: Any) -> None:
+    """Call `check` of a configuration and of all that are nested in it. Raises UserError for the first mistake."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            check(value)
+    if hasattr(config, "check"):
+        config.check()
+
+
 def flags(config: Any) -> list[str]:
-    """The command line of a job: whatever differs from the defaults of its dataclass, and all that has none."""
+    """The command line of a job: all flags that differ from the defaults of its dataclass or have no default."""
     words = []
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
@@ -201,6 +299,11 @@ def flags(config: Any) -> list[str]:
     return words
 
 
+def config_identity(config: SelfTrainingConfig) -> dict[str, object]:
+    """The part of the configuration that decides the result: everything but the number of workers."""
+    return {key: value for key, value in to_dict(config).items() if key != "num_workers"}
+
+
 def digest(value: Any) -> str:
     """SHA-256 (hex) of a JSON-able value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -211,11 +314,12 @@ class EncodeJob:
     """Encode images once into a feature store."""
 
     data: str = "fashion-mnist"
-    """Folder, Parquet, WebDataset tar, CSV/JSONL manifest, or fashion-mnist, cifar10, cifar100 (+ :train, :test)."""
+    """Images to encode: a folder, Parquet, a WebDataset tar, a CSV/JSONL manifest, or one of fashion-mnist,
+    cifar10, cifar100 (a suffix :train or :test names the part)."""
     out: str = "runs/encode"
     """Output folder."""
     limit: int | None = None
-    """Use only this many images, chosen by a hash of their ids."""
+    """Use only this many images. A hash of the ids chooses them."""
     source: SourceConfig = field(default_factory=SourceConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
@@ -223,24 +327,29 @@ class EncodeJob:
     seed: int = 0
     """Seed of the strong views."""
 
+    def check(self) -> None:
+        """Raise UserError for values out of range."""
+        _at_least(self, 1, "limit")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SelftrainJob:
     """Train a linear probe on unlabelled images, from a CLIP model's own pseudo-labels."""
 
     data: str = "fashion-mnist"
-    """Unlabelled images: folder, Parquet, WebDataset tar, CSV/JSONL manifest, a feature store, or
-    fashion-mnist, cifar10, cifar100. Labels, where they exist, are never read in training."""
+    """Unlabelled images: a folder, Parquet, a WebDataset tar, a CSV/JSONL manifest, a feature store, or one of
+    fashion-mnist, cifar10, cifar100. Training never reads labels, even if the data has them."""
     eval_data: str | None = None
-    """Labelled images to evaluate on; a named data set's own test split by default."""
+    """Labelled images to evaluate on. The default for a named data set is its test part."""
     out: str = "runs/selftrain"
     """Output folder."""
     limit: int | None = None
-    """Use only this many of the unlabelled images, chosen by a hash of their ids."""
+    """Use only this many of the unlabelled images. A hash of the ids chooses them."""
     eval_limit: int | None = None
-    """Use only this many of the images to evaluate on."""
+    """Use only this many of the images that are evaluated on."""
     supervised: bool = False
-    """Also fit a supervised probe on the true labels of --data: the ceiling, saved to OUT/supervised."""
+    """Also fit a supervised probe on the true labels of --data and save it to OUT/supervised. It shows how much is
+    possible with labels."""
     source: SourceConfig = field(default_factory=SourceConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
@@ -248,61 +357,73 @@ class SelftrainJob:
     training: SelfTrainingConfig = field(default_factory=SelfTrainingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
+    def check(self) -> None:
+        """Raise UserError for values out of range."""
+        _at_least(self, 1, "limit", "eval_limit")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainJob:
-    """Train a dual encoder on image-text pairs, and hand it to the other jobs."""
+    """Train a dual encoder on image-text pairs, for the other commands to use."""
 
     data: str = "fashion-mnist"
-    """Images with texts: folder with a .txt beside each image, Parquet, WebDataset tar or CSV/JSONL manifest; or
-    fashion-mnist, cifar10, cifar100 and other labelled images with --caption-templates."""
+    """Images with texts: a folder with a .txt file beside each image, Parquet, a WebDataset tar or a CSV/JSONL
+    manifest. Labelled images, such as fashion-mnist, cifar10, cifar100, get texts from --caption-templates."""
     out: str = "runs/pretrain"
-    """Output folder; OUT/model has what other jobs take."""
+    """Output folder. OUT/model holds the model that other commands take."""
     limit: int | None = None
-    """Use only this many pairs, chosen by a hash of their ids."""
+    """Use only this many pairs. A hash of the ids chooses them."""
     caption_templates: str | None = None
-    """Make texts of the names of labels, for images without texts: default, simple, openai, or a text file with one
-    a line, {} for the name. Named data sets have simple without it."""
+    """Templates that turn the label of an image into its texts, for images without texts: default, simple, openai,
+    or a text file with one template per line, in which {} stands for the label. Named data sets take simple by
+    default."""
     pairs: str | None = None
-    """Folder that holds the stores of decoded pairs, to share them between runs; OUT/pairs by default."""
+    """Folder of the stores of decoded pairs; runs that name the same folder share them. The default is OUT/pairs."""
     source: PairsConfig = field(default_factory=PairsConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: PretrainConfig = field(default_factory=PretrainConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
+    def check(self) -> None:
+        """Raise UserError for values out of range."""
+        _at_least(self, 1, "limit")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TuneJob:
-    """Search the training's parameters without labels, on features that are encoded once."""
+    """Search the parameters of self-training without labels, on features that are encoded once."""
 
     space: str = "default"
-    """The parameters to search: default, quick, wide, or a Python file whose SPACE maps names of the training's flags
-    to Ray Tune's search-space objects."""
+    """The parameters to search: default, quick, wide, or a Python file whose SPACE maps names of the training's
+    flags to Ray Tune's search-space objects."""
     data: str = "fashion-mnist"
-    """Unlabelled images: folder, Parquet, WebDataset tar, CSV/JSONL manifest, a feature store, or
-    fashion-mnist, cifar10, cifar100. Labels, where they exist, choose nothing."""
+    """Unlabelled images: a folder, Parquet, a WebDataset tar, a CSV/JSONL manifest, a feature store, or one of
+    fashion-mnist, cifar10, cifar100. Labels choose nothing, even if the data has them."""
     eval_data: str | None = None
-    """Labelled images to show the trials' accuracy on; a named data set's own test split by default."""
+    """Labelled images on which the accuracy of the trials is reported. The default for a named data set is its
+    test part."""
     out: str = "runs/tune"
     """Output folder."""
     trials: int = 64
-    """Trials; fewer when the space has fewer."""
+    """Number of trials. A space with fewer combinations gives fewer trials."""
     criterion: Criterion = "structure"
-    """What chooses the winner, without labels: docs/tuning.md tells them apart."""
+    """Criterion that chooses the winner without labels. docs/tuning.md compares the six criteria."""
     search: Literal["random", "optuna"] = "random"
-    """random draws all trials beforehand; optuna's TPE learns from the criterion of finished trials."""
+    """Way of drawing the trials. random draws all of them before the first one runs; optuna (TPE) learns from the
+    criterion of finished trials."""
     scheduler: Literal["none", "asha"] = "none"
-    """asha stops trials early whose criterion lags behind; what it stops cannot win."""
+    """asha stops trials early if their criterion lags behind; a stopped trial cannot win. none stops no trial."""
     concurrent: int | None = None
-    """Trials at a time, a CPU each; by default as many as there are CPUs."""
+    """Number of trials that run at the same time, each on one CPU. The default is the number of CPUs."""
     resume: bool = False
-    """Go on with the sweep in OUT, which must be there (without it, one that is there goes on as well)."""
+    """Refuse to begin a new sweep: OUT must hold one. A sweep in OUT is resumed in any case, with or without this
+    flag."""
     limit: int | None = None
-    """Use only this many of the unlabelled images, chosen by a hash of their ids."""
+    """Use only this many of the unlabelled images. A hash of the ids chooses them."""
     eval_limit: int | None = None
-    """Use only this many of the images to evaluate on."""
+    """Use only this many of the images that are evaluated on."""
     register: str | None = None
-    """Name of the winner in MLflow's model registry; lpclip-DATA by default."""
+    """Name under which the winner is entered in the model registry of MLflow. The default is lpclip-DATA."""
     source: SourceConfig = field(default_factory=SourceConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
@@ -310,53 +431,87 @@ class TuneJob:
     training: SelfTrainingConfig = field(default_factory=SelfTrainingConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
+    def check(self) -> None:
+        """Raise UserError for values out of range."""
+        _at_least(self, 1, "trials", "concurrent", "limit", "eval_limit")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateJob:
-    """Measure probes beside zero-shot: accuracy, calibration, corruptions, natural shifts, foreign images; and how well
-    an encoder finds the texts of images, and images of texts."""
+    """Measure probes and zero-shot: accuracy, calibration, corruptions, natural shifts, foreign images; and how
+    well an encoder finds the texts of images, and the images of texts."""
 
     probe: tuple[str, ...] = ()
-    """Folders of saved probes of one encoder (OUT/probe, OUT/supervised of selftrain.py), or NAME=FOLDER."""
+    """FOLDER or NAME=FOLDER of saved probes, all of one encoder: OUT/probe and OUT/supervised of lpclip selftrain."""
     data: str | None = None
-    """Labelled images: folder, Parquet, WebDataset tar, manifest, named data set (its test part) or feature store."""
+    """Labelled images that the probes are measured on: a folder, Parquet, a WebDataset tar, a manifest, a named
+    data set (its test part) or a feature store."""
     retrieval: tuple[str, ...] = ()
-    """NAME=PATH or PATH of image-text pairs, to find texts of images and images of texts: as pretrain.py's --data."""
+    """PATH or NAME=PATH of image-text pairs, in any form that lpclip pretrain --data takes. The encoder finds the
+    texts of images and the images of texts."""
     encoder: str | None = None
-    """The encoder of --retrieval without --probe: lite, an open_clip model name or hf-hub:OWNER/NAME."""
+    """Encoder for --retrieval without --probe: lite, an open_clip model name or hf-hub:OWNER/NAME. With --probe,
+    the encoder is the one of the probes."""
     out: str = "runs/evaluate"
     """Output folder."""
     limit: int | None = None
-    """Use only this many images of each set, chosen by a hash of their ids."""
+    """Use only this many images of each set. A hash of the ids chooses them."""
     corruptions: str = "none"
-    """Corruptions to put on --data's images: none, all (ImageNet-C's 15), or names by comma."""
+    """Corruptions applied to the images of --data: none, all (the 15 of ImageNet-C), or comma-separated names."""
     severities: str = "1,3,5"
-    """Severities of the corruptions, 1 to 5, by comma."""
+    """Comma-separated severities of the corruptions, each from 1 to 5."""
     corrupted: tuple[str, ...] = ()
-    """NAME=PATH of published corrupted sets, read as they are: ImageNet-C's folders or CIFAR-10-C's arrays."""
+    """NAME=PATH of published corrupted sets, which are read as they are: the folders of ImageNet-C or the arrays
+    of CIFAR-10-C."""
     shift: tuple[str, ...] = ()
-    """NAME=PATH of labelled sets of the same classes from elsewhere. The names imagenet-v2, imagenet-sketch,
-    imagenet-r and objectnet stand for those sets: their effective robustness is told too."""
+    """NAME=PATH of labelled images of the same classes from other origins. For the names imagenet-v2,
+    imagenet-sketch, imagenet-r and objectnet the effective robustness is reported as well."""
     ood: tuple[str, ...] = ()
-    """NAME=PATH of images of other classes, which a classifier should not be sure about."""
+    """NAME=PATH of images of other classes, about which a classifier should not be sure."""
     classes: str | None = None
-    """Text file with lines `label<TAB>name`, where the data calls the probe's classes otherwise."""
+    """Text file with lines `label<TAB>name`, for data whose labels differ from the class names of the probe."""
     caption_templates: str | None = None
-    """Make --retrieval's texts of the names of labels: default, simple, openai, or a text file with one a line, {} for
-    the name. Named data sets have simple without it."""
+    """Templates that turn labels into the texts of --retrieval: default, simple, openai, or a text file with one
+    template per line, in which {} stands for the label. Named data sets take simple by default."""
     pretrained: str | None = None
-    """Where the probes' encoder's local checkpoint lies now, if it has moved since training; or the weights of
-    --encoder: open_clip's tag or a local checkpoint."""
+    """Weights of --encoder: an open_clip tag or a local checkpoint file. With --probe, it is the new place of the
+    local checkpoint of their encoder, if the file has moved since training."""
     batch_size: int = 64
     """Images in one forward pass on a GPU. On CPUs a pass always takes 8."""
     num_actors: int | None = None
-    """Encoder actors; by default one for each GPU, or one for every eight CPUs."""
+    """Number of encoder actors (processes). The default is one for each GPU, or one for every eight CPUs."""
     features: str | None = None
-    """Folder that holds the feature stores, to share them between evaluations; OUT/features by default."""
+    """Folder of the feature stores; evaluations that name the same folder share them. The default is OUT/features."""
     seed: int = 0
     """Seed of the corruptions and of the bootstrap."""
     source: PairsConfig = field(default_factory=PairsConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def check(self) -> None:
+        """Raise UserError for values that are out of range or do not go together."""
+        _at_least(self, 1, "limit", "batch_size", "num_actors")
+        if self.probe and self.encoder is not None:
+            raise UserError(
+                "--encoder is for --retrieval without --probe: with --probe, the encoder is the one of the probes"
+            )
+        if self.data is not None and not self.probe:
+            raise UserError("--data has the images that probes are measured on: it needs --probe")
+        if self.data is None and not self.retrieval:
+            raise UserError(
+                "there is nothing to measure: give --probe and --data, or --retrieval, or all of them"
+            )
+        if self.retrieval and not self.probe and self.encoder is None:
+            raise UserError("--retrieval needs an encoder: give --encoder, or --probe to take its own")
+        measured = ("corruptions", "corrupted", "shift", "ood", "classes")
+        needs = {
+            "--probe and --data": () if self.data is not None else measured,
+            "--retrieval": () if self.retrieval else ("caption_templates", "text_column"),
+        }
+        given, default = to_dict(self), to_dict(EvaluateJob())
+        for needed, names in needs.items():
+            for name in names:
+                if given.get(name) != default[name]:
+                    raise UserError(f"--{name.replace('_', '-')} needs {needed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,19 +519,26 @@ class PredictJob:
     """Label images with a saved probe."""
 
     probe: str
-    """Folder of a saved probe (OUT/probe of selftrain.py)."""
+    """Folder of a saved probe, such as OUT/probe of lpclip selftrain."""
     data: str
-    """Images: folder, Parquet, WebDataset tar, CSV/JSONL manifest, named data set or feature store."""
+    """Images to label: a folder, Parquet, a WebDataset tar, a CSV/JSONL manifest, a named data set or a feature
+    store."""
     out: str
-    """Parquet file to write: id, label, probability, top-k."""
+    """Parquet file to write, with the columns id, label, probability, top_labels and top_probabilities."""
     top_k: int = 5
-    """How many labels to keep for each image."""
+    """Number of most probable labels to keep for each image."""
     limit: int | None = None
-    """Use only this many images, chosen by a hash of their ids."""
+    """Use only this many images. A hash of the ids chooses them."""
     pretrained: str | None = None
-    """Where the encoder's local checkpoint lies now, if it has moved since training."""
+    """New place of the local checkpoint of the encoder, if the file has moved since training."""
     batch_size: int = 64
     """Images in one forward pass on a GPU. On CPUs a pass always takes 8."""
     features: str | None = None
-    """Folder of feature stores to find and to leave features in; by default they are removed at the end."""
+    """Folder of feature stores, in which features are found and kept. By default they are deleted at the end."""
     source: SourceConfig = field(default_factory=SourceConfig)
+
+    def check(self) -> None:
+        """Raise UserError for values out of range, or an output that is no Parquet file."""
+        _at_least(self, 1, "top_k", "limit", "batch_size")
+        if "://" not in self.out and not self.out.endswith(".parquet"):
+            raise UserError(f"--out {self.out}: a Parquet file is written, so its name must end in .parquet")

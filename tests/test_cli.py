@@ -79,8 +79,8 @@ def test_a_required_flag_is_asked_for(
 @pytest.mark.parametrize(
     ("job", "sentence"),
     [
-        (SelftrainJob(), "Column with the row's unique name"),
-        (EvaluateJob(probe=("p",), data="d"), "a classifier should not be sure about"),
+        (SelftrainJob(), "Column with the unique name of each row"),
+        (EvaluateJob(probe=("p",), data="d"), "about which a classifier should not be sure"),
     ],
 )
 def test_help_explains_every_flag(

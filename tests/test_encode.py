@@ -399,4 +399,4 @@ def test_actors_leave_cpus_to_the_tasks_that_feed_them() -> None:
         plan = plan_actors(num_actors)
         assert plan.num_actors * plan.cpus_per_actor <= 1
     with pytest.raises(ValueError, match="--num-actors must be at least 1, not 0"):
-        plan_actors(0)
+        EncodeConfig(num_actors=0).check()

@@ -614,7 +614,7 @@ def strange(work: Work) -> Path:
         ({"corruptions": "fog", "severities": "2.5"}, "--severities: '2.5' is not a whole number"),
         ({"corruptions": "fog", "severities": "x"}, "--severities: 'x' is not a whole number"),
         ({"classes": "{here}/swapped.txt"}, "has other names than the probe, or another order"),
-        ({"limit": 0}, "the limit must be at least 1, not 0"),
+        ({"limit": 0}, "--limit must be at least 1, not 0"),
         ({"data": "{here}/store", "limit": 3}, "is a feature store: --limit works on images"),
         ({"data": "{here}/store", "corruptions": "fog"}, "{here}/store is a feature store without the view fog:1"),
         (

@@ -14,7 +14,7 @@ from lpclip.encoders.open_clip import load_trainable
 from lpclip.method.contrastive_step import (
     MIN_SCALE,
     Towers,
-    check_pretraining,
+    check_num_pairs,
     crop,
     draw_batch,
     learning_rate,
@@ -193,11 +193,11 @@ def test_first_weights_follow_the_seed_alone() -> None:
             {"share_start": 0.9},
             "--share-start 0.9 and --share-end 0.5 must lie between 0 and 1, in this order",
         ),
-        ({"learning_rate": 0.0}, "--learning-rate must be over 0, not 0"),
+        ({"learning_rate": 0.0}, "--learning-rate must be above 0, not 0"),
         ({"checkpoint_minutes": -1.0}, "--checkpoint-minutes must be at least 0, not -1"),
-        ({"teacher_sharpness": -1.0}, "--teacher-sharpness must be over 0, not -1"),
+        ({"teacher_sharpness": -1.0}, "--teacher-sharpness must be above 0, not -1"),
         ({"label_smoothing": 0.1}, "--label-smoothing is for --method infonce"),
-        ({"warmup": 1.0}, "--warmup must be at least 0 and under 1, not 1"),
+        ({"warmup": 1.0}, "--warmup must be at least 0 and below 1, not 1"),
         ({"weight_decay": -0.1}, "--weight-decay must be at least 0, not -0.1"),
         ({"num_workers": -1}, "--num-workers must be at least 0, not -1"),
         ({"batch_size": 200}, "100 pairs are fewer than one batch: choose a smaller --batch-size than 200"),
@@ -205,5 +205,7 @@ def test_first_weights_follow_the_seed_alone() -> None:
 )
 def test_what_cannot_be_trained_is_refused(options: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError) as error:
-        check_pretraining(PretrainConfig(**options), num_pairs=100)
+        config = PretrainConfig(**options)
+        config.check()
+        check_num_pairs(config, num_pairs=100)
     assert told in str(error.value)

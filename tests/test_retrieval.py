@@ -385,7 +385,7 @@ def test_texts_are_encoded_by_no_other_encoder(cluster: None, work: Work) -> Non
             "--encoder lite --retrieval a={pairs} a={pairs} --text-column words",
             "--retrieval a={pairs}: another set is called a; give it a name, as in other={pairs}",
         ),
-        ("--encoder lite --retrieval {pairs} --text-column words --limit 0", "the limit must be at least 1"),
+        ("--encoder lite --retrieval {pairs} --text-column words --limit 0", "--limit must be at least 1"),
         ("--encoder tiny-vit-32 --retrieval {pairs} --text-column words", "without --pretrained would have"),
     ],
 )

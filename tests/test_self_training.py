@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lpclip.config import SelfTrainingConfig
+from lpclip.config import SelfTrainingConfig, config_identity
 from lpclip.method.priors import Prior, read_prior
 from lpclip.method.pseudo_labels import AllReduce
 from lpclip.method.self_training import (
@@ -21,8 +21,6 @@ from lpclip.method.self_training import (
     Pass,
     Shard,
     State,
-    check_config,
-    config_identity,
     self_train,
 )
 
@@ -468,11 +466,11 @@ def test_extreme_rows_give_finite_probes(name: str, prior: str, solver: str):
 def test_values_out_of_range_are_refused_by_their_flag(changes: dict[str, float]):
     flag = "--" + next(iter(changes)).replace("_", "-")
     with pytest.raises(ValueError, match=flag):
-        check_config(SelfTrainingConfig(**changes))
+        SelfTrainingConfig(**changes).check()
 
 
 def test_the_defaults_are_in_range():
-    check_config(SelfTrainingConfig())
+    SelfTrainingConfig().check()
 
 
 def test_the_number_of_workers_is_no_part_of_a_run_s_identity():

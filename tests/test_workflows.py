@@ -419,7 +419,7 @@ def test_a_half_written_store_is_refused_as_data(
             "--prior some is none of auto, uniform, weak, none, nor a text file",
         ),
         ("--data {photos} --views strong,blurry", "blurry"),
-        ("--data {photos} --limit 0", "the limit must be at least 1, not 0"),
+        ("--data {photos} --limit 0", "--limit must be at least 1, not 0"),
         ("--data {photos} --templates few", "unknown templates 'few'"),
         ("--data {photos} --eval-data {tmp}/nowhere", "{tmp}/nowhere: no such path"),
         (

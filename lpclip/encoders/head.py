@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from lpclip.config import digest
-from lpclip.errors import UserError
 from lpclip.images.pixels import Preprocess
 
 
@@ -31,8 +30,7 @@ class Head:
 def make_head(info: EncoderInfo, names: tuple[str, ...], *, temperature: float | None) -> Head:
     """The zero-shot head of the class names that `info` was asked for; the encoder's own temperature by default."""
     assert info.head is not None
-    if temperature is not None and not temperature > 0:
-        raise UserError(f"--temperature must be above 0, not {temperature}")
+    assert temperature is None or temperature > 0, temperature
     used = temperature if temperature is not None else 1 / info.logit_scale
     identity = digest([info.identity, names, hashlib.sha256(info.head.tobytes()).hexdigest(), used])
     return Head(class_names=names, weight=info.head, temperature=used, identity=identity)

@@ -24,7 +24,6 @@ from lpclip import files
 from lpclip.config import EncodeConfig, EncoderConfig
 from lpclip.encoders.head import EncoderInfo, Head
 from lpclip.encoders.load import load_again, refuse_another
-from lpclip.errors import UserError
 from lpclip.features.commit_stage import commit
 from lpclip.features.decode_stage import pixel_array, rows_at_once
 from lpclip.features.describe import has_gpus
@@ -145,8 +144,6 @@ def plan_actors(num_actors: int | None) -> Plan:
     If actors held every CPU, no CPU would be left to decode, and the pipeline would wait forever. So all of them fit
     into half of the smallest node, even if the other nodes are lost, and hold nothing of a node with a single CPU.
     """
-    if num_actors is not None and num_actors < 1:
-        raise UserError(f"--num-actors must be at least 1, not {num_actors}")
     if has_gpus():
         count = num_actors or int(ray.cluster_resources()["GPU"])
         return Plan(num_actors=count, cpus_per_actor=0, gpus_per_actor=1, num_threads=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lpclip import files
-from lpclip.config import EncodeJob, to_dict
+from lpclip.config import EncodeJob, check, to_dict
 from lpclip.encoders.head import make_head
 from lpclip.encoders.prompts import templates
 from lpclip.features.describe import describe_encoder
@@ -19,6 +19,7 @@ from lpclip.report.tables import format_table
 
 def encode_job(job: EncodeJob) -> dict[str, Any]:
     """Encode images into a feature store under OUT/features, with zero-shot pseudo-labels for class names."""
+    check(job)
     parse_views(job.encode.views)
     with output_folder(job.out) as out:
         data = open_data(job.data, config=job.source, split="train", limit=job.limit)

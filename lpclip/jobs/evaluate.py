@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 
 from lpclip import files
-from lpclip.config import EncoderConfig, EvaluateJob, to_dict
+from lpclip.config import EncoderConfig, EvaluateJob, check, to_dict
 from lpclip.encoders.head import EncoderInfo
 from lpclip.errors import UserError
 from lpclip.evaluation.evidence import Evidence, ForeignScores, Judgements
@@ -36,7 +36,6 @@ from lpclip.jobs.evaluate_retrieval import (
 )
 from lpclip.jobs.evaluate_sets import (
     EvaluationSet,
-    check_evaluation,
     check_label_names,
     evaluation_classes,
     open_sets,
@@ -76,7 +75,7 @@ def evaluate_job(job: EvaluateJob) -> dict[str, Any]:
 
     Retrieval alone has no page. Raises UserError for flags that do not go together, and whatever cannot be read.
     """
-    check_evaluation(job)
+    check(job)
     probes, digests = _load_probes(job.probe) if job.probe else ({}, {})
     reference = next(iter(probes.values()), None)
     if job.data is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lpclip.config import ClassConfig, EvaluateJob, to_dict
+from lpclip.config import ClassConfig, EvaluateJob
 from lpclip.errors import UserError
 from lpclip.evaluation.results import Cell, Kind
 from lpclip.features.find_or_encode import Data, open_data
@@ -37,32 +37,6 @@ class EvaluationSet:
     def views(self) -> tuple[View, ...]:
         """All views that are needed."""
         return tuple(dict.fromkeys(view for views in self.cells.values() for view in views))
-
-
-def check_evaluation(job: EvaluateJob) -> None:
-    """UserError for flags that do not go together."""
-    if job.probe and job.encoder is not None:
-        raise UserError(
-            "--encoder is for --retrieval without --probe: with it, the encoder is the probes' own"
-        )
-    if job.data is not None and not job.probe:
-        raise UserError("--data has the images that probes are measured on: it needs --probe")
-    if job.data is None and not job.retrieval:
-        raise UserError(
-            "there is nothing to measure: give --probe and --data, or --retrieval, or all of them"
-        )
-    if job.retrieval and not job.probe and job.encoder is None:
-        raise UserError("--retrieval needs an encoder: give --encoder, or --probe to take its own")
-    measured = ("corruptions", "corrupted", "shift", "ood", "classes")
-    needs = {
-        "--probe and --data": () if job.data is not None else measured,
-        "--retrieval": () if job.retrieval else ("caption_templates", "text_column"),
-    }
-    given, default = to_dict(job), to_dict(EvaluateJob())
-    for flags, names in needs.items():
-        for name in names:
-            if given.get(name) != default[name]:
-                raise UserError(f"--{name.replace('_', '-')} needs {flags}")
 
 
 def parse_corruptions(job: EvaluateJob) -> list[tuple[str, int]]:

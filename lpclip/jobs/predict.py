@@ -8,8 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from lpclip import files
-from lpclip.config import EncodeConfig, PredictJob
-from lpclip.errors import UserError
+from lpclip.config import EncodeConfig, PredictJob, check
 from lpclip.features.find_or_encode import encode_views, open_data
 from lpclip.images.views import base_views
 from lpclip.jobs.console import print_plan
@@ -21,12 +20,9 @@ from lpclip.report.tables import format_table
 
 def predict_job(job: PredictJob) -> dict[str, Any]:
     """Label images with a saved probe: id, label, probability and the top k, one Parquet file."""
-    if job.top_k < 1:
-        raise UserError(f"--top-k must be at least 1, not {job.top_k}")
+    check(job)
     probe = load_probe(job.probe)
     data = open_data(job.data, config=job.source, split="test", limit=job.limit)
-    if "://" not in job.out:
-        _check_file_target(job.out)
     start_ray()
     encoder, info = describe_probes_encoder(probe, pretrained=job.pretrained, with_head=False)
     views = base_views(probe.encoder["views"])
@@ -64,8 +60,3 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
         f"{len(table):,} images labelled, {found.latest.store.manifest.num_quarantined:,} quarantined: {job.out}"
     )
     return {"images": len(table), "quarantined": found.latest.store.manifest.num_quarantined}
-
-
-def _check_file_target(path: str) -> None:
-    if path.endswith("/") or not path.endswith(".parquet"):
-        raise UserError(f"--out {path}: a Parquet file is written, so its name must end in .parquet")

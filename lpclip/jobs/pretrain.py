@@ -15,6 +15,7 @@ from lpclip.config import (
     PretrainConfig,
     PretrainJob,
     SelftrainJob,
+    check,
     digest,
     to_dict,
 )
@@ -29,7 +30,7 @@ from lpclip.jobs import tracking
 from lpclip.jobs.console import command_line, shown
 from lpclip.jobs.inputs import open_pairs
 from lpclip.jobs.runtime import claim, output_folder, start_ray, versions
-from lpclip.method.contrastive_step import check_pretraining, num_steps
+from lpclip.method.contrastive_step import check_num_pairs, num_steps
 from lpclip.progress import Progress, watched
 from lpclip.report.tables import format_table
 from lpclip.training.contrastive import WEIGHTS, Pretraining, go_on, is_finished, pretrain, read_metrics
@@ -40,7 +41,7 @@ COUNTED_TEXTS = 200_000
 
 def pretrain_job(job: PretrainJob) -> dict[str, Any]:
     """Train on pairs; the model goes to OUT/model, metrics to MLflow. Returns the summary."""
-    check_pretraining(job.training)
+    check(job)
     with output_folder(job.out) as out:
         source = open_pairs(
             job.data,
@@ -49,7 +50,8 @@ def pretrain_job(job: PretrainJob) -> dict[str, Any]:
             split="train",
             limit=job.limit,
         )
-        check_pretraining(job.training, num_pairs=source.num_rows)
+        if source.num_rows is not None:
+            check_num_pairs(job.training, num_pairs=source.num_rows)
         trainable = load_trainable(job.model, seed=job.training.seed)
         stored = pairs_identity(source, trainable.preprocess)
         identity = _work_identity(job, fingerprint(stored), trainable)
@@ -87,7 +89,7 @@ def _pretrain(
         check_quarantine(source, store)
         print(f"pairs: found in {shown(path)}", flush=True)
     pairs = PairStore(path)
-    check_pretraining(job.training, num_pairs=len(pairs))
+    check_num_pairs(job.training, num_pairs=len(pairs))
     seconds = {"pairs": time.monotonic() - begin}
     claim(out, identity, shared="pairs")
     cut, counted = _count_cut_texts(pairs, trainable)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from lpclip import files
-from lpclip.config import SelftrainJob, to_dict
+from lpclip.config import SelftrainJob, check, to_dict
 from lpclip.encoders.head import EncoderInfo, Head, make_head
 from lpclip.encoders.prompts import templates
 from lpclip.errors import UserError
@@ -28,7 +28,7 @@ from lpclip.jobs.settle_prior import load_prior, settle_prior
 from lpclip.method.calibration import label_free_temperature
 from lpclip.method.priors import Prior
 from lpclip.method.probe import Probe, zero_shot_probe
-from lpclip.method.self_training import State, check_config, neighbour_count
+from lpclip.method.self_training import State, neighbour_count
 from lpclip.method.supervised import supervised_probe
 from lpclip.report.style import save
 from lpclip.report.training_figures import confusion_matrix_figure, reliability_figure, rounds_figure
@@ -37,7 +37,7 @@ from lpclip.training.rounds import fit, make_work, read_labels
 
 def selftrain_job(job: SelftrainJob) -> dict[str, Any]:
     """Encode what is missing, self-train, evaluate where labels exist; everything goes to OUT and MLflow."""
-    check_config(job.training)
+    check(job)
     parse_views(job.encode.views)
     with output_folder(job.out) as out:
         inputs = open_inputs(job)

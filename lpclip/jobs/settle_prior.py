@@ -9,14 +9,13 @@ import numpy as np
 import torch
 
 from lpclip import files
-from lpclip.config import SelfTrainingConfig, digest
+from lpclip.config import SelfTrainingConfig, config_identity, digest
 from lpclip.encoders.encoder import resolve_precision
 from lpclip.encoders.head import Head
 from lpclip.errors import UserError
 from lpclip.jobs.console import print_prior, print_tried
 from lpclip.method.confirmation import Confirmation, Sample, choose_prior
 from lpclip.method.priors import PRIORS, Prior, read_prior
-from lpclip.method.self_training import config_identity
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,15 @@ import torch
 from torchmetrics.functional import spearman_corrcoef
 
 from lpclip import files
-from lpclip.config import Criterion, SelfTrainingConfig, SelftrainJob, TuneJob, to_dict
+from lpclip.config import (
+    Criterion,
+    SelfTrainingConfig,
+    SelftrainJob,
+    TuneJob,
+    check,
+    config_identity,
+    to_dict,
+)
 from lpclip.encoders.encoder import resolve_precision
 from lpclip.encoders.head import EncoderInfo, Head, make_head
 from lpclip.encoders.prompts import templates
@@ -32,7 +40,6 @@ from lpclip.method.criteria import ALONE, CRITERIA, make_yardstick, measure_all
 from lpclip.method.linear import Linear
 from lpclip.method.priors import Prior
 from lpclip.method.probe import Probe, zero_shot_probe
-from lpclip.method.self_training import check_config, config_identity
 from lpclip.progress import TrialProgress
 from lpclip.report.style import save
 from lpclip.report.sweep_page import ZERO_SHOT_KEY, criterion_figure, sweep_page
@@ -62,12 +69,8 @@ ALIAS = "champion"
 
 def tune_job(job: TuneJob) -> dict[str, Any]:
     """Search without labels on features that are encoded once; everything goes to OUT and MLflow."""
-    check_config(job.training)
+    check(job)
     parse_views(job.encode.views)
-    if job.trials < 1:
-        raise UserError(f"--trials must be at least 1, not {job.trials}")
-    if job.concurrent is not None and job.concurrent < 1:
-        raise UserError(f"--concurrent must be at least 1, not {job.concurrent}")
     space = read_space(job.space)
     if job.search == "optuna" and space.undrawable:
         raise UserError(

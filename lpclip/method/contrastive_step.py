@@ -46,42 +46,11 @@ class Draw:
     """(B,) bool: which pairs are trained toward the model's own alignments."""
 
 
-def check_pretraining(config: PretrainConfig, *, num_pairs: int | None = None) -> None:
-    """UserError for whatever cannot be trained."""
-    size = config.batch_size
-    for name in ("epochs", "batch_size", "accumulate"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
-    if config.method == "psd" and size < 2:
-        raise UserError("--batch-size 1 has no other pair to learn from")
-    if size % config.accumulate or size % (config.accumulate * max(1, config.num_workers)):
+def check_num_pairs(config: PretrainConfig, *, num_pairs: int) -> None:
+    """Raise UserError for fewer pairs than one batch."""
+    if num_pairs < config.batch_size:
         raise UserError(
-            f"--batch-size {size} cannot be shared by {max(1, config.num_workers)} workers in {config.accumulate} "
-            "parts each: choose a multiple of them"
-        )
-    if config.num_workers < 0:
-        raise UserError(f"--num-workers must be at least 0, not {config.num_workers}")
-    if not 0 <= config.share_start <= config.share_end <= 1:
-        raise UserError(
-            f"--share-start {config.share_start:g} and --share-end {config.share_end:g} must lie between 0 and 1, in "
-            "this order"
-        )
-    for name in ("learning_rate", "teacher_sharpness"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be over 0, not {getattr(config, name):g}")
-    if not 0 <= config.label_smoothing < 1:
-        raise UserError(f"--label-smoothing must be at least 0 and under 1, not {config.label_smoothing:g}")
-    if config.label_smoothing and config.method == "psd":
-        raise UserError("--label-smoothing is for --method infonce: psd's targets are soft already")
-    if not 0 <= config.warmup < 1:
-        raise UserError(f"--warmup must be at least 0 and under 1, not {config.warmup:g}")
-    if not 0 <= config.checkpoint_minutes < math.inf:
-        raise UserError(f"--checkpoint-minutes must be at least 0, not {config.checkpoint_minutes:g}")
-    if config.weight_decay < 0:
-        raise UserError(f"--weight-decay must be at least 0, not {config.weight_decay:g}")
-    if num_pairs is not None and num_pairs < size:
-        raise UserError(
-            f"{num_pairs} pairs are fewer than one batch: choose a smaller --batch-size than {size}"
+            f"{num_pairs} pairs are fewer than one batch: choose a smaller --batch-size than {config.batch_size}"
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -128,22 +128,6 @@ class Pass:
     kept: np.ndarray
     targets: Tensor | None
     """(num_rows, K) float32, the targets of all shards' rows, where neighbours are used."""
-
-
-def check_config(config: SelfTrainingConfig) -> None:
-    """UserError for values out of range."""
-    if config.temperature is not None and not 0 < config.temperature < math.inf:
-        raise UserError(f"--temperature must be above 0, not {config.temperature}")
-    if config.rounds < 1:
-        raise UserError(f"--rounds must be at least 1, not {config.rounds}")
-    if not 0 <= config.threshold < 1:
-        raise UserError(f"--threshold must be at least 0 and below 1, not {config.threshold}")
-    if config.neighbours is not None and config.neighbours < 0:
-        raise UserError(f"--neighbours must not be negative, not {config.neighbours}")
-    if config.neighbours and config.solver == "gradient":
-        raise UserError("--neighbours is for the gaussian solver: the gradient solver uses none")
-    if config.num_workers < 0:
-        raise UserError(f"--num-workers must not be negative, not {config.num_workers}")
 
 
 def neighbour_count(config: SelfTrainingConfig, *, num_rows: int, num_classes: int) -> int:
@@ -418,8 +402,3 @@ def _gradient_student(
     return State(
         round=0, weight=parameters[:, :-1].contiguous(), bias=parameters[:, -1], factors=teacher.factors
     )
-
-
-def config_identity(config: SelfTrainingConfig) -> dict[str, object]:
-    """What of the configuration decides the result: everything but the number of workers."""
-    return {key: value for key, value in asdict(config).items() if key != "num_workers"}

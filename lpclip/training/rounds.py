@@ -26,7 +26,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from lpclip import files
-from lpclip.config import SelfTrainingConfig
+from lpclip.config import SelfTrainingConfig, config_identity
 from lpclip.encoders.encoder import resolve_precision
 from lpclip.encoders.head import Head
 from lpclip.errors import UserError
@@ -39,7 +39,6 @@ from lpclip.method.self_training import (
     Pass,
     Shard,
     State,
-    config_identity,
     fit_whitenings,
     neighbour_count,
     self_train,

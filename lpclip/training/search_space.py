@@ -18,7 +18,6 @@ from ray.tune.search.variant_generator import generate_variants
 import lpclip
 from lpclip.config import SelfTrainingConfig, digest
 from lpclip.errors import UserError
-from lpclip.method.self_training import check_config
 
 # The spaces that are shipped, by the names that --space takes.
 SHIPPED = ("default", "quick", "wide")
@@ -135,7 +134,7 @@ def trial_config(
         values["temperature"] = own_temperature
     config = replace(base, **values)
     try:
-        check_config(config)
+        config.check()
     except UserError as error:
         raise UserError(f"the search space asks for what the training refuses: {error}") from error
     return config
