@@ -17,6 +17,8 @@ from lpclip.jobs.cli import OPTIONS
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 COMMANDS = ("encode", "selftrain", "evaluate", "tune", "predict", "pretrain")
+# Their entries name files as they were.
+HISTORY = ("CHANGELOG", "log")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -49,6 +51,14 @@ def test_links_lead_to_files_and_headings_that_are_there(page: Path) -> None:
         place = page.parent / name if name else page
         assert place.exists(), target
         assert not anchor or anchor in _anchors(place), target
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.stem not in HISTORY], ids=lambda page: page.name
+)
+def test_files_that_are_named_are_there(page: Path) -> None:
+    for name in re.findall(r"`((?:\w+/)+\w+\.py)`", page.read_text()):
+        assert (ROOT / name).is_file() or (ROOT / "lpclip" / name).is_file(), name
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if _commands(page)], ids=lambda page: page.name)
