@@ -223,7 +223,7 @@ def test_a_second_job_on_one_output_folder_is_refused(
     with output_folder(str(work / "base")):
         for job in ("selftrain.py", "encode.py"):
             message = refusal(f"{job} {command}", monkeypatch, capsys)
-            assert message == f"another job is writing to {work}/base; wait for it, or choose another --out"
+            assert message == f"another job is writing to {work}/base: wait for it, or choose another --out"
 
 
 def test_predict_labels_images_as_the_probe_does(

@@ -37,7 +37,7 @@ lpclip COMMAND --help explains the flags of a command.
 An error that you can mend is one line, `error: ...`, and the exit code 1. With LPCLIP_TRACEBACK=1 in the environment,
 its traceback is shown as well. Ctrl-C keeps the finished work, and the same command resumes from there."""
 
-# A disk may be full wherever something is written, in libraries too.
+# Libraries that write files meet a full disk as well, and raise their own OSError.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 OPTIONS = (conf.OmitArgPrefixes, conf.OmitSubcommandPrefixes, conf.FlagCreatePairsOff, conf.DisallowNone)
 
@@ -131,7 +131,7 @@ def _is_ray(error: BaseException) -> bool:
 
 
 def _wrapped(error: BaseException) -> Iterator[BaseException]:
-    """What a Ray exception carries: a task's cause, a controller's or workers' failures, a worker's error."""
+    """Exceptions inside of a Ray exception: the cause of a task, failures of a controller or of workers."""
     failures = getattr(error, "worker_failures", {})
     names = ("cause", "controller_failure", "_base_exc")
     for inner in [*failures.values(), *(getattr(error, name, None) for name in names)]:
@@ -140,7 +140,7 @@ def _wrapped(error: BaseException) -> Iterator[BaseException]:
 
 
 def _mistake_in_traceback(text: str) -> str | None:
-    """The user's mistake in a traceback: all that Ray Data and a dead actor keep of the exception itself."""
+    """Find the user's mistake in the text of a traceback, all that Ray Data and a dead actor keep of an exception."""
     errors = re.findall(r"^([\w.]*(?:Error|Exception)): (.+)$", text, re.MULTILINE)
     own = [(name, message) for name, message in errors if not name.startswith("ray.")]
     if not own:

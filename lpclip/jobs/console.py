@@ -1,4 +1,4 @@
-"""What a job says on the terminal: its plan first, its tables last."""
+"""Words of the jobs on the terminal: the plan first, the tables last."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ from lpclip.report.sweep_page import status_line, trials_table
 from lpclip.report.tables import format_table
 from lpclip.training.search_space import SearchSpace
 
-LITE_NOTE = "the embedded lite encoder is not CLIP: it serves first impressions, its figures are its own"
+LITE_NOTE = (
+    "the embedded lite encoder is not CLIP: use it for a first impression, its figures say nothing of CLIP"
+)
 
 
 def print_plan(data: Data, test: Data | None, *, info: EncoderInfo, views: str, out: str) -> None:
-    """What a job is about to do, before it does it."""
+    """Print the plan of a job before the work begins."""
     print(f"data      {data.describe()}")
     if test is not None:
         print(f"evaluate  {test.describe()}")
@@ -101,18 +103,18 @@ def encoded_row(data: Data, encoded: Encoded) -> dict[str, Any]:
 
 
 def print_tried(name: str, found: Confirmation) -> None:
-    """What the halves of the features make of the rounds with one prior."""
+    """Print how far the two halves of the features confirm the rounds with one prior."""
     print(f"  {name}: they confirm {found.agreement:.1%} of the labels (kappa {found.kappa:.2f})", flush=True)
 
 
 def print_prior(name: str, tried: dict[str, Confirmation], *, trusted: bool) -> None:
-    """Which prior the rounds go on with, and whether they are to be used."""
+    """Print the prior that the rounds go on with, and a warning if their result cannot be trusted."""
     print(f"prior: {name}", flush=True)
     if not trusted:
         kappa, images = tried[name].kappa, tried[name].images_per_class
         print(
-            f"WARNING: too little to trust (kappa {kappa:.2f}, {images:.3g} images a class name): OUT/probe will "
-            f"be zero-shot. It takes a kappa of {MIN_KAPPA} and {MIN_IMAGES_PER_CLASS} images a name.",
+            f"WARNING: the rounds cannot be trusted (kappa {kappa:.2f}, {images:.3g} images per class name): OUT/probe "
+            f"will be zero-shot. Trust takes a kappa of {MIN_KAPPA} and {MIN_IMAGES_PER_CLASS} images per name.",
             flush=True,
         )
 
@@ -126,14 +128,14 @@ def print_result(
     out: str,
     run: tracking.Run,
 ) -> None:
-    """A job's last words: the tables, and where everything lies."""
+    """Print the tables of a job, and where its results lie."""
     rows = [encoded_row(data, encoded)]
     if test is not None and tested is not None:
         rows.append(encoded_row(test, tested))
     print(f"\n{format_table(rows)}\n")
     where = summary["evaluated_on"]
     if where["setting"] is None:
-        print("no labels: nothing to evaluate; OUT/pseudo_labels.parquet is there to be looked at")
+        print("there are no labels to evaluate on: look at OUT/pseudo_labels.parquet")
     else:
         print(f"{where['data']}, {where['images']:,} labelled images, {where['setting']}:")
         trusted = summary["prior"]["trusted"]
@@ -157,7 +159,7 @@ def print_result(
         if after < before:
             print(
                 f"\nThe probe is {100 * (before - after):.1f} points below zero-shot here: use OUT/zero_shot instead, "
-                "or more images, or tell the classes' shares (--prior)."
+                "or more images, or give the shares of the classes (--prior)."
             )
     print()
     _print_places(out, run, probe="probe", summary="summary.json")
@@ -166,7 +168,7 @@ def print_result(
 def print_evaluation_plan(
     sets: Sequence[tuple[str, Data, int]], probes: Mapping[str, Probe], *, info: EncoderInfo, out: str
 ) -> None:
-    """What is about to be evaluated: `sets` are a kind, images and the number of their views."""
+    """Print the plan of an evaluation: `sets` are a kind, images and the number of their views."""
     for kind, data, num_views in sets:
         size = ""
         if data.source is not None and data.source.num_rows:
@@ -193,7 +195,7 @@ def print_evaluation(
     out: str,
     run: tracking.Run,
 ) -> None:
-    """The evaluation's tables, and where everything lies."""
+    """Print the tables of an evaluation, and where its results lie."""
     if rates["features"]:
         print(f"\nencoded {rates['images']:,.0f} images, {rates['features']:,.0f} features a second")
     for rows in (corruption_table(results), ood_table(results), overview_table(results)):
@@ -214,7 +216,7 @@ def print_evaluation(
 
 
 def print_retrieval(results: Sequence[RetrievalResult], *, out: str, run: tracking.Run) -> None:
-    """The table of an evaluation of retrieval alone, and where everything lies."""
+    """Print the table of an evaluation of retrieval alone, and where its results lie."""
     print(f"\n{format_table(retrieval_table(results))}\n")
     _print_places(out, run, summary="summary.json")
 
@@ -222,7 +224,7 @@ def print_retrieval(results: Sequence[RetrievalResult], *, out: str, run: tracki
 def print_sweep_plan(
     job: TuneJob, space: SearchSpace, *, classes: ClassList, count: int, concurrent: int
 ) -> None:
-    """What is about to be searched."""
+    """Print the plan of a sweep."""
     names = ", ".join(classes.names[:8]) + (", ..." if len(classes.names) > 8 else "")
     print(f"classes   {len(classes.names)}: {names}")
     fixed = "".join(f", {name}={value}" for name, value in space.fixed.items())
@@ -236,13 +238,13 @@ def print_sweep_plan(
 
 
 def print_sweep(summary: dict[str, Any], *, out: str, run: tracking.Run) -> None:
-    """A sweep's last words: the best trials, what the choice was worth, and how to repeat it."""
+    """Print the best trials of a sweep, the worth of its choice, and the command that repeats it."""
     print(f"\n{format_table(trials_table(summary))}\n\n{status_line(summary)}")
     where, evidence, chosen = summary["evaluated_on"], summary["evidence"], summary["chosen"]
     if where["setting"] is None:
-        print("no labels: the criterion has chosen, and nothing can tell how well")
+        print("there are no labels: the criterion has chosen, and nothing measures how well")
     elif evidence is None:
-        print("too few trials to tell how well the criterion chose")
+        print("there are too few trials to measure how well the criterion chose")
     else:
         print(
             f"{where['data']}, {where['images']:,} labelled images, {where['setting']}: zero-shot "
@@ -253,6 +255,6 @@ def print_sweep(summary: dict[str, Any], *, out: str, run: tracking.Run) -> None
         if evidence["spearman"] is not None:
             print(f"Spearman correlation of {summary['criterion']} with accuracy: {evidence['spearman']:.2f}")
     if not summary["trusted"]:
-        print("WARNING: the rounds are not to be trusted on these images (above): zero-shot is chosen")
+        print("WARNING: the rounds cannot be trusted on these images (see above): zero-shot is chosen")
     print(f"\nagain    {chosen['command'] or 'zero-shot needs no training'}")
     _print_places(out, run, probe="probe", report="report.html", summary="summary.json")

@@ -35,7 +35,7 @@ from lpclip.progress import Progress, watched
 from lpclip.report.tables import format_table
 from lpclip.training.contrastive import WEIGHTS, Pretraining, go_on, is_finished, pretrain, read_metrics
 
-# Of the texts, more are not counted: their tokens take a minute.
+# At most this many different texts are tokenized to count the cut ones: more would take over a minute.
 COUNTED_TEXTS = 200_000
 
 
@@ -147,7 +147,7 @@ def _pretrain(
 def _teller(
     config: PretrainConfig, work: Pretraining, *, total: int, progress: Progress, run: tracking.Run
 ) -> Callable[[], None]:
-    """Tells what is new in the measurements each time that it is called: progress, epochs, metrics to MLflow."""
+    """Report new measurements at each call: progress, finished epochs, metrics to MLflow."""
     per_epoch = total // config.epochs
     # From the first: MLflow may have missed what was measured just before a kill, and takes no step twice.
     told, epochs = 0, progress.done // config.batch_size // per_epoch
@@ -175,7 +175,7 @@ def _teller(
 
 
 def _work_identity(job: PretrainJob, pairs: str, trainable: Trainable) -> dict[str, Any]:
-    """Whatever changes the result, by the names of the flags; the number of workers does not."""
+    """Everything that changes the result, by the names of the flags; the number of workers does not."""
     training = to_dict(job.training)
     return {
         "pairs": pairs,
@@ -187,7 +187,7 @@ def _work_identity(job: PretrainJob, pairs: str, trainable: Trainable) -> dict[s
 
 
 def _reachable(model: ModelConfig) -> ModelConfig:
-    """The model, its files named such that any worker on this machine finds them."""
+    """The model with absolute paths, which any worker on this machine finds."""
     encoder, weights = model.encoder, model.pretrained
     if encoder.endswith(".json"):
         encoder = files.absolute(encoder)
@@ -197,7 +197,7 @@ def _reachable(model: ModelConfig) -> ModelConfig:
 
 
 def _count_cut_texts(pairs: PairStore, trainable: Trainable) -> tuple[int, int]:
-    """How many of how many different texts fill the model's context, or more than it."""
+    """Count the texts that fill the context of the model or are longer, and the different texts that were looked at."""
     different: set[str] = set()
     for start in range(0, len(pairs), 4096):
         rows = range(start, min(len(pairs), start + 4096))

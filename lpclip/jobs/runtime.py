@@ -1,4 +1,4 @@
-"""What all jobs share: Ray, one job for each output folder, versions."""
+"""Shared by all jobs: the start of Ray, one job for each output folder, versions."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def start_ray() -> None:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
-    # Whatever ends an execution is raised as well, and told in a sentence.
+    # An error that ends an execution is raised as well, and main prints it in one sentence.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
     else:
-        # Not "auto": the leavings of a dead cluster would be waited for, for minutes.
+        # "auto" would wait minutes for a dead cluster whose files are still there.
         ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -42,16 +42,16 @@ def start_ray() -> None:
 
 
 def in_submitted_job() -> bool:
-    """Whether `ray job submit` started this process."""
+    """True if `ray job submit` started this process."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 @contextlib.contextmanager
 def output_folder(out: str) -> Iterator[str]:
-    """The output folder, made and held: a second job on it is refused. Yields it as an absolute path or URI.
+    """Create and lock the output folder, so that a second job on it is refused. Yields an absolute path or URI.
 
-    Raises UserError when it cannot be written or is in use, and for a relative path in a submitted job,
-    whose working directory is a temporary copy that nobody would look into.
+    Raises UserError when it cannot be written or is in use, and for a relative path in a submitted job, whose
+    working directory is a temporary copy that is deleted later.
     """
     if "://" in out:
         files.make_folder(out)
@@ -68,7 +68,7 @@ def output_folder(out: str) -> Iterator[str]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
-        raise UserError(f"another job is writing to {out}; wait for it, or choose another --out") from error
+        raise UserError(f"another job is writing to {out}: wait for it, or choose another --out") from error
     try:
         yield path
     finally:
@@ -76,9 +76,10 @@ def output_folder(out: str) -> Iterator[str]:
 
 
 def claim(out: str, identity: dict[str, Any], *, mark: bool = True, shared: str = "features") -> None:
-    """Mark the output folder as this work's, if wanted. Raises UserError when it holds another work's results.
+    """Mark the output folder with the identity of this work, unless `mark` is off.
 
-    `shared` is the folder in it, and the flag, by which other work saves itself reading the images again.
+    `shared` names the folder in it, and the flag, that spares other work reading the images again. Raises UserError
+    when the folder holds the results of other work.
     """
     path = files.join(out, "job.json")
     if not files.exists(path):
@@ -95,7 +96,7 @@ def claim(out: str, identity: dict[str, Any], *, mark: bool = True, shared: str 
 
 
 def versions() -> dict[str, str]:
-    """Versions of whatever decides the numbers."""
+    """Versions of the packages that decide the numbers."""
     found = {"lpclip": lpclip.__version__, "python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
