@@ -13,7 +13,7 @@ within a turn. An image counts once, however many views it has.
 - bare: the forward pass alone, on batches that lie ready, on all cores.
 - loop, N workers: torch's DataLoader with this project's decoding, views and encoder. The fastest is the best loop.
 - autocast loop: as CLIP_benchmark runs open_clip: its own transform, float32 weights under bfloat16 autocast.
-- pipeline: lpclip.features.encode_stage.
+- pipeline: lpclip.features.find_or_encode.
 
 "images/s" leaves the start out. A loop's clock begins after its first batch, the pipeline's with the encoder's first;
 what the pipeline has decoded ahead by then is charged to it, as if all cores had done it. "from start" has all but
@@ -63,11 +63,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lpclip.config import ClassConfig, EncodeConfig, EncoderConfig, SourceConfig
+from lpclip.config import ClassConfig, EncoderConfig, SourceConfig
 from lpclip.encoders.encoder import Encoder
 from lpclip.encoders.load import load_encoder
 from lpclip.encoders.prompts import templates, zero_shot_head
-from lpclip.features import encode_stage as pipeline
+from lpclip.features import find_or_encode as pipeline
 from lpclip.features.describe import describe_encoder
 from lpclip.features.encode_stage import ENCODER_ENV
 from lpclip.images.classes import resolve_classes
@@ -378,16 +378,17 @@ def encode_once(setting: Setting) -> dict[str, list[Block]]:
     limits = replace(LIMITS, id_column="id" if setting.data.endswith(".parquet") else None)
     source = open_source(setting.data, config=limits, limit=setting.num_images)
     info = describe_encoder(setting.encoder)
-    config = EncodeConfig(views=setting.views, batch_size=setting.batch_size)
+    options: dict[str, Any] = {"info": info, "encoder": setting.encoder, "batch_size": setting.batch_size}
     with tempfile.TemporaryDirectory() as store, _kept_datasets() as datasets:
-        pipeline.encode(source, info=info, encoder=setting.encoder, config=config, seed=0, path=store)
+        encoding = pipeline.Encoding(**options, folder=store)
+        encoding.encode(source, views=parse_views(setting.views), path=store)
     (dataset,) = datasets
     return _blocks(dataset)
 
 
 @contextlib.contextmanager
 def _kept_datasets() -> Iterator[list[Any]]:
-    """Keep hold of the datasets that lpclip.features.encode_stage runs: their statistics are in no file."""
+    """Keep hold of the datasets that lpclip.features.find_or_encode runs: their statistics are in no file."""
     fill, kept = pipeline.fill_store, []
 
     def keep(*args: Any, stages: Callable[..., Any], **options: Any) -> Any:

@@ -28,12 +28,13 @@ from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
 from lpclip.encoders.head import EncoderInfo, Head, make_head
 from lpclip.encoders.load import load_encoder
 from lpclip.encoders.prompts import DEFAULT_TEMPLATES
+from lpclip.features.data import open_data
 from lpclip.features.decode_stage import decode_unit
 from lpclip.features.describe import describe_encoder
-from lpclip.features.encode_stage import CPU_BATCH, _Encode, encode, plan_actors
-from lpclip.features.find_or_encode import encode_data, open_data
+from lpclip.features.encode_stage import CPU_BATCH, EncodeStage, plan_actors
+from lpclip.features.find_or_encode import Encoding
 from lpclip.features.store import Manifest, Store, matrix
-from lpclip.features.zero_shot_labels import pseudo_label
+from lpclip.features.zero_shot_labels import ZeroShotLabels, pseudo_label
 from lpclip.images.open import open_source
 from lpclip.images.views import parse_views
 from lpclip.jobs.cli import users_mistake
@@ -75,14 +76,27 @@ def made(tars: Path, info: EncoderInfo, tmp_path_factory: pytest.TempPathFactory
     """The tars' features and zero-shot pseudo-labels."""
     folder = tmp_path_factory.mktemp("made")
     head = make_head(info, CLASSES, temperature=None)
-    store = run(tars, info, folder / "store", head=head, scores_path=str(folder / "scores"))
+    labels = ZeroShotLabels(head=head, folder=str(folder / "scores"))
+    store = run(tars, info, folder / "store", zero_shot=labels)
     return Made(path=folder / "store", manifest=store.manifest, head=head, scores=folder / "scores")
+
+
+def encoding(info: EncoderInfo, folder: Path, config: EncodeConfig = CONFIG) -> Encoding:
+    return Encoding(
+        info=info,
+        encoder=LITE,
+        folder=str(folder),
+        batch_size=config.batch_size,
+        num_actors=config.num_actors,
+    )
 
 
 def run(data: Path, info: EncoderInfo, path: Path, config: EncodeConfig = CONFIG, **options: Any) -> Store:
     limits = options.pop("source", SourceConfig())
     source = open_source(str(data), config=limits)
-    return encode(source, info=info, encoder=LITE, config=config, seed=0, path=str(path), **options)
+    return encoding(info, path.parent, config).encode(
+        source, views=parse_views(config.views), path=str(path), **options
+    )
 
 
 def features(path: Path) -> dict[str, bytes]:
@@ -168,7 +182,7 @@ def test_features_are_the_same_bits_for_any_batch_size_number_of_threads_and_com
     views = ("weak", "mirror")
 
     def bits(batch_size: int, num_threads: int, rows: slice) -> list[bytes]:
-        stage = _Encode(encoder, identity, parse_views(",".join(views)), batch_size, num_threads)
+        stage = EncodeStage(encoder, identity, parse_views(",".join(views)), batch_size, num_threads)
         found = stage(table_of_pixels({"weak": pixels[rows]}, [None] * len(pixels[rows])))
         features = np.concatenate([matrix(found, view, made.dim) for view in views], axis=1)
         return [row.tobytes() for row in features]
@@ -219,7 +233,7 @@ np.savez(sys.argv[1], features=features, predicted=(features @ head.T).argmax(ax
 @pytest.mark.parametrize("batch_size", [2, 5, 64])
 def test_batches_run_on_from_view_to_view(info: EncoderInfo, batch_size: int) -> None:
     views = ("weak", "mirror", "gaussian_noise:3", "gaussian_noise:3+mirror")
-    stage = _Encode(LITE, info.identity, parse_views(",".join(views)), batch_size, 1)
+    stage = EncodeStage(LITE, info.identity, parse_views(",".join(views)), batch_size, 1)
     stage.batch_size = batch_size  # as on a GPU: a CPU has its own
     sizes: list[int] = []
     encode_image = stage.encoder.encode_image
@@ -350,13 +364,12 @@ def test_bad_images_are_quarantined_with_their_reason(mixed: Path, info: Encoder
     with pytest.raises(ValueError, match=message):
         run(mixed, info, tmp_path, source=strict)
     data = open_data(str(mixed), config=strict, split="train")
-    options: dict[str, Any] = {"info": info, "encoder": LITE, "config": CONFIG, "seed": 0}
-    found = encode_data(
-        open_data(str(mixed), config=SourceConfig(), split="train"), **options, folder=str(tmp_path / "f")
-    )
+    views = parse_views(CONFIG.views)
+    lenient = open_data(str(mixed), config=SourceConfig(), split="train")
+    found = encoding(info, tmp_path / "f").store_of(lenient, views=views)
     assert found.store.manifest.num_quarantined == 4
     with pytest.raises(ValueError, match=message):
-        encode_data(data, **options, folder=str(tmp_path / "f"))
+        encoding(info, tmp_path / "f").store_of(data, views=views)
 
 
 def test_bad_images_alone_are_refused_however_often_one_tries(info: EncoderInfo, tmp_path: Path) -> None:
@@ -366,9 +379,7 @@ def test_bad_images_alone_are_refused_however_often_one_tries(info: EncoderInfo,
     data = open_data(str(tmp_path / "images"), config=SourceConfig(max_bad_fraction=1.0), split="train")
     for _ in range(3):
         with pytest.raises(ValueError, match="4 of 4 images of images cannot be read"):
-            encode_data(
-                data, info=info, encoder=LITE, config=CONFIG, seed=0, folder=str(tmp_path / "features")
-            )
+            encoding(info, tmp_path / "features").store_of(data, views=parse_views(CONFIG.views))
 
 
 def test_an_empty_tar_among_others_is_no_obstacle(info: EncoderInfo, tmp_path: Path) -> None:

@@ -23,12 +23,13 @@ from conftest import descendants, draw, write_tar
 
 from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
 from lpclip.encoders.head import EncoderInfo
+from lpclip.features import find_or_encode
 from lpclip.features.describe import describe_encoder
-from lpclip.features.encode_stage import encode
 from lpclip.features.store import Store
 from lpclip.features.store_writer import list_parts
 from lpclip.images.open import open_source
 from lpclip.images.source import Reader, Row, Source
+from lpclip.images.views import parse_views
 
 pytestmark = pytest.mark.usefixtures("lite_map")
 LITE = EncoderConfig()
@@ -67,8 +68,8 @@ def undisturbed(
 
 
 def run(source: Source, info: EncoderInfo, path: Path, *, views: str = EncodeConfig().views) -> Store:
-    config = EncodeConfig(views=views)
-    return encode(source, info=info, encoder=LITE, config=config, seed=0, path=str(path))
+    encoding = find_or_encode.Encoding(info=info, encoder=LITE, folder=str(path.parent))
+    return encoding.encode(source, views=parse_views(views), path=str(path))
 
 
 def features(path: Path) -> dict[str, bytes]:

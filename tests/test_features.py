@@ -16,12 +16,14 @@ import ray
 from conftest import draw
 from PIL import Image
 
-from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
+from lpclip.config import EncoderConfig, SourceConfig
 from lpclip.encoders.head import EncoderInfo
+from lpclip.features.data import Data, open_data
 from lpclip.features.describe import describe_encoder
-from lpclip.features.find_or_encode import Data, Encoded, Views, encode_views, open_data
+from lpclip.features.find_or_encode import Encoding
 from lpclip.features.store import matrix
 from lpclip.features.store_writer import Part, StoreWriter
+from lpclip.features.stored_views import Encoded, Views
 from lpclip.images.pixels import Preprocess
 from lpclip.images.render import render
 from lpclip.images.views import CORRUPTIONS, View, parse_views
@@ -50,15 +52,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(
     data: Data, info: EncoderInfo, folder: Path, views: tuple[View, ...], *, seed: int = 0, **config: Any
 ) -> Views:
-    return encode_views(
-        data,
-        views=views,
-        info=info,
-        encoder=EncoderConfig(),
-        config=EncodeConfig(**config),
-        seed=seed,
-        folder=str(folder),
-    )
+    encoding = Encoding(info=info, encoder=EncoderConfig(), folder=str(folder), seed=seed, **config)
+    return encoding.views_of(data, views)
 
 
 def images(path: Path) -> Data:
@@ -133,7 +128,7 @@ def test_corrupted_features_do_not_depend_on_actors_batches_stores_or_the_cut_in
     (unit,) = data.source.units
     cut = tuple(json.dumps([span]) for span in json.loads(unit))
     assert len(cut) == 3
-    pieces = replace(data, source=replace(data.source, units=cut))
+    pieces = Data(replace(data.source, units=cut))
     other = run(pieces, info, tmp_path, (*CORRUPTED, *BASE), num_actors=2, batch_size=5)
     (one,) = other.stores
     assert len(one.store.manifest.parts) == 3

@@ -1,18 +1,10 @@
-"""From images to features: a Ray Data pipeline that reads, decodes, encodes and commits, unit by unit.
-
-    unit ──► read + decode (CPU tasks) ──► encode (one actor a GPU) ──► commit a part (CPU task) ──► progress
-
-A decode task hands on uint8 pixels at the encoder's input size; encoded bytes never leave it. The driver sees
-counts only. Requested CPUs differ from stage to stage so that Ray keeps the stages apart.
-"""
+"""Tables of pixels to tables of features: the actor that holds the encoder, and how many there are."""
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,25 +12,29 @@ import pyarrow as pa
 import ray
 import torch
 
-from lpclip import files
-from lpclip.config import EncodeConfig, EncoderConfig
-from lpclip.encoders.head import EncoderInfo, Head
+from lpclip.config import EncoderConfig
+from lpclip.encoders.head import EncoderInfo
 from lpclip.encoders.load import load_again, refuse_another
-from lpclip.features.commit_stage import commit
-from lpclip.features.decode_stage import pixel_array, rows_at_once
+from lpclip.features.decode_stage import pixel_array
 from lpclip.features.describe import has_gpus
-from lpclip.features.pipeline import TABLES_AHEAD, decode_units, fill_store
-from lpclip.features.store import Store
-from lpclip.features.store_writer import StoreWriter
-from lpclip.features.zero_shot_labels import write_scores
 from lpclip.images.pixels import REDUCING_GAP, preprocess_identity
 from lpclip.images.source import Source
-from lpclip.images.views import STRONG_VERSION, View, parse_views, pixel_views
+from lpclip.images.views import STRONG_VERSION, View
 
 # Images in one forward pass on a CPU. Kernels, and so roundings, may differ with the shape of a batch and with the
 # number of threads that share it. So every pass has this shape and one thread, and threads share the passes instead:
 # features are the same bits for any --batch-size and any number of CPUs, and lite is nearly twice as fast.
 CPU_BATCH = 8
+
+# The environment of processes that hold an encoder. glibc gives the large activations of every forward pass back to
+# the kernel and takes them again, page by page: on CPUs that can cost more than the arithmetic. One heap that only
+# grows costs a peak's worth of memory.
+ENCODER_ENV = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
 
 
 def store_identity(
@@ -62,7 +58,7 @@ def store_identity(
     return identity
 
 
-class _Encode:
+class EncodeStage:
     """The actor that holds the encoder: pixel columns to feature columns."""
 
     def __init__(
@@ -155,69 +151,3 @@ def plan_actors(num_actors: int | None) -> Plan:
     # Never a whole CPU: stages with the same request would be fused into one process.
     cpus = 0.9 if cpus == 1 else cpus
     return Plan(num_actors=count, cpus_per_actor=cpus, gpus_per_actor=0, num_threads=max(1, int(share)))
-
-
-def encode(
-    source: Source,
-    *,
-    info: EncoderInfo,
-    encoder: EncoderConfig,
-    config: EncodeConfig,
-    seed: int,
-    path: str,
-    head: Head | None = None,
-    scores_path: str = "",
-) -> Store:
-    """Encode a source into the feature store at `path`, going on from what is there. Returns the store.
-
-    With a head, zero-shot pseudo-labels of the images that are encoded now go to `scores_path`, part by part.
-    Raises UserError when too many images are bad, or the folder is another store's.
-    """
-    views = parse_views(config.views)
-    writer = StoreWriter(path, store_identity(source, info, views, seed=seed))
-    if head is not None:
-        files.make_folder(scores_path)
-
-    def stages(todo: list[int], name: str) -> ray.data.Dataset:
-        plan = plan_actors(config.num_actors)
-        decoded = decode_units(
-            source,
-            todo,
-            views=pixel_views(views),
-            preprocess=info.preprocess,
-            seed=seed,
-            tables_ahead=plan.num_actors * TABLES_AHEAD,
-        )
-        # Ray Data insists on a number of rows where GPUs are asked for; tables of small units are put together to it.
-        rows = min(config.batch_size, rows_at_once(pixel_views(views), info.preprocess))
-        encoded = decoded.map_batches(
-            _Encode,
-            batch_size=rows if plan.gpus_per_actor else None,
-            batch_format="pyarrow",
-            fn_constructor_args=(encoder, info.identity, views, config.batch_size, plan.num_threads),
-            compute=ray.data.ActorPoolStrategy(size=min(plan.num_actors, len(todo))),
-            num_cpus=plan.cpus_per_actor,
-            num_gpus=plan.gpus_per_actor,
-            max_restarts=0,
-            max_task_retries=0,
-            runtime_env={"env_vars": ENCODER_ENV},
-            ray_remote_args_fn=lambda: {"name": f"{name}-{uuid.uuid4().hex}"},
-        )
-        scores = partial(write_scores, head=head, path=scores_path) if head is not None else None
-        columns = ("id", "label", "texts", *map(str, views))
-        commit_parts = partial(commit, writer=writer, columns=columns, beside=scores)
-        # A commit asks for no share of a CPU: decoding would take it again and again, and commits would wait.
-        return encoded.map_batches(commit_parts, batch_size=None, batch_format="pyarrow", num_cpus=0)
-
-    return fill_store(source, writer=writer, what="encoding", stages=stages)
-
-
-# The environment of processes that hold an encoder. glibc gives the large activations of every forward pass back to
-# the kernel and takes them again, page by page: on CPUs that can cost more than the arithmetic. One heap that only
-# grows costs a peak's worth of memory.
-ENCODER_ENV = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-    "MALLOC_TOP_PAD_": str(64 << 20),
-}

@@ -1,216 +1,166 @@
-"""Data as features: find the feature stores that fit, or encode what is missing."""
+"""From images to features: find the feature stores that fit, or encode what is missing with a Ray Data pipeline.
+
+    unit ──► read + decode (CPU tasks) ──► encode (one actor a GPU) ──► commit a part (CPU task) ──► progress
+
+A decode task hands on uint8 pixels at the encoder's input size; encoded bytes never leave it. The driver sees
+counts only. Requested CPUs differ from stage to stage so that Ray keeps the stages apart.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+import uuid
+from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
+import ray
 
 from lpclip import files
-from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
-from lpclip.encoders.head import EncoderInfo, Head
+from lpclip.config import EncodeConfig, EncoderConfig
+from lpclip.encoders.head import EncoderInfo
 from lpclip.errors import UserError
-from lpclip.features.encode_stage import encode, plan_actors, store_identity
-from lpclip.features.pipeline import check_quarantine
-from lpclip.features.store import Features, Store, fingerprint, mean_view
-from lpclip.images.open import open_source
+from lpclip.features.commit_stage import commit
+from lpclip.features.data import Data
+from lpclip.features.decode_stage import rows_at_once
+from lpclip.features.encode_stage import ENCODER_ENV, EncodeStage, plan_actors, store_identity
+from lpclip.features.pipeline import TABLES_AHEAD, check_quarantine, decode_units, fill_store
+from lpclip.features.store import Store, fingerprint
+from lpclip.features.store_writer import StoreWriter
+from lpclip.features.stored_views import Encoded, Views
+from lpclip.features.zero_shot_labels import ZeroShotLabels
 from lpclip.images.source import Source
-from lpclip.images.views import STRONG_VERSION, WEAK, View, parse_views
+from lpclip.images.views import STRONG_VERSION, WEAK, View, pixel_views
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
-    """Images to use: a source that may have to be encoded, or a feature store that is given as it is."""
+class Encoding:
+    """The way from images to features: an encoder, the folder of the stores, and the work that runs at a time."""
 
-    name: str
-    label_names: tuple[str, ...] | None
-    has_labels: bool
-    source: Source | None = None
-    path: str | None = None
+    info: EncoderInfo
+    encoder: EncoderConfig
+    folder: str
+    """Stores are looked for and made in this folder."""
+    seed: int = 0
+    """Seed of the views that draw random numbers."""
+    batch_size: int = EncodeConfig.batch_size
+    num_actors: int | None = None
+    """Encoder actors; by default one for each GPU, or one for every eight CPUs."""
 
-    def describe(self) -> str:
-        """One line for the plan."""
-        if self.source is None:
-            return f"{self.name} (feature store)"
-        count = f"{self.source.num_rows:,}" if self.source.num_rows is not None else "an unknown number of"
-        kind = "labelled" if self.has_labels else "unlabelled"
-        if self.source.has_texts:
-            kind = "with texts"
-        return f"{self.name}: {count} images ({self.source.kind}, {kind})"
+    def store_of(
+        self, data: Data, *, views: tuple[View, ...], zero_shot: ZeroShotLabels | None = None
+    ) -> Encoded:
+        """The store of the data with exactly these views: given, found in the folder by its fingerprint, or encoded.
 
+        Zero-shot pseudo-labels are written of images that are encoded now.
+        Raises UserError when a given store was made by another encoder or preprocessing, or too many images are bad.
+        """
+        begin = time.monotonic()
+        identity = store_identity(data.source, self.info, views, seed=self.seed)
+        if isinstance(data.origin, Store):
+            data.origin.require(identity)
+            rows = data.origin.manifest.num_rows
+            print(f"features of {data.name}: {rows:,} images, as given", flush=True)
+            return Encoded(store=data.origin, seconds=0.0, reused=True, rate=None)
+        path = files.join(files.absolute(self.folder), f"{data.name}-{fingerprint(identity)[:12]}")
+        store = Store.find(path)
+        if store is not None:
+            check_quarantine(data.origin, store)
+            print(f"features of {data.name}: found in {path}", flush=True)
+            return Encoded(store=store, seconds=time.monotonic() - begin, reused=True, rate=None)
+        print(f"features of {data.name}: encoding to {path}, {plan_actors(self.num_actors)}", flush=True)
+        store = self.encode(data.origin, views=views, path=path, zero_shot=zero_shot)
+        seconds = time.monotonic() - begin
+        return Encoded(store=store, seconds=seconds, reused=False, rate=store.manifest.images_per_second)
 
-@dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """A complete feature store and how it was come by."""
+    def views_of(self, data: Data, views: tuple[View, ...]) -> Views:
+        """All these views of the data: those that stores in the folder hold, the missing ones encoded in one pass.
 
-    store: Store
-    seconds: float
-    reused: bool
-    rate: float | None
-    """Images a second, None when nothing was encoded."""
+        Raises UserError when a given store lacks a view, and as `store_of` does.
+        """
+        found = self._find_views(data, views)
+        missing = tuple(view for view in views if view not in found)
+        if isinstance(data.origin, Store) and missing:
+            raise UserError(
+                f"{data.origin.path} is a feature store without the view {missing[0]}: name the images, or encode "
+                f"them with --views {','.join(map(str, views))}"
+            )
+        if missing:
+            now = self.store_of(data, views=tuple(dict.fromkeys((WEAK, *missing))))
+            found |= dict.fromkeys(missing, now)
+        else:
+            where = data.origin.path if isinstance(data.origin, Store) else self.folder
+            print(f"features of {data.name}: {len(views)} views found in {where}", flush=True)
+        return Views({view: found[view] for view in views})
 
+    def _find_views(self, data: Data, views: tuple[View, ...]) -> dict[View, Encoded]:
+        """The complete stores of this data that hold one of these views, by view."""
+        wanted = store_identity(data.source, self.info, (), seed=self.seed)
+        if isinstance(data.origin, Store):
+            data.origin.require({key: wanted[key] for key in ("encoder", "preprocessing")})
+            stores = [data.origin]
+        else:
+            names = [name for name in files.list_folders(self.folder) if name.startswith(f"{data.name}-")]
+            there = (Store.find(files.join(files.absolute(self.folder), name)) for name in names)
+            stores = [store for store in there if store is not None]
+        found: dict[View, Encoded] = {}
+        for store in stores:
+            identity = store.manifest.identity
+            if any(identity.get(key) != wanted[key] for key in wanted if key not in ("views", "seed")):
+                continue
+            encoded = Encoded(store=store, seconds=0.0, reused=True, rate=None)
+            for view in views:
+                is_old = view.is_strong and identity.get("strong_version") != STRONG_VERSION
+                is_other = view.is_random and store.manifest.seed != self.seed
+                if str(view) in store.manifest.views and not is_old and not is_other:
+                    found.setdefault(view, encoded)
+        if data.source is not None:
+            for encoded in found.values():
+                check_quarantine(data.source, encoded.store)
+        return found
 
-def open_data(data: str, *, config: SourceConfig, split: str, limit: int | None = None) -> Data:
-    """The images, or the feature store, that `data` names. Raises UserError when it is neither."""
-    if files.exists(files.join(data, "manifest.json")):
-        store = Store.open(data)
-        if limit is not None:
-            raise UserError(f"{data} is a feature store: --limit works on images, before they are encoded")
-        return Data(
-            name=files.split(data)[1],
-            label_names=store.manifest.label_names,
-            has_labels=store.has_labels(),
-            path=data,
-        )
-    if files.exists(files.join(data, "identity.json")):
-        raise UserError(
-            f"{data} is a feature store that is not complete; run the job that made it again, it goes on there"
-        )
-    source = open_source(data, config=config, split=split, limit=limit)
-    return Data(name=source.name, label_names=source.label_names, has_labels=source.has_labels, source=source)
+    def encode(
+        self, source: Source, *, views: tuple[View, ...], path: str, zero_shot: ZeroShotLabels | None = None
+    ) -> Store:
+        """Encode a source into the feature store at `path`, going on from what is there. Returns the store.
 
+        Raises UserError when too many images are bad, or the folder is another store's.
+        """
+        info = self.info
+        writer = StoreWriter(path, store_identity(source, info, views, seed=self.seed))
+        if zero_shot is not None:
+            files.make_folder(zero_shot.folder)
+        beside = zero_shot.write if zero_shot is not None else None
+        pixels = pixel_views(views)
 
-def encode_data(
-    data: Data,
-    *,
-    info: EncoderInfo,
-    encoder: EncoderConfig,
-    config: EncodeConfig,
-    seed: int,
-    folder: str,
-    head: Head | None = None,
-    scores_path: str = "",
-) -> Encoded:
-    """The feature store of the data under `folder`: found there by its fingerprint, or encoded.
+        def stages(todo: list[int], name: str) -> ray.data.Dataset:
+            plan = plan_actors(self.num_actors)
+            decoded = decode_units(
+                source,
+                todo,
+                views=pixels,
+                preprocess=info.preprocess,
+                seed=self.seed,
+                tables_ahead=plan.num_actors * TABLES_AHEAD,
+            )
+            # Ray Data insists on a number of rows where GPUs are asked for. It puts tables of small units together
+            # to reach it.
+            rows = min(self.batch_size, rows_at_once(pixels, info.preprocess))
+            encoded = decoded.map_batches(
+                EncodeStage,
+                batch_size=rows if plan.gpus_per_actor else None,
+                batch_format="pyarrow",
+                fn_constructor_args=(self.encoder, info.identity, views, self.batch_size, plan.num_threads),
+                compute=ray.data.ActorPoolStrategy(size=min(plan.num_actors, len(todo))),
+                num_cpus=plan.cpus_per_actor,
+                num_gpus=plan.gpus_per_actor,
+                max_restarts=0,
+                max_task_retries=0,
+                runtime_env={"env_vars": ENCODER_ENV},
+                ray_remote_args_fn=lambda: {"name": f"{name}-{uuid.uuid4().hex}"},
+            )
+            columns = ("id", "label", "texts", *map(str, views))
+            commit_parts = partial(commit, writer=writer, columns=columns, beside=beside)
+            # A commit asks for no share of a CPU: decoding would take it again and again, and commits would wait.
+            return encoded.map_batches(commit_parts, batch_size=None, batch_format="pyarrow", num_cpus=0)
 
-    Raises UserError when a given store was made by another encoder or preprocessing, or too many images are bad.
-    """
-    begin = time.monotonic()
-    if data.source is None:
-        assert data.path is not None
-        wanted = store_identity(None, info, parse_views(config.views), seed=seed)
-        given = Store.open(data.path)
-        given.require(wanted)
-        print(f"features of {data.name}: {given.manifest.num_rows:,} images, as given", flush=True)
-        return Encoded(store=given, seconds=0.0, reused=True, rate=None)
-    identity = store_identity(data.source, info, parse_views(config.views), seed=seed)
-    path = files.join(files.absolute(folder), f"{data.name}-{fingerprint(identity)[:12]}")
-    store = Store.find(path)
-    if store is not None:
-        check_quarantine(data.source, store)
-        print(f"features of {data.name}: found in {path}", flush=True)
-        return Encoded(store=store, seconds=time.monotonic() - begin, reused=True, rate=None)
-    print(f"features of {data.name}: encoding to {path}, {plan_actors(config.num_actors)}", flush=True)
-    store = encode(
-        data.source,
-        info=info,
-        encoder=encoder,
-        config=config,
-        seed=seed,
-        path=path,
-        head=head,
-        scores_path=scores_path,
-    )
-    seconds = time.monotonic() - begin
-    return Encoded(store=store, seconds=seconds, reused=False, rate=store.manifest.images_per_second)
-
-
-class Views:
-    """Views of one set of images, spread over complete stores; a view is read when it is asked for.
-
-    `ids` (N,) str and `labels` (N,) int32, -1 for none, are in row order. `stores` is what the views lie in.
-    Raises UserError when the stores do not hold the same images.
-    """
-
-    def __init__(self, encoded: dict[View, Encoded]) -> None:
-        self.stores = list({item.store.path: item for item in encoded.values()}.values())
-        self._stores = {view: item.store for view, item in encoded.items()}
-        first, *others = (item.store for item in self.stores)
-        self.ids, self.labels = first.ids_and_labels()
-        for other in others:
-            if not np.array_equal(other.ids(), self.ids):
-                raise UserError(
-                    f"{first.path} and {other.path} do not hold the same images; remove one of them, it is "
-                    "encoded again"
-                )
-
-    @property
-    def latest(self) -> Encoded:
-        """The store that was encoded now, or the first of those that were found."""
-        return next((item for item in self.stores if not item.reused), self.stores[0])
-
-    def mean(self, *views: View) -> np.ndarray:
-        """Unit-norm mean of some views, (N, d) float16."""
-        stores = {self._stores[view] for view in views}
-        if len(stores) == 1:
-            return stores.pop().mean(*map(str, views))
-        return mean_view([self._stores[view].mean(str(view)) for view in views])
-
-
-def encode_views(
-    data: Data,
-    *,
-    views: tuple[View, ...],
-    info: EncoderInfo,
-    encoder: EncoderConfig,
-    config: EncodeConfig,
-    seed: int,
-    folder: str,
-) -> Views:
-    """All these views of the data: those that stores under `folder` hold, the missing ones encoded in one pass.
-
-    `config.views` plays no part. Raises UserError when a given store lacks a view, and as `encode_data` does.
-    """
-    found = _find_views(data, views=views, info=info, seed=seed, folder=folder)
-    missing = tuple(view for view in views if view not in found)
-    if data.source is None and missing:
-        raise UserError(
-            f"{data.path} is a feature store without the view {missing[0]}: name the images, or encode them with "
-            f"--views {','.join(map(str, views))}"
-        )
-    if missing:
-        options = replace(config, views=",".join(map(str, dict.fromkeys((WEAK, *missing)))))
-        now = encode_data(data, info=info, encoder=encoder, config=options, seed=seed, folder=folder)
-        found |= dict.fromkeys(missing, now)
-    else:
-        where = data.path or folder
-        print(f"features of {data.name}: {len(views)} views found in {where}", flush=True)
-    return Views({view: found[view] for view in views})
-
-
-def _find_views(
-    data: Data, *, views: tuple[View, ...], info: EncoderInfo, seed: int, folder: str
-) -> dict[View, Encoded]:
-    """The complete stores of this data under the folder that hold one of these views, by view."""
-    wanted = store_identity(data.source, info, (), seed=seed)
-    if data.source is None:
-        assert data.path is not None
-        given = Store.open(data.path)
-        given.require({key: wanted[key] for key in ("encoder", "preprocessing")})
-        stores = [given]
-    else:
-        names = [name for name in files.list_folders(folder) if name.startswith(f"{data.name}-")]
-        there = (Store.find(files.join(files.absolute(folder), name)) for name in names)
-        stores = [store for store in there if store is not None]
-    found: dict[View, Encoded] = {}
-    for store in stores:
-        identity = store.manifest.identity
-        if any(identity.get(key) != wanted[key] for key in wanted if key not in ("views", "seed")):
-            continue
-        encoded = Encoded(store=store, seconds=0.0, reused=True, rate=None)
-        for view in views:
-            is_old = view.is_strong and identity.get("strong_version") != STRONG_VERSION
-            is_other = view.is_random and store.manifest.seed != seed
-            if str(view) in store.manifest.views and not is_old and not is_other:
-                found.setdefault(view, encoded)
-    if data.source is not None:
-        for encoded in found.values():
-            check_quarantine(data.source, encoded.store)
-    return found
-
-
-def load_labelled(encoded: Encoded) -> tuple[Features, np.ndarray]:
-    """All base features of a store in row order, and their raw labels (N,) int32."""
-    found = encoded.store.features(views=())
-    return found, found.labels
+        return fill_store(source, writer=writer, what="encoding", stages=stages)

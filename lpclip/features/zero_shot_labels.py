@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pyarrow as pa
 
@@ -23,7 +25,14 @@ def pseudo_label(table: pa.Table, *, head: Head, dim: int) -> pa.Table:
     return pa.table({"id": table["id"], "label": p.argmax(axis=1).astype(np.int32), "confidence": confidence})
 
 
-def write_scores(part: Part, rows: pa.Table, *, head: Head, path: str) -> None:
-    """Zero-shot pseudo-labels of images that are encoded now, beside a part of their features."""
-    labels = pseudo_label(rows, head=head, dim=head.weight.shape[1])
-    files.write_parquet(files.join(path, part.name), labels)
+@dataclass(frozen=True, kw_only=True)
+class ZeroShotLabels:
+    """Zero-shot pseudo-labels to be written to `folder`, one file for each part of the features."""
+
+    head: Head
+    folder: str
+
+    def write(self, part: Part, rows: pa.Table) -> None:
+        """Label the rows of a part."""
+        labels = pseudo_label(rows, head=self.head, dim=self.head.weight.shape[1])
+        files.write_parquet(files.join(self.folder, part.name), labels)

@@ -14,7 +14,8 @@ from lpclip import files
 from lpclip.config import SelftrainJob, TuneJob, flags
 from lpclip.encoders.head import EncoderInfo, Head
 from lpclip.evaluation.results import Result, RetrievalResult, worse_than_zero_shot
-from lpclip.features.find_or_encode import Data, Encoded
+from lpclip.features.data import Data
+from lpclip.features.stored_views import Encoded
 from lpclip.images.classes import ClassList
 from lpclip.images.views import base_views, parse_views
 from lpclip.jobs import tracking

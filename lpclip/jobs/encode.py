@@ -8,8 +8,10 @@ from lpclip import files
 from lpclip.config import EncodeJob, check, to_dict
 from lpclip.encoders.head import make_head
 from lpclip.encoders.prompts import templates
+from lpclip.features.data import open_data
 from lpclip.features.describe import describe_encoder
-from lpclip.features.find_or_encode import encode_data, open_data
+from lpclip.features.find_or_encode import Encoding
+from lpclip.features.zero_shot_labels import ZeroShotLabels
 from lpclip.images.classes import resolve_classes
 from lpclip.images.views import parse_views
 from lpclip.jobs.console import encoded_row, print_plan
@@ -20,7 +22,7 @@ from lpclip.report.tables import format_table
 def encode_job(job: EncodeJob) -> dict[str, Any]:
     """Encode images into a feature store under OUT/features, with zero-shot pseudo-labels for class names."""
     check(job)
-    parse_views(job.encode.views)
+    views = parse_views(job.encode.views)
     with output_folder(job.out) as out:
         data = open_data(job.data, config=job.source, split="train", limit=job.limit)
         classes = resolve_classes(job.names, label_names=data.label_names) if job.names.classes else None
@@ -31,16 +33,20 @@ def encode_job(job: EncodeJob) -> dict[str, Any]:
         )
         head = make_head(info, names, temperature=None) if names else None
         print_plan(data, None, info=info, views=job.encode.views, out=out)
-        encoded = encode_data(
-            data,
+        encoding = Encoding(
             info=info,
             encoder=job.encoder,
-            config=job.encode,
-            seed=job.seed,
             folder=job.encode.features or files.join(out, "features"),
-            head=head,
-            scores_path=files.join(out, f"zero_shot-{head.identity[:12]}") if head else "",
+            seed=job.seed,
+            batch_size=job.encode.batch_size,
+            num_actors=job.encode.num_actors,
         )
+        labels = (
+            ZeroShotLabels(head=head, folder=files.join(out, f"zero_shot-{head.identity[:12]}"))
+            if head
+            else None
+        )
+        encoded = encoding.store_of(data, views=views, zero_shot=labels)
         summary = {
             "features": encoded.store.path,
             "images": encoded.store.manifest.num_rows,

@@ -22,7 +22,8 @@ from lpclip.evaluation.evidence import Evidence, ForeignScores, Judgements
 from lpclip.evaluation.judge import Labelled, foreign_scores, judge, judgement_curves
 from lpclip.evaluation.results import MEAN, ZERO_SHOT, Cell, Result, RetrievalResult, worse_than_zero_shot
 from lpclip.evaluation.tabulate import corruption_results, labelled_results, ood_results, shift_results
-from lpclip.features.find_or_encode import Data, Encoded, Views
+from lpclip.features.data import Data
+from lpclip.features.stored_views import Encoded, Views
 from lpclip.images.classes import ClassList, map_labels
 from lpclip.images.pixels import decode_image
 from lpclip.images.views import base_views
@@ -41,7 +42,7 @@ from lpclip.jobs.evaluate_sets import (
     open_sets,
     parse_corruptions,
 )
-from lpclip.jobs.inputs import describe_probes_encoder, encode_evaluated
+from lpclip.jobs.inputs import describe_probes_encoder, evaluation_encoding
 from lpclip.jobs.runtime import claim, output_folder, start_ray, versions
 from lpclip.method.probe import Probe, load_probe, zero_shot_probe
 from lpclip.report.evaluation_figures import corruption_figure
@@ -184,7 +185,7 @@ def _identity(job: EvaluateJob, digests: dict[str, str], sets: list[EvaluationSe
         "sets": {
             item.key: {
                 "views": [str(view) for view in item.views],
-                "source": item.data.source.identity if item.data.source else item.data.path,
+                "source": item.data.identity,
             }
             for item in sets
         },
@@ -203,9 +204,10 @@ def _evaluate(
     encoder: EncoderConfig,
 ) -> _Found:
     found = _Found()
+    encoding = evaluation_encoding(job, info=info, encoder=encoder, out=out)
     for item in sets:
         begin = time.monotonic()
-        views = encode_evaluated(job, item.data, views=item.views, info=info, encoder=encoder, out=out)
+        views = encoding.views_of(item.data, item.views)
         found.encoded[item.key] = views.stores
         found.timings["encode"] = found.timings.get("encode", 0.0) + time.monotonic() - begin
         begin = time.monotonic()

@@ -12,13 +12,13 @@ from lpclip.encoders.head import EncoderInfo
 from lpclip.errors import UserError
 from lpclip.evaluation.ranking import retrieval_metrics
 from lpclip.evaluation.results import RetrievalResult
+from lpclip.features.data import Data
 from lpclip.features.describe import describe_encoder
-from lpclip.features.find_or_encode import Data
 from lpclip.features.texts import encode_texts, read_pairs
 from lpclip.images.views import WEAK, View, base_views
 from lpclip.jobs import tracking
 from lpclip.jobs.console import print_evaluation_plan, print_retrieval
-from lpclip.jobs.inputs import describe_probes_encoder, encode_evaluated, open_pairs
+from lpclip.jobs.inputs import describe_probes_encoder, evaluation_encoding, open_pairs
 from lpclip.jobs.runtime import claim, output_folder, start_ray, versions
 from lpclip.method.probe import Probe
 from lpclip.progress import Progress
@@ -51,10 +51,7 @@ def open_pair_sets(job: EvaluateJob, probe: Probe | None) -> list[PairSet]:
             raise UserError(
                 f"--retrieval {spec}: another set is called {name}; give it a name, as in other={path}"
             )
-        data = Data(
-            name=source.name, label_names=source.label_names, has_labels=source.has_labels, source=source
-        )
-        found[name] = PairSet(name=name, data=data, views=views)
+        found[name] = PairSet(name=name, data=Data(source), views=views)
     return list(found.values())
 
 
@@ -116,9 +113,10 @@ def measure_retrieval(
     Raises UserError when too many pairs are bad.
     """
     entries, results = [], []
+    encoding = evaluation_encoding(job, info=info, encoder=encoder, out=out)
     for item in sets:
         begin = time.monotonic()
-        views = encode_evaluated(job, item.data, views=item.views, info=info, encoder=encoder, out=out)
+        views = encoding.views_of(item.data, item.views)
         seconds = {"images": time.monotonic() - begin}
         begin = time.monotonic()
         images = views.mean(*item.views)

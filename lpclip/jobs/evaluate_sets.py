@@ -10,7 +10,7 @@ import numpy as np
 from lpclip.config import ClassConfig, EvaluateJob
 from lpclip.errors import UserError
 from lpclip.evaluation.results import Cell, Kind
-from lpclip.features.find_or_encode import Data, open_data
+from lpclip.features.data import Data, open_data
 from lpclip.images.classes import ClassList, map_labels, resolve_classes
 from lpclip.images.published import Published, published_sets
 from lpclip.images.views import CORRUPTIONS, SEVERITIES, View, base_views
@@ -109,7 +109,7 @@ def _published(
 ) -> EvaluationSet:
     source = item.open(config=job.source, limit=job.limit)
     source = replace(source, notes=(*source.notes, *notes))
-    data = Data(name=source.name, label_names=source.label_names, has_labels=source.has_labels, source=source)
+    data = Data(source)
     cell = Cell(set=name, kind="published corruption", corruption=item.corruption, severity=item.severity)
     return EvaluationSet(name=name, kind="published corruption", data=data, cells={cell: base})
 

@@ -9,7 +9,6 @@ import numpy as np
 
 from lpclip import files
 from lpclip.config import (
-    EncodeConfig,
     EncoderConfig,
     EvaluateJob,
     PairsConfig,
@@ -20,24 +19,19 @@ from lpclip.config import (
 from lpclip.encoders.head import EncoderInfo, Head
 from lpclip.encoders.prompts import templates
 from lpclip.errors import UserError
+from lpclip.features.data import Data, open_data
 from lpclip.features.describe import describe_encoder
-from lpclip.features.find_or_encode import (
-    Data,
-    Encoded,
-    Views,
-    encode_data,
-    encode_views,
-    load_labelled,
-    open_data,
-)
+from lpclip.features.find_or_encode import Encoding
 from lpclip.features.store import Features
+from lpclip.features.stored_views import Encoded
+from lpclip.features.zero_shot_labels import ZeroShotLabels
 from lpclip.images.captions import with_captions
 from lpclip.images.classes import ClassList, map_labels, resolve_classes
 from lpclip.images.columns import Texts
 from lpclip.images.named import CLASSES
 from lpclip.images.open import open_source
 from lpclip.images.source import Source
-from lpclip.images.views import View, base_views
+from lpclip.images.views import base_views, parse_views
 from lpclip.method.probe import Probe
 
 
@@ -101,24 +95,26 @@ def encode_inputs(
 ) -> EncodedInputs:
     """Find or make the features. Raises UserError when too many images are bad or a label is no class."""
     data, test, classes = inputs.data, inputs.test, inputs.classes
-    options: dict[str, Any] = {
-        "info": info,
-        "encoder": job.encoder,
-        "config": job.encode,
-        "seed": job.training.seed,
-        "folder": job.encode.features or files.join(out, "features"),
-    }
-    scores = files.join(out, f"zero_shot-{head.identity[:12]}")
-    encoded = encode_data(data, **options, head=head, scores_path=scores)
+    encoding = Encoding(
+        info=info,
+        encoder=job.encoder,
+        folder=job.encode.features or files.join(out, "features"),
+        seed=job.training.seed,
+        batch_size=job.encode.batch_size,
+        num_actors=job.encode.num_actors,
+    )
+    labels = ZeroShotLabels(head=head, folder=files.join(out, f"zero_shot-{head.identity[:12]}"))
+    encoded = encoding.store_of(data, views=parse_views(job.encode.views), zero_shot=labels)
     seconds = {"encode": encoded.seconds}
-    features, raw = load_labelled(encoded)
+    features = encoded.store.features(views=())
+    raw = features.labels
     tested = None
     if test is None:
         x, y = features.base, map_labels(raw, label_names=data.label_names, classes=classes, data=data.name)
     else:
         # Students alone need the other views.
         base = base_views(job.encode.views)
-        found = encode_views(test, views=base, **options)
+        found = encoding.views_of(test, base)
         x, tested = found.mean(*base), found.latest
         y = map_labels(found.labels, label_names=test.label_names, classes=classes, data=test.name)
         seconds["encode_eval"] = tested.seconds
@@ -141,24 +137,15 @@ def encode_inputs(
     )
 
 
-def encode_evaluated(
-    job: EvaluateJob,
-    data: Data,
-    *,
-    views: tuple[View, ...],
-    info: EncoderInfo,
-    encoder: EncoderConfig,
-    out: str,
-) -> Views:
-    """Views of images that are evaluated on, found or made. Raises UserError when too many images are bad."""
-    return encode_views(
-        data,
-        views=views,
+def evaluation_encoding(job: EvaluateJob, *, info: EncoderInfo, encoder: EncoderConfig, out: str) -> Encoding:
+    """The way to the features that an evaluation needs."""
+    return Encoding(
         info=info,
         encoder=encoder,
-        config=EncodeConfig(batch_size=job.batch_size, num_actors=job.num_actors),
-        seed=job.seed,
         folder=job.features or files.join(out, "features"),
+        seed=job.seed,
+        batch_size=job.batch_size,
+        num_actors=job.num_actors,
     )
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 
 from lpclip import files
-from lpclip.config import EncodeConfig, PredictJob, check
-from lpclip.features.find_or_encode import encode_views, open_data
+from lpclip.config import PredictJob, check
+from lpclip.features.data import open_data
+from lpclip.features.find_or_encode import Encoding
 from lpclip.images.views import base_views
 from lpclip.jobs.console import print_plan
 from lpclip.jobs.inputs import describe_probes_encoder
@@ -29,15 +30,8 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
     folder = job.features or files.add_suffix(job.out, ".features")
     with output_folder(folder) as held:
         print_plan(data, None, info=info, views=",".join(map(str, views)), out=job.out)
-        found = encode_views(
-            data,
-            views=views,
-            info=info,
-            encoder=encoder,
-            config=EncodeConfig(batch_size=job.batch_size),
-            seed=0,
-            folder=held,
-        )
+        encoding = Encoding(info=info, encoder=encoder, folder=held, batch_size=job.batch_size)
+        found = encoding.views_of(data, views)
         p = probe.probabilities(found.mean(*views))
         top, places = p.topk(min(job.top_k, p.shape[1]), dim=1)
         names = np.array(probe.class_names)[places.numpy()]

@@ -1,0 +1,72 @@
+"""Images to use, before they are features: a source that may have to be encoded, or a store that is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from lpclip import files
+from lpclip.config import SourceConfig
+from lpclip.errors import UserError
+from lpclip.features.store import Store
+from lpclip.images.open import open_source
+from lpclip.images.source import Source
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images to use: a source that may have to be encoded, or a complete store that is given as it is."""
+
+    origin: Source | Store
+
+    @property
+    def source(self) -> Source | None:
+        """The source, None for a given store."""
+        return self.origin if isinstance(self.origin, Source) else None
+
+    @property
+    def name(self) -> str:
+        """A short name, safe in file names."""
+        return self.origin.name if isinstance(self.origin, Source) else files.split(self.origin.path)[1]
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """Names that the labels index; None when there are no labels or they are bare numbers."""
+        return (
+            self.origin.label_names if isinstance(self.origin, Source) else self.origin.manifest.label_names
+        )
+
+    @cached_property
+    def has_labels(self) -> bool:
+        """Say whether there are labels; those of a store are read for it."""
+        return self.origin.has_labels if isinstance(self.origin, Source) else self.origin.has_labels()
+
+    @property
+    def identity(self) -> dict[str, Any] | str:
+        """Everything that changes the images of a source; the path of a given store."""
+        return self.origin.identity if isinstance(self.origin, Source) else self.origin.path
+
+    def describe(self) -> str:
+        """One line for the plan."""
+        if not isinstance(self.origin, Source):
+            return f"{self.name} (feature store)"
+        rows = self.origin.num_rows
+        count = f"{rows:,}" if rows is not None else "an unknown number of"
+        kind = "labelled" if self.has_labels else "unlabelled"
+        if self.origin.has_texts:
+            kind = "with texts"
+        return f"{self.name}: {count} images ({self.origin.kind}, {kind})"
+
+
+def open_data(data: str, *, config: SourceConfig, split: str, limit: int | None = None) -> Data:
+    """The images, or the feature store, that `data` names. Raises UserError when it is neither."""
+    if files.exists(files.join(data, "manifest.json")):
+        if limit is not None:
+            raise UserError(f"{data} is a feature store: --limit works on images, before they are encoded")
+        return Data(Store.open(data))
+    if files.exists(files.join(data, "identity.json")):
+        raise UserError(
+            f"{data} is a feature store that is not complete; run the job that made it again, it goes on there"
+        )
+    return Data(open_source(data, config=config, split=split, limit=limit))
