@@ -16,6 +16,7 @@ from conftest import read_unit
 from PIL import Image
 
 from lpclip.config import SourceConfig
+from lpclip.images import arrays
 from lpclip.images import published as corrupted
 from lpclip.images.published import Published, published_sets
 from lpclip.images.source import ROWS, UNIT_ROWS, Source
@@ -159,7 +160,7 @@ class TestArrays:
                 return self.file.read(size)
 
         source = published_sets(str(cifar))[0][1].open(config=CONFIG)
-        monkeypatch.setattr(corrupted, "locate", lambda uri: (Spy(uri), uri))
+        monkeypatch.setattr(arrays, "locate", lambda uri: (Spy(uri), uri))
         unit = json.dumps({"rows": [3, 4, 5, 9, 39], "labels": [0, 1, 2, 3, 4]})
         read = [decode(row.image) for row in source.reader.rows(unit) if row.image]
         assert np.array_equal(read, pixels(1)[N:][[3, 4, 5, 9, 39]])

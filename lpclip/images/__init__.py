@@ -1,1 +1,1 @@
-"""What `--data` names: sources, rows of bytes, pixels, views, class names."""
+"""The images that `--data` names: sources, rows of bytes, pixels, views and class names."""

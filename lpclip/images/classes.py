@@ -1,4 +1,4 @@
-"""Class names, and the way from a source's labels to them. Labels serve evaluation alone."""
+"""Class names, and how the labels of a source map to them. Only evaluation uses labels."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lpclip.errors import UserError
 
 
 def resolve_classes(config: ClassConfig, *, label_names: tuple[str, ...] | None) -> ClassList:
-    """The classes that `--classes` names, or those that the data itself names.
+    """The classes that `--classes` names, else those that the data names.
 
-    Raises UserError when neither does, or the names do not make a classifier.
+    Raises UserError when neither names any, and as ClassList does.
     """
     if config.classes is not None:
         return read_classes(config.classes)
     if label_names is None:
         raise UserError(
-            "no class names: give --classes with a comma list or a text file (one name a line); only folders "
-            "with a subfolder for each class and data with named labels bring their own"
+            "no class names: give --classes comma-separated names or a text file (one name a line); only "
+            "folders with a subfolder for each class and data with named labels bring their own"
         )
     return ClassList(names=label_names)
 
@@ -31,10 +31,10 @@ def resolve_classes(config: ClassConfig, *, label_names: tuple[str, ...] | None)
 def map_labels(
     labels: np.ndarray, *, label_names: tuple[str, ...] | None, classes: ClassList, data: str
 ) -> np.ndarray:
-    """Labels (N,) int32 of a source to class indices (N,) int64; -1 stays -1, for rows without a label.
+    """Class indices (N,) int64 of a source's labels (N,) int32; -1 stays -1, for rows without a label.
 
-    Named labels are matched by name, bare numbers are places in the class list. Raises UserError when a
-    label that occurs is none of the classes.
+    Named labels are matched by name. Bare numbers are places in the class list. Raises UserError when a label that
+    occurs is not in the class list.
     """
     seen = np.unique(labels[labels >= 0])
     found = [label_names[i] for i in seen] if label_names else [str(i) for i in seen]
@@ -64,7 +64,7 @@ def _key(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassList:
-    """Class names in the order of the head's rows, and what the data calls them if it is something else.
+    """Class names in the order of the head's rows, and the data's labels for them where those differ.
 
     Raises UserError for fewer than two classes, an empty name, and names or labels that occur twice.
     """
@@ -85,9 +85,9 @@ class ClassList:
 
 
 def read_classes(spec: str) -> ClassList:
-    """Class names from a comma list or a text file, one a line, each a `name` or a `label<TAB>name`.
+    """Class names, comma-separated or from a text file with lines of `name` or of `label<TAB>name`.
 
-    Raises UserError when the file cannot be read, mixes the two forms, or its names are no ClassList.
+    Raises UserError when the file cannot be read or mixes the two forms, and as ClassList does.
     """
     if not names_a_file(spec):
         return ClassList(names=tuple(name.strip() for name in spec.split(",")) if spec.strip() else ())
@@ -102,12 +102,12 @@ def read_classes(spec: str) -> ClassList:
 
 
 def readable(name: str) -> str:
-    """A class name as a prompt has it: `aquarium_fish` reads "aquarium fish"."""
+    """A class name as it reads in a prompt: `aquarium_fish` becomes "aquarium fish"."""
     return " ".join(name.replace("_", " ").split())
 
 
 def names_a_file(spec: str) -> bool:
-    """Whether `spec` means a file; UserError when it looks like one that is not there."""
+    """True when `spec` names a file. Raises UserError when it looks like a file that does not exist."""
     if "," not in spec and (Path(spec).suffix in (".txt", ".tsv", ".csv") or os.sep in spec):
         if not Path(spec).is_file():
             raise UserError(f"no such file: {spec}")
@@ -116,6 +116,7 @@ def names_a_file(spec: str) -> bool:
 
 
 def read_lines(path: str) -> list[str]:
+    """The lines of a UTF-8 text file, without empty ones at its end. Raises UserError when it cannot be read."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

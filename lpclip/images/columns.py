@@ -1,4 +1,4 @@
-"""Columns of tables: which one holds images, ids, labels or texts, and their values."""
+"""Columns of tables: the ones that hold images, ids, labels or texts, and their values."""
 
 from __future__ import annotations
 
@@ -11,14 +11,8 @@ import pyarrow.compute as pc
 from lpclip.errors import UserError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "bytes", "uri", "url", "path")
-
-
 ID_COLUMNS = ("id",)
-
-
 LABEL_COLUMNS = ("label", "labels", "cls")
-
-
 TEXT_COLUMNS = ("text", "texts", "caption", "captions", "txt")
 
 
@@ -33,7 +27,10 @@ class Texts:
 def pick_column(
     wanted: str | None, defaults: Sequence[str], names: Sequence[str], *, what: str
 ) -> str | None:
-    """The wanted column (UserError if it is missing), or the first default that is there; None for ""."""
+    """The wanted column, or the first default among `names`. None when there is none, or "" is wanted.
+
+    Raises UserError when the wanted column is missing.
+    """
     if wanted is None:
         return next((name for name in defaults if name in names), None)
     if wanted and wanted not in names:
@@ -42,7 +39,7 @@ def pick_column(
 
 
 def refuse_duplicates(ids: pa.Array | pa.ChunkedArray, *, what: str) -> None:
-    """UserError with examples when two ids are equal, or one is null."""
+    """Raise UserError with examples when two ids are equal, or one is null."""
     if ids.null_count:
         raise UserError(f"{what}: {ids.null_count} rows have no id; --id-column '' numbers the rows instead")
     if pc.count_distinct(ids).as_py() == len(ids):
@@ -57,7 +54,7 @@ def refuse_duplicates(ids: pa.Array | pa.ChunkedArray, *, what: str) -> None:
 
 
 def text_column(texts: Texts | None, schema: pa.Schema, *, what: str) -> str | None:
-    """The column of the texts that are asked for, None when none are; UserError when there is no such column."""
+    """The column of texts, None when no texts are asked for. Raises UserError when there is no such column."""
     if texts is None:
         return None
     column = pick_column(texts.column, TEXT_COLUMNS, schema.names, what=what)
@@ -72,14 +69,14 @@ def text_column(texts: Texts | None, schema: pa.Schema, *, what: str) -> str | N
 
 
 def as_texts(column: pa.ChunkedArray) -> list[list[str]]:
-    """The texts of each row of a column of texts or of lists of texts; nulls are none."""
+    """The texts of each row of a column of texts or of lists of texts, without nulls."""
     cells = column.to_pylist()
     lists = cells if _is_list(column.type) else [[cell] for cell in cells]
     return [[text for text in texts or () if text is not None] for texts in lists]
 
 
 def is_text(dtype: pa.DataType) -> bool:
-    """Whether Arrow's type holds strings, in any of its layouts."""
+    """True when Arrow's type holds strings, in any of its layouts."""
     return pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype)
 
 

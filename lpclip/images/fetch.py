@@ -1,4 +1,4 @@
-"""Reading single files, wherever they lie: local paths, http(s), and whatever pyarrow.fs reaches."""
+"""Reading single files from local paths, http(s) and every file system that pyarrow.fs reaches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lpclip import files
 from lpclip.errors import UserError
 
 RETRY_SECONDS = (0.2, 0.8)
-# Of the client errors, those that say "later": request timeout and too many requests.
+# Client errors that mean "try later": request timeout and too many requests.
 HTTP_LATER = (408, 429)
 
 T = TypeVar("T")
@@ -35,21 +35,23 @@ def scheme(uri: str) -> str:
 
 
 def followed(schemes: str, *, root: str) -> tuple[str, ...]:
-    """The schemes that are named by comma, and root's own. Raises UserError when one is no scheme's name."""
+    """Comma-separated schemes, and root's own. Raises UserError when a name cannot be a scheme."""
     return tuple(sorted({*scheme_names(schemes), scheme(root)}))
 
 
 def scheme_names(schemes: str) -> list[str]:
-    """Names by comma, in lower case and sorted. Raises UserError when one is no scheme's name."""
+    """Comma-separated schemes, in lower case and sorted. Raises UserError when a name cannot be a scheme."""
     names = [name.strip().lower() for name in schemes.split(",") if name.strip()]
     for name in names:
         if not re.fullmatch(r"[a-z][a-z0-9+.-]*", name):
-            raise UserError(f"--schemes {schemes}: {name!r} is no scheme; it takes names, as in https,s3")
+            raise UserError(
+                f"--schemes {schemes}: {name!r} is no scheme; give comma-separated names, as in https,s3"
+            )
     return sorted(set(names))
 
 
 def refuse_scheme(uri: str, schemes: Sequence[str]) -> None:
-    """UserError when a URI's scheme is not among those that are followed."""
+    """Raise UserError when a URI's scheme is not among those that are followed."""
     if scheme(uri) not in schemes:
         raise UserError(f"{scheme(uri)}:// is not followed (--schemes)")
 
@@ -57,10 +59,10 @@ def refuse_scheme(uri: str, schemes: Sequence[str]) -> None:
 def fetch_all(
     uris: Sequence[str], *, root: str, max_bytes: int, schemes: Sequence[str], timeout: float
 ) -> list[bytes | Exception]:
-    """The bytes of files under root or at URIs, in order; an exception in place of what cannot be read.
+    """The bytes of files below root or at URIs, in order; an exception stands for each file that cannot be read.
 
-    Only URIs of these schemes are followed, also when an http server redirects to others. `timeout` is in seconds, for
-    one attempt over http(s); other file systems have limits of their own.
+    Only URIs of these schemes are followed, even when an http server redirects to another. `timeout` is in seconds and
+    limits one attempt over http(s); other file systems have their own limits.
     """
 
     def fetch(uri: str) -> bytes | Exception:
@@ -76,7 +78,7 @@ def fetch_all(
 
 
 def retry(read: Callable[[], T]) -> T:
-    """What read returns; an OSError that may pass is tried again twice."""
+    """Call `read` and return its result. An OSError that may be temporary leads to two more attempts."""
     for seconds in RETRY_SECONDS:
         try:
             return read()
@@ -134,7 +136,7 @@ def _fetch_http(uri: str, *, max_bytes: int, schemes: Sequence[str], timeout: fl
     with opener.open(uri, timeout=timeout) as response:
         size = response.length
         data = bytearray()
-        # What has come so far, bit by bit: a read of all would wait for a server that trickles.
+        # The answer is read piece by piece: one read of everything would wait forever for a slow server.
         while len(data) != size and len(data) <= max_bytes and (part := response.read1(1 << 16)):
             data += part
             if time.monotonic() > deadline:

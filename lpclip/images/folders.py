@@ -46,8 +46,11 @@ FETCH_ROWS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class FilesReader(Reader):
-    """Image files. A unit holds their `paths` under root or URIs, and their `ids`, `labels` and `texts` if any;
-    `text_paths` are those of files of texts, null where an image has none."""
+    """Reads image files.
+
+    A unit holds their `paths`, below root or URIs, and their `ids`, `labels` and `texts` if any. `text_paths` are the
+    paths of files with an image's texts, null for an image without such a file.
+    """
 
     root: str
     max_bytes: int
@@ -79,7 +82,7 @@ class FilesReader(Reader):
 
 
 def open_folder(listing: Listing, *, config: SourceConfig, limit: int | None, texts: Texts | None) -> Source:
-    """A folder of images; the subfolders right under it are the labels, and a flat folder has none.
+    """A folder of images. The subfolders directly below it are the labels; a flat folder has none.
 
     The texts of `a/b.jpg`, if asked for, are in `a/b.txt`. Raises UserError when there is no such file.
     """
@@ -118,7 +121,7 @@ def open_folder(listing: Listing, *, config: SourceConfig, limit: int | None, te
 
 
 def is_text_file(path: str) -> bool:
-    """Whether a file in a folder holds texts of an image."""
+    """True when a file in a folder holds texts of an image."""
     return path.lower().endswith(".txt")
 
 
@@ -129,7 +132,7 @@ def _stem(path: str) -> str:
 def open_manifest(
     listing: Listing, *, config: SourceConfig, limit: int | None, texts: Texts | None
 ) -> Source:
-    """A CSV, TSV or JSONL file with a column of URIs or of paths relative to it, and maybe id and label."""
+    """A CSV, TSV or JSONL file with a column of URIs or of paths relative to it, and perhaps ids, labels and texts."""
     (file,) = listing.files
     table = _read_manifest(under(listing.root, file.path))
     names = table.column_names
@@ -189,7 +192,7 @@ def open_manifest(
 
 
 def _refused(paths: Sequence[str], schemes: Sequence[str], root: str, name: str) -> tuple[str, ...]:
-    """A note on URIs whose schemes are not followed; UserError when there are no others."""
+    """A note on URIs whose schemes are not followed. Raises UserError when there are no other URIs."""
     counts = Counter(scheme(under(root, path)) for path in paths)
     refused = {kind: count for kind, count in counts.items() if kind not in schemes}
     if not refused:
@@ -202,7 +205,7 @@ def _refused(paths: Sequence[str], schemes: Sequence[str], root: str, name: str)
 
 
 def _units(work: dict[str, list[Any] | None], sizes: Sequence[int]) -> tuple[str, ...]:
-    """The columns of `work` cut into units of at most UNIT_ROWS files and, but for one, TABLE_BYTES bytes."""
+    """The columns of `work` cut into units, which end at UNIT_ROWS files or when they reach TABLE_BYTES bytes."""
     units, start, num_bytes = [], 0, 0
     for stop in range(1, len(sizes) + 1):
         num_bytes += sizes[stop - 1]
@@ -223,7 +226,7 @@ def _read_manifest(uri: str) -> pa.Table:
             parse = pa.csv.ParseOptions(delimiter=delimiter)
             names = pa.csv.open_csv(file, parse_options=parse).schema.names
             file.seek(0)
-            # As text, or an id such as 00012 becomes 12.
+            # All columns are read as text: as a number, the id 00012 would become 12.
             convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
             return pa.csv.read_csv(file, parse_options=parse, convert_options=convert)
     except (OSError, pa.ArrowException) as error:
@@ -243,7 +246,7 @@ def _labels(table: pa.Table, column: str | None) -> tuple[list[int | None] | Non
 
 
 def _local_files(paths: Sequence[str], root: str) -> list[File]:
-    """Size and time of the files on this machine, so that a change to one of them is seen; no remote ones."""
+    """Sizes and times of the files on this machine, so that a change to one of them is seen. Remote files have none."""
     local = [path for path in paths if "://" not in under(root, path)]
     infos = fs.LocalFileSystem().get_file_info([under(root, path) for path in local])
     return [File(path, info.size, info.mtime_ns) for path, info in zip(local, infos, strict=True)]

@@ -1,7 +1,7 @@
 """Named data sets: downloaded once, kept as Parquet in the cache, and read like any other Parquet.
 
-torchvision downloads and checks them. Fashion-MNIST is in Debian's package `dataset-fashion-mnist` as well:
-it is taken from there where that is installed, and apt fetches it, without root, where torchvision fails.
+torchvision downloads and checks them. Fashion-MNIST is also in Debian's package `dataset-fashion-mnist`: it is taken
+from there if that is installed, and if torchvision's download fails, apt fetches the package, without root.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def cache_folder() -> Path:
 def named_parquet(name: str, *, split: str) -> Path:
     """The data set's Parquet file: id, image (PNG bytes), label, class names in the metadata `classes`.
 
-    It is made on first use. Raises UserError when the data set can be had in no way.
+    It is made on first use. Raises UserError when the data set can neither be downloaded nor kept.
     """
     folder = cache_folder() / "datasets" / name
     if not (folder / f"{split}.parquet").exists():
@@ -90,7 +90,7 @@ def _advice(name: str, failures: str, folder: Path) -> str:
 
 
 def _load(name: str, folder: Path) -> dict[str, Any]:
-    """torchvision's train and test part; only what is not in the folder yet is downloaded."""
+    """torchvision's train and test part. Only files that the folder lacks are downloaded."""
     from torchvision import datasets
 
     kinds = {
@@ -117,12 +117,12 @@ def _load(name: str, folder: Path) -> dict[str, Any]:
 
 
 def _take_from_debian(folder: Path) -> None:
-    """Put the package's files where torchvision looks for them, without root and without installing it."""
+    """Put the package's files where torchvision looks for them, without root and without installing the package."""
     options = ["APT::Sandbox::User=root", "Acquire::Retries=0", "Acquire::http::Timeout=10"]
     try:
         _run("apt-get", "download", DEBIAN_PACKAGE, options=options, cwd=folder)
     except subprocess.CalledProcessError:
-        # Package lists are missing on a fresh machine, stale on an old one: fetch them, to a folder of ours.
+        # Package lists are missing on a fresh machine and stale on an old one, so they are fetched, to our own folder.
         lists, cache = folder / "apt/lists", folder / "apt/cache"
         (lists / "partial").mkdir(parents=True)
         (cache / "archives/partial").mkdir(parents=True)
@@ -135,7 +135,7 @@ def _take_from_debian(folder: Path) -> None:
 
 
 def _unpack(archives: Path, folder: Path) -> None:
-    """Unpack Debian's archives, whose hashes torchvision would not know: they were compressed anew."""
+    """Unpack Debian's archives: they were compressed again, so torchvision does not know their hashes."""
     folder.mkdir(parents=True, exist_ok=True)
     for archive in archives.glob("*.gz"):
         with gzip.open(archive) as source, (folder / archive.stem).open("wb") as target:

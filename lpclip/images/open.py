@@ -1,4 +1,4 @@
-"""Image sources: from what the user names (a path, a URI, a data set) to a plan of the work to read it."""
+"""Opening image sources: from the path, URI or data set that the user names to a plan of the work to read it."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def open_source(
 ) -> Source:
     """The images in a folder, Parquet, WebDataset tars, a manifest or a named data set; none is read yet.
 
-    A path that exists goes before a data set of that name; `split` is the part of one named without it.
-    With a limit, rows are chosen by a hash of their ids; with `texts`, images have texts. Raises UserError when
-    there is nothing to read.
+    A path that exists goes before a data set of that name. `split` is the part of a data set that is named without
+    one. A limit chooses rows by a hash of their ids. With `texts`, images have texts. Raises UserError when there is
+    nothing to read.
     """
     if limit is not None and limit < 1:
         raise UserError(f"the limit must be at least 1, not {limit}")
@@ -84,7 +84,7 @@ def _parse_name(data: str, *, split: str) -> tuple[str, str]:
 
 
 def _list(data: str) -> tuple[Listing, bool]:
-    """The files under a path or URI, sorted, without hidden ones; and whether it is a single file."""
+    """The files below a path or URI, sorted, without hidden ones, and True when it is a single file."""
     uri = data.rstrip("/") if "://" in data else str(Path(data).expanduser().absolute())
     try:
         filesystem, path = locate(uri)
@@ -104,7 +104,7 @@ def _list(data: str) -> tuple[Listing, bool]:
     files = sorted(file for file in files if not any(part.startswith(".") for part in file.path.split("/")))
     folder, name = split_uri(uri)
     if is_file:
-        # Files are called train.parquet and test.parquet: their folder tells the data set.
+        # Many files are called train.parquet or test.parquet: the folder's name says which data set it is.
         name = f"{split_uri(folder)[1]}-{name.partition('.')[0]}"
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "images"
     return Listing(name, folder if is_file else uri, files), is_file

@@ -1,185 +1,44 @@
-"""Parquet: files with a column of image bytes, of URIs, or of Hugging Face's bytes/path structs."""
+"""Opening Parquet: files with a column of image bytes, of URIs, or of Hugging Face's bytes/path structs."""
 
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lpclip.config import SourceConfig
 from lpclip.errors import UserError
-from lpclip.files import locate, split
+from lpclip.files import locate
 from lpclip.images.columns import (
     ID_COLUMNS,
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
     Texts,
-    as_texts,
     is_text,
     pick_column,
     refuse_duplicates,
     text_column,
 )
-from lpclip.images.fetch import fetch_all, followed, reason, retry, under
+from lpclip.images.fetch import followed, reason, retry, under
+from lpclip.images.parquet_reader import ParquetReader, row_id
 from lpclip.images.source import (
     UNIT_ROWS,
     Listing,
-    Reader,
-    Row,
     Source,
     choose,
     make_identity,
-    make_row,
 )
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ParquetReader(Reader):
-    """Parquet. A unit is a list of spans: rows `start` to before `stop` of row group `group` in `file`, of
-    which to keep `rows` (all when it is missing); `first` is the number in the file of the group's first row.
-    """
-
-    root: str
-    max_bytes: int
-    schemes: tuple[str, ...]
-    timeout: float
-    image_column: str
-    id_column: str | None = None
-    label_column: str | None = None
-    label_names: tuple[str, ...] | None = None
-    text_column: str | None = None
-
-    def rows(self, unit: str) -> Iterator[Row]:
-        """The unit's rows in order; where the file cannot be read, each of them with the reason."""
-        for span in json.loads(unit):
-            yield from self._span_rows(**span)
-
-    def _span_rows(
-        self, *, file: str, group: int, first: int, start: int, stop: int, rows: list[int] | None = None
-    ) -> Iterator[Row]:
-        kept = rows or list(range(start, stop))
-        ids = [row_id(file, first + row) for row in kept]
-        try:
-            table = retry(partial(self._read, file, group, start, stop))
-            table = table.take([row - start for row in kept])
-            if self.id_column:
-                ids = table[self.id_column].cast(pa.string()).to_pylist()
-            labels = self._labels(table)
-            texts = self._texts(table)
-        except (OSError, pa.ArrowException) as error:
-            yield from (Row(name, None, error=f"Parquet: {reason(error)}") for name in ids)
-            return
-        folder, _ = split(under(self.root, file))
-        images = self._images(table[self.image_column], folder)
-        for name, image, label, own in zip(ids, images, labels, texts, strict=True):
-            yield make_row(name, image, label, own)
-
-    def _read(self, file: str, group: int, start: int, stop: int) -> pa.Table:
-        wanted = (self.id_column, self.image_column, self.label_column, self.text_column)
-        columns = [name for name in wanted if name]
-        cursor = getattr(_open, "cursor", None)
-        key = (self.root, file, group, columns)
-        if cursor is None or cursor.key != key or cursor.position > start:
-            cursor = _Cursor(key)
-        _open.cursor = None  # A cursor that fails is not one to go on with.
-        table = cursor.read(start, stop)
-        _open.cursor = cursor
-        return table
-
-    def _images(self, column: pa.ChunkedArray, folder: str) -> list[bytes | Exception]:
-        values = column.to_pylist()
-        # Hugging Face's struct holds the bytes, or the path of a file that does.
-        values = [(v["bytes"] or v["path"]) if isinstance(v, dict) else v for v in values]
-        uris = [value for value in values if isinstance(value, str)]
-        limits: dict[str, Any] = {
-            "max_bytes": self.max_bytes,
-            "schemes": self.schemes,
-            "timeout": self.timeout,
-        }
-        fetched = iter(fetch_all(uris, root=folder, **limits) if uris else [])
-        missing = ValueError("no image in this row")
-        return [
-            next(fetched) if isinstance(value, str) else missing if value is None else value
-            for value in values
-        ]
-
-    def _labels(self, table: pa.Table) -> list[int | None]:
-        if not self.label_column:
-            return [None] * len(table)
-        return label_indices(table[self.label_column], self.label_names).to_pylist()
-
-    def _texts(self, table: pa.Table) -> list[list[str]]:
-        if not self.text_column:
-            return [[]] * len(table)
-        return as_texts(table[self.text_column])
-
-
-def row_id(file: str, row: int) -> str:
-    """The id of a Parquet row that has none of its own."""
-    return f"{file}:{row}"
-
-
-def label_indices(labels: pa.ChunkedArray, names: tuple[str, ...] | None) -> pa.ChunkedArray:
-    """Labels as int32: words by their place in names, negative numbers (unlabelled) and nulls as null."""
-    if pa.types.is_dictionary(labels.type):
-        labels = labels.cast(labels.type.value_type)
-    if is_text(labels.type):
-        assert names is not None
-        return pc.index_in(labels.cast(pa.string()), value_set=pa.array(names, pa.string()))
-    numbers = labels.cast(pa.int32())
-    return pc.if_else(pc.less(numbers, 0), pa.scalar(None, pa.int32()), numbers)
-
-
-def is_bytes(dtype: pa.DataType) -> bool:
-    """Whether Arrow's type holds bytes, in any of its layouts."""
-    return pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype) or pa.types.is_binary_view(dtype)
-
-
-class _Cursor:
-    """A row group read from its start on.
-
-    Workers keep theirs open from unit to unit, so that a file of one large row group is streamed once by each
-    of them, and not read as a whole for every unit.
-    """
-
-    def __init__(self, key: tuple[str, str, int, list[str]]) -> None:
-        root, file, group, columns = key
-        filesystem, path = locate(under(root, file))
-        parquet = pq.ParquetFile(filesystem.open_input_file(path), buffer_size=1 << 20, pre_buffer=False)
-        self.key = key
-        self.position = 0
-        self.schema = pa.schema([parquet.schema_arrow.field(name) for name in columns])
-        self._batches = parquet.iter_batches(
-            UNIT_ROWS, row_groups=[group], columns=columns, use_threads=False
-        )
-
-    def read(self, start: int, stop: int) -> pa.Table:
-        """Rows start to stop of the group; they must lie behind those read before."""
-        parts = []
-        while self.position < stop:
-            batch = next(self._batches, None)
-            if batch is None:
-                raise OSError("the file has fewer rows than it had at the start")
-            if self.position >= start:
-                parts.append(batch)
-            self.position += len(batch)
-        assert self.position == stop, "units and batches have the same bounds"
-        return pa.Table.from_batches(parts).select(self.schema.names)
-
-
 def open_parquet(listing: Listing, *, config: SourceConfig, limit: int | None, texts: Texts | None) -> Source:
-    """Parquet files: footers are read, and the columns of ids and of labels in words, but no image."""
+    """Parquet files. Footers are read, and the columns of ids and of labels that are words, but no image."""
     paths = [file.path for file in listing.files]
     footers = _each(paths, lambda path: _footer(listing.root, path))
     schemas = [footer.schema.to_arrow_schema() for footer in footers]
@@ -224,7 +83,7 @@ def open_parquet(listing: Listing, *, config: SourceConfig, limit: int | None, t
 
 
 def _ids(listing: Listing, column: str | None, num_rows: Sequence[int], *, needed: bool) -> list[str]:
-    """All rows' ids, checked; empty when they are not needed."""
+    """The ids of all rows, without duplicates; empty when they are not needed."""
     if column:
         ids = _read_column(listing, column).cast(pa.string())
         refuse_duplicates(ids, what=listing.name)
@@ -236,7 +95,7 @@ def _ids(listing: Listing, column: str | None, num_rows: Sequence[int], *, neede
 
 
 def _units(spans: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """Spans packed into units, so that a sample of few rows from every row group makes no crowd of units."""
+    """Spans packed into units, so that a few rows from each of many row groups do not become many units."""
     unit: list[dict[str, Any]] = []
     num_rows = 0
     for span in spans:
@@ -253,7 +112,7 @@ def _units(spans: Iterable[dict[str, Any]]) -> Iterator[str]:
 def _spans(
     paths: Sequence[str], counts: Sequence[Sequence[int]], chosen: np.ndarray | None
 ) -> Iterator[dict[str, Any]]:
-    """Spans in order; `chosen` holds the places of the rows to keep in the whole of the files, ascending."""
+    """Spans in order. `chosen` holds the places of the rows to keep, counted over all files, ascending."""
     place = 0
     for path, groups in zip(paths, counts, strict=True):
         first = 0
@@ -274,7 +133,7 @@ def _spans(
 def _columns(
     paths: Sequence[str], schemas: Sequence[pa.Schema], config: SourceConfig, texts: Texts | None
 ) -> tuple[str, str | None, str | None, str | None]:
-    """The columns of images, ids, labels and texts, of one type in every file; UserError when they are not."""
+    """The columns of images, ids, labels and texts. Raises UserError when their types differ between files."""
     names = schemas[0].names
     image = pick_column(config.image_column, IMAGE_COLUMNS, names, what=paths[0])
     if image is None:
@@ -295,6 +154,11 @@ def _columns(
             if column not in schema.names or schema.field(column).type != wanted:
                 raise UserError(f"{path}: column {column!r} is not there as {wanted}, as it is in {paths[0]}")
     return image, identity, label, text
+
+
+def is_bytes(dtype: pa.DataType) -> bool:
+    """True when Arrow's type holds bytes, in any of its layouts."""
+    return pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype) or pa.types.is_binary_view(dtype)
 
 
 def _holds_images(dtype: pa.DataType) -> bool:
@@ -356,6 +220,3 @@ def _read_column(listing: Listing, column: str) -> pa.ChunkedArray:
 def _each(paths: Sequence[str], function: Callable[[str], T]) -> list[T]:
     with ThreadPoolExecutor(max_workers=16) as threads:
         return list(threads.map(function, paths))
-
-
-_open = threading.local()

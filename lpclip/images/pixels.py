@@ -19,18 +19,19 @@ from lpclip.errors import UserError
 Pixels = NDArray[np.uint8]
 
 
-# Formats that Pillow decodes by itself: EPS, for one, would start another program on the user's bytes.
+# Formats that Pillow decodes by itself. For others, such as EPS, it would start another program on the user's bytes.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "JPEG2000", "AVIF", "PPM", "ICO", "DIB")
 
 
-# JPEGs may be decoded at a half, a quarter or an eighth of their size, as long as both sides keep so many times the
-# encoder's: decoding large photographs costs more than encoding them. Fewer than three times are seen in features.
+# JPEGs are decoded at a half, a quarter or an eighth of their size if both sides stay at least this many times as long
+# as the encoder's input, because decoding large photographs costs more than encoding them. A smaller factor than three
+# changes the features noticeably.
 REDUCING_GAP = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """What an encoder wants its images to be; the fields are open_clip's, so is their meaning."""
+    """The form in which an encoder takes images. The fields have the names and meanings of open_clip's."""
 
     size: int
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
@@ -46,11 +47,11 @@ class Preprocess:
 
 
 def decode_image(data: bytes, *, max_pixels: int, max_bytes: int, size: int | None = None) -> Image.Image:
-    """The first frame of an encoded image as upright RGB; transparency is laid on white, 16 bits become 8.
+    """The first frame of an encoded image as upright RGB. Transparency is laid on white, 16 bits become 8.
 
-    With the side of the encoder's input as `size`, a large JPEG is decoded at a fraction that still has both sides
-    REDUCING_GAP times as long.
-    Raises UserError with a short reason for whatever cannot be decoded; sizes are checked in the header.
+    If `size`, the side of the encoder's input, is given, a large JPEG is decoded at a fraction of its size, with both
+    sides still at least REDUCING_GAP times as long. Sizes are checked in the header, before anything is decoded.
+    Raises UserError with a short reason when the image cannot be decoded.
     """
     if not data:
         raise UserError("empty")
@@ -70,7 +71,7 @@ def decode_image(data: bytes, *, max_pixels: int, max_bytes: int, size: int | No
     except Image.DecompressionBombError as error:
         raise UserError(f"more than {max_pixels} pixels") from error
     except Exception as error:
-        # Decoders raise whatever broken bytes lead them to (SyntaxError, struct.error, MemoryError, ...).
+        # Decoders raise errors of many kinds on broken bytes (SyntaxError, struct.error, MemoryError, ...).
         raise UserError(str(error) or type(error).__name__) from error
 
 
@@ -88,7 +89,7 @@ def _formats() -> tuple[str, ...]:
 
 @contextmanager
 def _pillow_limits(max_pixels: int) -> Iterator[None]:
-    # Pillow has a pixel limit of its own, from which it warns, and at twice of which it raises.
+    # Pillow has its own pixel limit: it warns above the limit and raises above twice the limit.
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = max_pixels
     try:
@@ -102,7 +103,7 @@ def _pillow_limits(max_pixels: int) -> Iterator[None]:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # A broken EXIF block says nothing about the pixels, which are decoded by now.
+    except Exception:  # A broken EXIF block does not matter: the pixels are decoded already.
         return image
 
 
@@ -116,7 +117,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(grey: NDArray[np.generic]) -> Pixels:
-    """Wide grey values (H, W) to uint8: integers from 16 bits, floats from [0, 1] if all lie there."""
+    """Grey values (H, W) of more than 8 bits as uint8: integers from 16 bits, floats from [0, 1] if all lie there."""
     if grey.dtype.kind == "f":
         values = np.nan_to_num(grey.astype(np.float32))
         return np.round(np.clip(values * (255 if values.max() <= 1 else 1), 0, 255)).astype(np.uint8)
@@ -124,7 +125,7 @@ def _to_8_bit(grey: NDArray[np.generic]) -> Pixels:
 
 
 def preprocess_identity(preprocess: Preprocess) -> dict[str, Any]:
-    """The preprocessing as JSON gives it back, lists for tuples."""
+    """The preprocessing as it reads back from JSON, with lists in place of tuples."""
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(preprocess).items()

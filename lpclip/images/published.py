@@ -1,4 +1,4 @@
-"""Published corrupted data sets, read as they are: ImageNet-C's folders, CIFAR-10-C's and CIFAR-100-C's arrays.
+"""Published corrupted data sets in their own layouts: ImageNet-C's folders, CIFAR-10-C's and CIFAR-100-C's arrays.
 
 ImageNet-C is ROOT/<corruption>/<severity>/<class>/<images>, with or without folders of corruptions between
 (ROOT/blur/defocus_blur/...). CIFAR-10-C is ROOT/<corruption>.npy, uint8 (5n, H, W, 3) with the n images of
@@ -7,38 +7,32 @@ severity 1 first, then those of severity 2, and so on, and ROOT/labels.npy with 
 
 from __future__ import annotations
 
-import io
 import json
-import math
 import re
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from numpy.lib import format as npy
 from pyarrow import fs
 
 from lpclip.config import SourceConfig
 from lpclip.errors import UserError
-from lpclip.files import locate, split
+from lpclip.files import locate
+from lpclip.images.arrays import ArrayReader, inspect_array
 from lpclip.images.fetch import reason, retry, under
 from lpclip.images.open import open_source
-from lpclip.images.pixels import encode_png
-from lpclip.images.source import TABLE_BYTES, UNIT_ROWS, File, Reader, Row, Source, choose, make_identity
+from lpclip.images.source import TABLE_BYTES, UNIT_ROWS, File, Source, choose, make_identity
 from lpclip.images.views import CORRUPTIONS, SEVERITIES
 
 LABELS = "labels.npy"
-HEADER_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """One corruption at one severity of a published set: known to be there, listed and read when opened."""
+    """One corruption at one severity of a published set. It exists, and its images are listed when it is opened."""
 
     name: str
     """The whole set's name, safe in file names."""
@@ -52,7 +46,7 @@ class Published:
     """1 to 5."""
 
     def open(self, *, config: SourceConfig, limit: int | None = None) -> Source:
-        """Its images with labels; a limit takes the same images at every corruption and severity.
+        """The images with labels. A limit takes the same images at every corruption and severity.
 
         Raises UserError when there are no images or labels, or the files are not what the layout says.
         """
@@ -62,56 +56,15 @@ class Published:
             source = open_source(under(self.root, self.place), config=config, limit=limit)
             if not source.has_labels:
                 raise UserError(f"{source.root}: the images lie in no class folders, so they have no labels")
-        # Corrupted files may be alike in names, sizes and times: the identity must tell them apart.
+        # Corrupted files may have equal names, sizes and times, so the identity names the corruption as well.
         identity = {**source.identity, "corruption": self.corruption, "severity": self.severity}
         return replace(source, name=f"{self.name}-{_prefix(self)}", identity=identity)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ArrayReader(Reader):
-    """One severity of a .npy file. A unit holds the `rows` to read, ascending and numbered within the severity,
-    and their `labels`."""
-
-    uri: str
-    offset: int
-    """Of the severity's first row in the file, in bytes."""
-    height: int
-    width: int
-    prefix: str
-    """Of the ids: gaussian_noise-3 makes gaussian_noise-3-00042."""
-
-    def rows(self, unit: str) -> Iterator[Row]:
-        """The unit's rows as PNG, in order; where the file cannot be read, each of them with the reason."""
-        work = json.loads(unit)
-        ids = [f"{self.prefix}-{row:05d}" for row in work["rows"]]
-        try:
-            images = retry(partial(self._read, work["rows"]))
-        except (OSError, pa.ArrowException) as error:
-            for name, label in zip(ids, work["labels"], strict=True):
-                yield Row(name, None, label, f"npy: {reason(error)}")
-            return
-        for name, image, label in zip(ids, images, work["labels"], strict=True):
-            yield Row(name, encode_png(image), label)
-
-    def _read(self, rows: Sequence[int]) -> np.ndarray:
-        """Pixels (len(rows), H, W, 3): a read for each run of neighbouring rows, and no byte of the others."""
-        shape = (self.height, self.width, 3)
-        size = math.prod(shape)
-        parts = []
-        filesystem, path = locate(self.uri)
-        with filesystem.open_input_file(path) as file:
-            for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1):
-                data = file.read_at(len(run) * size, self.offset + int(run[0]) * size)
-                if len(data) < len(run) * size:
-                    raise OSError("the file is shorter than it was at the start")
-                parts.append(np.frombuffer(data, np.uint8).reshape(-1, *shape))
-        return np.concatenate(parts)
-
-
 def published_sets(path: str) -> tuple[list[Published], list[str]]:
-    """The corrupted sets in a folder or URI, by corruption and severity, and notes on what was left out.
+    """The corrupted sets in a folder or URI, sorted by corruption and severity, and notes on what was left out.
 
-    Folders of images are only listed when they are opened, but arrays are checked now: their headers and labels.
+    Headers and labels of arrays are checked now. Folders of images are listed when they are opened.
     Raises UserError when there is no such folder, no corruption in it, one of them twice, or a damaged array.
     """
     root = path if "://" in path else str(Path(path).expanduser().absolute())
@@ -147,9 +100,8 @@ def published_sets(path: str) -> tuple[list[Published], list[str]]:
     ]
     for item in published:
         if item.place in found and item.severity == 1:
-            item.open(
-                config=SourceConfig()
-            )  # A damaged file is better told now than after hours of encoding.
+            # A damaged array is reported now, not after hours of encoding.
+            item.open(config=SourceConfig())
     if not left_out:
         return published, []
     examples = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
@@ -160,7 +112,7 @@ def published_sets(path: str) -> tuple[list[Published], list[str]]:
 
 
 def _list(root: str, folder: str = "") -> tuple[list[str], list[str]]:
-    """Sorted names of the folders and of the files right in a folder under root, without hidden ones."""
+    """Sorted names of the folders and of the files directly in a folder below root, without hidden ones."""
     uri = under(root, folder) if folder else root
     try:
         filesystem, path = locate(uri)
@@ -177,14 +129,14 @@ def _list(root: str, folder: str = "") -> tuple[list[str], list[str]]:
 
 
 def _subfolders(root: str, folder: str, names: Container[str]) -> tuple[list[str], list[str]]:
-    """Paths of the subfolders of these names, and of the others; without the former, the folder is the other."""
+    """Paths of the subfolders with these names, and of all others; if none has such a name, the folder itself."""
     folders, _ = _list(root, folder)
     known = [f"{folder}/{name}" for name in folders if name in names]
     return known, [f"{folder}/{name}" for name in folders if name not in names] if known else [folder]
 
 
 def _stem(path: str) -> str:
-    """The last name of a path, without .npy."""
+    """The last part of a path, without .npy."""
     return path.rpartition("/")[2].removesuffix(".npy")
 
 
@@ -193,11 +145,11 @@ def _prefix(item: Published) -> str:
 
 
 def _open_array(item: Published, *, config: SourceConfig, limit: int | None) -> Source:
-    """One severity of a .npy file: its header and the labels are read, but no image."""
+    """The source of one severity of a .npy file. Its header and the labels are read, but no image."""
     if limit is not None and limit < 1:
         raise UserError(f"the limit must be at least 1, not {limit}")
     uri = under(item.root, item.place)
-    array = _inspect(uri)
+    array = inspect_array(uri)
     if array.dtype != np.uint8 or len(array.shape) != 4 or array.shape[3] != 3 or array.fortran:
         order = "Fortran" if array.fortran else "C"
         raise UserError(
@@ -210,7 +162,7 @@ def _open_array(item: Published, *, config: SourceConfig, limit: int | None) -> 
         )
     count, row_bytes = num_rows // len(SEVERITIES), height * width * 3
     labels_file, labels = _labels(under(item.root, LABELS), num_rows=num_rows)
-    # The ids' hashes choose, without the corruption: under a limit, all sets hold the same images.
+    # Row numbers alone choose, without the corruption, so that a limit takes the same images from every set.
     rows = choose([f"{row:05d}" for row in range(count)], limit)
     step = min(UNIT_ROWS, max(TABLE_BYTES // row_bytes, 1))
     units = [rows[start : start + step] for start in range(0, len(rows), step)]
@@ -235,8 +187,8 @@ def _open_array(item: Published, *, config: SourceConfig, limit: int | None) -> 
 
 
 def _labels(uri: str, *, num_rows: int) -> tuple[File, np.ndarray]:
-    """The labels' file, and the labels (num_rows / 5,) that are the same at each severity."""
-    array = _inspect(uri)
+    """The file of labels, and the labels (num_rows / 5,), which are the same at each severity."""
+    array = inspect_array(uri)
     if array.dtype.kind not in "iu" or len(array.shape) != 1:
         raise UserError(f"{uri}: {array.dtype} {array.shape}, where a list of integers should be")
     if array.shape[0] != num_rows:
@@ -253,45 +205,3 @@ def _labels(uri: str, *, num_rows: int) -> tuple[File, np.ndarray]:
     if (labels != labels[0]).any():
         raise UserError(f"{uri}: the labels are not the same for each of the five severities")
     return array.file, labels[0]
-
-
-class _Array(NamedTuple):
-    """What is known of a .npy file before its data is read; they begin at the offset, in bytes."""
-
-    file: File
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    fortran: bool
-    offset: int
-
-
-def _inspect(uri: str) -> _Array:
-    """A .npy file by its header; UserError when it is missing, damaged, cut, or would have to be unpickled."""
-    filesystem, path = locate(uri)
-    try:
-        info = filesystem.get_file_info(path)
-        if info.type == fs.FileType.NotFound:
-            raise UserError(f"{uri}: no such file")
-        with filesystem.open_input_file(path) as file:
-            head = io.BytesIO(retry(lambda: file.read_at(HEADER_BYTES, 0)))
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{uri}: cannot be read ({reason(error)})") from error
-    try:
-        shape, fortran, dtype = _parse(head)
-    except Exception as error:  # Broken bytes lead NumPy's parser to whatever Python's own may raise.
-        raise UserError(f"{uri}: not a .npy file that can be read ({reason(error)})") from error
-    if dtype.hasobject:
-        raise UserError(f"{uri}: holds Python objects, which are never unpickled")
-    size = head.tell() + math.prod(shape) * dtype.itemsize
-    if info.size != size:
-        raise UserError(f"{uri}: cut or damaged, as it has {info.size} bytes and its header says {size}")
-    return _Array(File(split(uri)[1], info.size, info.mtime_ns), dtype, shape, fortran, head.tell())
-
-
-def _parse(head: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = npy.read_magic(head)
-    if version == (1, 0):
-        return npy.read_array_header_1_0(head)
-    if version == (2, 0):
-        return npy.read_array_header_2_0(head)
-    raise UserError(f"format version {version[0]}.{version[1]}")

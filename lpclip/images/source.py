@@ -1,7 +1,7 @@
-"""What all image sources share: rows, readers, and the plan of work that a source is.
+"""Rows, readers and sources: the parts that all kinds of image sources share.
 
-A reader is small, frozen and holds strings only, so that it travels to the workers with every task. A unit is
-a JSON string made when the source is opened: it says which images, the reader says where and how.
+A reader is small and frozen, so that it travels to the workers with every task. A unit is a JSON string made when the
+source is opened. The unit says which images to read, and the reader knows where they are and how to read them.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ PAIRS = ROWS.append(pa.field("texts", pa.list_(pa.string())))
 
 
 class Row(NamedTuple):
-    """One image: `image` is None where `error` says why, `label` is None where there is none.
+    """One image. `image` is None when `error` says why, and `label` is None when there is none.
 
-    `texts` are there when the source was opened with them.
+    `texts` are filled when the source was opened with them.
     """
 
     id: str
@@ -51,7 +51,7 @@ class Reader(ABC):
 
     @abstractmethod
     def rows(self, unit: str) -> Iterator[Row]:
-        """The unit's images, one by one; what cannot be read is a row with an error."""
+        """The unit's images, one by one. An image that cannot be read is a row with an error."""
 
     def tables(self, unit: str) -> Iterator[pa.Table]:
         """The unit as tables, each of at most UNIT_ROWS rows and about TABLE_BYTES bytes.
@@ -75,7 +75,7 @@ class Reader(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Images to read: the plan, made on the driver without reading an image."""
+    """A plan of the images to read, made on the driver without reading an image."""
 
     name: str
     """Short, and safe in file names."""
@@ -87,12 +87,12 @@ class Source:
     units: tuple[str, ...]
     """Units of work for the reader, of at most UNIT_ROWS images each (a tar is one unit)."""
     num_rows: int | None
-    """None where it is not known before reading (webdataset)."""
+    """None when it is not known before reading (webdataset)."""
     has_labels: bool
     label_names: tuple[str, ...] | None
-    """What the labels index; None when there are no labels or they are bare numbers."""
+    """The names that labels index, None when there are no labels or they are bare numbers."""
     identity: dict[str, Any]
-    """JSON-able: whatever changes the rows, and not where they lie."""
+    """Everything that changes the rows, but not the place they are read from; JSON-able."""
     config: SourceConfig
     notes: tuple[str, ...] = ()
     """Sentences that the user should read, for example about files that were skipped."""
@@ -104,7 +104,7 @@ class Source:
 
 
 class File(NamedTuple):
-    """A file in a listing, its path relative to the listing's root; size and mtime may be unknown."""
+    """A file in a listing. Its path is relative to the listing's root; size and mtime may be unknown."""
 
     path: str
     size: int | None
@@ -127,7 +127,7 @@ def make_identity(
     limit: int | None,
     columns: Sequence[str | None] = (),
 ) -> dict[str, Any]:
-    """The identity of a source that reads these files; columns are those for image, id and label."""
+    """The identity of a source that reads these files. `columns` name image, id, label and, if read, texts."""
     digest = blake2b()
     for file in files:
         digest.update(f"{file.path}\0{file.size}\0{file.mtime_ns}\n".encode())
@@ -146,8 +146,10 @@ def make_identity(
 
 
 def choose(ids: Sequence[str], limit: int | None) -> list[int]:
-    """Places of the `limit` ids with the smallest hashes, ascending: a fair sample of sorted data, and the
-    larger of two samples holds the smaller."""
+    """Places of the `limit` ids with the smallest hashes, ascending.
+
+    That is a fair sample even of sorted data, and a larger sample contains a smaller one.
+    """
     if limit is None or limit >= len(ids):
         return list(range(len(ids)))
     keys = b"".join(blake2b(name.encode(), digest_size=8).digest() for name in ids)
@@ -155,7 +157,7 @@ def choose(ids: Sequence[str], limit: int | None) -> list[int]:
 
 
 def make_row(name: str, image: bytes | Exception, label: int | None, texts: Sequence[str] = ()) -> Row:
-    """A row of an image, or of the reason why there is none. Texts that are blank are left out."""
+    """A row with an image, or with the reason why there is none. Blank texts are left out."""
     kept = tuple(stripped for text in texts if (stripped := text.strip()))
     if isinstance(image, Exception):
         return Row(name, None, label, reason(image), kept)
@@ -165,7 +167,7 @@ def make_row(name: str, image: bytes | Exception, label: int | None, texts: Sequ
 def make_pair(
     name: str, image: bytes | Exception, label: int | None, text_files: Sequence[bytes | Exception]
 ) -> Row:
-    """A row of an image and of text files in UTF-8, one text a line, or of the reason why there is none."""
+    """A row with an image and the lines of its UTF-8 text files as texts, or with the reason why there is none."""
     texts: list[str] = []
     for data in text_files:
         if isinstance(data, Exception):

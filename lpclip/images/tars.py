@@ -1,4 +1,4 @@
-"""WebDataset tars: read from start to end, never extracted, and their damage told."""
+"""WebDataset tars: read from start to end, never extracted, with their damage reported as rows."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from lpclip.images.fetch import reason, under
 from lpclip.images.source import IMAGE_SUFFIXES, Listing, Reader, Row, Source, make_identity, make_pair
 
 TAR_ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error)
-# Of one sample: what a single one holds is in memory at once.
 MAX_MEMBERS = 32
-# Of a member's name and other properties, which tarfile reads whole: from a compressed tar they could fill the memory.
+"""Most members of one sample, because all of them are in memory at once."""
 MAX_HEADER_BYTES = 1 << 20
+"""Most bytes of a member's name and other properties: tarfile reads them whole, and they could fill the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TarReader(Reader):
-    """WebDataset tars, read from start to end and never extracted. A unit holds a `file` under root, and the
-    `limit` of images to take from it (all when it is missing)."""
+    """Reads WebDataset tars from start to end, without extracting them.
+
+    A unit holds a `file` below root and, if not all of its images are to be read, their number as `limit`.
+    """
 
     root: str
     max_bytes: int
@@ -48,7 +50,7 @@ class TarReader(Reader):
                     empty = False
                     yield from self._sample(f"{file}/{key}", members, seen)
             if empty:
-                # A unit without rows would leave no part, and could not be told from one that is to be done.
+                # Without a row, the unit would leave no part in a store, as if it had never been read.
                 yield Row(f"{file}/(empty)", None, error="tar: holds no samples")
         except TAR_ERRORS as error:
             yield Row(f"{file}/(rest)", None, error=f"tar: {reason(error)}")
@@ -82,7 +84,7 @@ class TarReader(Reader):
 
 
 class Member(NamedTuple):
-    """A file in a tar: the extension is what follows its name's first dot, without it."""
+    """A file in a tar. The extension is the part of its name after the first dot."""
 
     extension: str
     data: bytes | Exception
@@ -91,9 +93,10 @@ class Member(NamedTuple):
 def samples(
     tar: tarfile.TarFile, *, read: Callable[[tarfile.TarInfo, str], bytes | Exception]
 ) -> Iterator[tuple[str, list[Member]]]:
-    """WebDataset's samples: neighbouring members whose paths are equal up to their names' first dot.
+    """WebDataset's samples: neighbouring members whose paths are equal up to the first dot of their names.
 
-    `read` takes a member and its extension. A sample has at most MAX_MEMBERS + 1 of its members, the last one unread.
+    `read` takes a member and its extension. At most MAX_MEMBERS members of a sample are read; one more shows, unread,
+    that there are too many.
     """
     key = ""
     members: list[Member] = []
@@ -131,18 +134,18 @@ def read_member(tar: tarfile.TarFile, info: tarfile.TarInfo, *, max_bytes: int) 
 
 
 def is_image(extension: str, wanted: str | None = None) -> bool:
-    """Whether a tar member with this extension is the image: any image, or only the `wanted` extension."""
+    """True when a tar member with this extension is an image, or has the `wanted` extension, if given."""
     return extension == wanted if wanted else f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES
 
 
 def class_label(data: bytes | Exception) -> int | None:
-    """The number in a .cls member, None where there is none."""
+    """The number in a .cls member, None when it holds none."""
     text = b"" if isinstance(data, Exception) else data.strip()
     return int(text) if text.isdigit() else None
 
 
 def open_tar(root: str, file: str) -> tarfile.TarFile:
-    """A tar under root, compressed or not, to read from start to end."""
+    """A tar below root, compressed or not, opened to be read from start to end."""
     filesystem, path = locate(under(root, file))
     stream = filesystem.open_input_stream(path, compression=None)
     return tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo)
@@ -155,7 +158,7 @@ HEADER_TYPES = (
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes a cut or damaged archive for one that has ended, and headers of any size: not here."""
+    """Refuses damaged archives, which tarfile takes for ended ones, and headers of more than MAX_HEADER_BYTES."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> _StrictTarInfo:
@@ -175,7 +178,7 @@ class _StrictTarInfo(tarfile.TarInfo):
 def open_webdataset(
     listing: Listing, *, config: SourceConfig, limit: int | None, texts: Texts | None
 ) -> Source:
-    """Tars: one unit each. A limit takes the first samples, as only reading tells what is in a tar."""
+    """Tars, each a unit. A limit takes the first samples, because only reading shows what a tar holds."""
     units = [{"file": file.path} for file in listing.files]
     notes = []
     if limit is not None:
@@ -222,7 +225,7 @@ def _has_labels(listing: Listing) -> bool:
 
 
 def _peek(root: str, file: str) -> Iterator[list[Member]]:
-    """The samples without their bytes, up to where the tar is damaged: the reader is the one to tell."""
+    """The samples without their bytes, up to where the tar is damaged: the reader reports the damage later."""
     try:
         with open_tar(root, file) as tar:
             for _, members in samples(tar, read=lambda *_: b""):

@@ -1,0 +1,153 @@
+"""Reading Parquet: the rows of a unit, with images, labels and texts."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from lpclip.files import locate, split
+from lpclip.images.columns import as_texts, is_text
+from lpclip.images.fetch import fetch_all, reason, retry, under
+from lpclip.images.source import UNIT_ROWS, Reader, Row, make_row
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetReader(Reader):
+    """Reads Parquet files.
+
+    A unit is a list of spans. A span means the rows from `start` to before `stop` of row group `group` in `file`, and
+    of these only `rows`, if given. `first` is the number of the group's first row in the file.
+    """
+
+    root: str
+    max_bytes: int
+    schemes: tuple[str, ...]
+    timeout: float
+    image_column: str
+    id_column: str | None = None
+    label_column: str | None = None
+    label_names: tuple[str, ...] | None = None
+    text_column: str | None = None
+
+    def rows(self, unit: str) -> Iterator[Row]:
+        """The unit's rows in order. If the file cannot be read, each row holds the reason."""
+        for span in json.loads(unit):
+            yield from self._span_rows(**span)
+
+    def _span_rows(
+        self, *, file: str, group: int, first: int, start: int, stop: int, rows: list[int] | None = None
+    ) -> Iterator[Row]:
+        kept = rows or list(range(start, stop))
+        ids = [row_id(file, first + row) for row in kept]
+        try:
+            table = retry(partial(self._read, file, group, start, stop))
+            table = table.take([row - start for row in kept])
+            if self.id_column:
+                ids = table[self.id_column].cast(pa.string()).to_pylist()
+            labels = self._labels(table)
+            texts = self._texts(table)
+        except (OSError, pa.ArrowException) as error:
+            yield from (Row(name, None, error=f"Parquet: {reason(error)}") for name in ids)
+            return
+        folder, _ = split(under(self.root, file))
+        images = self._images(table[self.image_column], folder)
+        for name, image, label, own in zip(ids, images, labels, texts, strict=True):
+            yield make_row(name, image, label, own)
+
+    def _read(self, file: str, group: int, start: int, stop: int) -> pa.Table:
+        wanted = (self.id_column, self.image_column, self.label_column, self.text_column)
+        columns = [name for name in wanted if name]
+        cursor = getattr(_open, "cursor", None)
+        key = (self.root, file, group, columns)
+        if cursor is None or cursor.key != key or cursor.position > start:
+            cursor = _Cursor(key)
+        _open.cursor = None  # A cursor that fails is not used again.
+        table = cursor.read(start, stop)
+        _open.cursor = cursor
+        return table
+
+    def _images(self, column: pa.ChunkedArray, folder: str) -> list[bytes | Exception]:
+        values = column.to_pylist()
+        # Hugging Face's struct holds the bytes, or the path of a file that does.
+        values = [(v["bytes"] or v["path"]) if isinstance(v, dict) else v for v in values]
+        uris = [value for value in values if isinstance(value, str)]
+        limits: dict[str, Any] = {
+            "max_bytes": self.max_bytes,
+            "schemes": self.schemes,
+            "timeout": self.timeout,
+        }
+        fetched = iter(fetch_all(uris, root=folder, **limits) if uris else [])
+        missing = ValueError("no image in this row")
+        return [
+            next(fetched) if isinstance(value, str) else missing if value is None else value
+            for value in values
+        ]
+
+    def _labels(self, table: pa.Table) -> list[int | None]:
+        if not self.label_column:
+            return [None] * len(table)
+        return label_indices(table[self.label_column], self.label_names).to_pylist()
+
+    def _texts(self, table: pa.Table) -> list[list[str]]:
+        if not self.text_column:
+            return [[]] * len(table)
+        return as_texts(table[self.text_column])
+
+
+def row_id(file: str, row: int) -> str:
+    """The id of a Parquet row that has none of its own."""
+    return f"{file}:{row}"
+
+
+def label_indices(labels: pa.ChunkedArray, names: tuple[str, ...] | None) -> pa.ChunkedArray:
+    """Labels as int32: words become their place in `names`, and negative numbers (unlabelled) become null."""
+    if pa.types.is_dictionary(labels.type):
+        labels = labels.cast(labels.type.value_type)
+    if is_text(labels.type):
+        assert names is not None
+        return pc.index_in(labels.cast(pa.string()), value_set=pa.array(names, pa.string()))
+    numbers = labels.cast(pa.int32())
+    return pc.if_else(pc.less(numbers, 0), pa.scalar(None, pa.int32()), numbers)
+
+
+class _Cursor:
+    """A row group that is read from its start on.
+
+    Each worker keeps one open from unit to unit. So it streams a file of one large row group once, and does not read
+    all of it for every unit.
+    """
+
+    def __init__(self, key: tuple[str, str, int, list[str]]) -> None:
+        root, file, group, columns = key
+        filesystem, path = locate(under(root, file))
+        parquet = pq.ParquetFile(filesystem.open_input_file(path), buffer_size=1 << 20, pre_buffer=False)
+        self.key = key
+        self.position = 0
+        self.schema = pa.schema([parquet.schema_arrow.field(name) for name in columns])
+        self._batches = parquet.iter_batches(
+            UNIT_ROWS, row_groups=[group], columns=columns, use_threads=False
+        )
+
+    def read(self, start: int, stop: int) -> pa.Table:
+        """Rows from start to before stop of the group. They must come after those read before."""
+        parts = []
+        while self.position < stop:
+            batch = next(self._batches, None)
+            if batch is None:
+                raise OSError("the file has fewer rows than it had at the start")
+            if self.position >= start:
+                parts.append(batch)
+            self.position += len(batch)
+        assert self.position == stop, "units and batches have the same bounds"
+        return pa.Table.from_batches(parts).select(self.schema.names)
+
+
+_open = threading.local()
