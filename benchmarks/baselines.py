@@ -20,7 +20,8 @@ from torch import Tensor
 from lpclip.config import SelfTrainingConfig
 from lpclip.method.priors import Prior
 from lpclip.method.probe import Probe, zero_shot_probe
-from lpclip.method.self_training import Shard, self_train
+from lpclip.method.self_training import Rounds
+from lpclip.method.shard import Shard
 from lpclip.method.supervised import supervised_probe
 
 BLOCK_ROWS = 4096
@@ -119,14 +120,10 @@ def lp_clip(problem: Problem) -> Solution:
     The student sees the features that the teacher sees: a Problem has no strong views.
     """
     shard = Shard(features=problem.features, num_rows=len(problem.features))
-    *_, (state, _) = self_train(
-        shard,
-        zero_shot=problem.head,
-        temperature=problem.temperature,
-        config=SelfTrainingConfig(solver="gradient", rounds=4, prior="none"),
-        prior=Prior(strength=0.0),
-    )
-    student = state.classifier(problem.head / problem.temperature)
+    head = problem.head / problem.temperature
+    config = SelfTrainingConfig(solver="gradient", rounds=4, prior="none")
+    *_, (state, _) = Rounds(shard, head=head, config=config, prior=Prior(strength=0.0)).run()
+    student = state.classifier(head)
     return Solution(predict=Probe(weight=student.weight, bias=student.bias).probabilities)
 
 

@@ -57,7 +57,8 @@ from lpclip.method.calibration import CALIBRATION_ROWS, expected_accuracy, mean_
 from lpclip.method.confirmation import Sample, choose_prior, with_neighbours
 from lpclip.method.priors import PRIORS
 from lpclip.method.probe import Probe, zero_shot_probe
-from lpclip.method.self_training import Shard, fit_whitening, self_train
+from lpclip.method.self_training import Rounds
+from lpclip.method.shard import Shard, fit_whitening
 from lpclip.report.tables import format_table
 
 # Unlabelled and test images: one store of both is cut into halves of its row order, which is that of a hash.
@@ -354,9 +355,7 @@ class Trained:
 def train(problem: Problem, shard: Shard, *, prior: str, agreement: float | None) -> Trained:
     """The rounds with a prior, and their probe at the default temperature."""
     head, temperature = problem.head, problem.temperature
-    *_, (state, found) = self_train(
-        shard, zero_shot=head, temperature=temperature, config=CONFIG, prior=PRIORS[prior]
-    )
+    *_, (state, found) = Rounds(shard, head=head / temperature, config=CONFIG, prior=PRIORS[prior]).run()
     student = state.classifier(head / temperature)
     probe = Probe(weight=student.weight, bias=student.bias)
     zero_shot = zero_shot_probe(head, temperature=temperature)

@@ -23,7 +23,8 @@ import torch
 from lpclip.config import SelfTrainingConfig
 from lpclip.method.neighbours import nearest
 from lpclip.method.priors import Prior
-from lpclip.method.self_training import Shard, fit_whitening, self_train
+from lpclip.method.self_training import Rounds
+from lpclip.method.shard import Shard, fit_whitening
 from lpclip.report.tables import format_table
 
 CASES = (
@@ -75,7 +76,7 @@ def measure(num_rows: int, dim: int, num_classes: int, *, rounds: int, neighbour
     begin = last = time.perf_counter()
     ends = []
     config = SelfTrainingConfig(rounds=rounds)
-    for _ in self_train(shard, zero_shot=head, temperature=0.03, config=config, prior=Prior()):
+    for _ in Rounds(shard, head=head / 0.03, config=config, prior=Prior()).run():
         ends.append(time.perf_counter() - last)
         last = time.perf_counter()
     return {

@@ -12,7 +12,10 @@ from test_self_training import Workers, assert_same_probe, planted
 from lpclip.config import SelfTrainingConfig
 from lpclip.method.neighbours import nearest
 from lpclip.method.priors import Prior
-from lpclip.method.self_training import CHUNK_ROWS, Shard, State, fit_whitening, neighbour_count, self_train
+from lpclip.method.recipe import RECIPE
+from lpclip.method.self_training import Rounds
+from lpclip.method.shard import CHUNK_ROWS, Shard, fit_whitening
+from lpclip.method.state import State
 
 FEATURES, LABELS, HEAD = planted(2_000)
 WHITENING = fit_whitening(Shard(features=FEATURES, num_rows=len(FEATURES)))
@@ -58,25 +61,19 @@ def test_a_cut_of_the_rows_finds_what_all_rows_find(cut: int) -> None:
 def test_neighbours_are_fewer_than_a_class_has_images_and_used_where_affordable(
     num_rows: int, expected: int
 ) -> None:
-    assert neighbour_count(SelfTrainingConfig(), num_rows=num_rows, num_classes=10) == expected
+    assert RECIPE.neighbour_count(SelfTrainingConfig(), num_rows=num_rows, num_classes=10) == expected
 
 
 def test_the_flag_decides_and_never_asks_for_more_neighbours_than_there_are() -> None:
     config = SelfTrainingConfig(neighbours=7)
-    assert neighbour_count(config, num_rows=1_000_000, num_classes=10) == 7
-    assert neighbour_count(config, num_rows=5, num_classes=2) == 4
-    assert neighbour_count(SelfTrainingConfig(solver="gradient"), num_rows=5_000, num_classes=2) == 0
+    assert RECIPE.neighbour_count(config, num_rows=1_000_000, num_classes=10) == 7
+    assert RECIPE.neighbour_count(config, num_rows=5, num_classes=2) == 4
+    assert RECIPE.neighbour_count(SelfTrainingConfig(solver="gradient"), num_rows=5_000, num_classes=2) == 0
 
 
 def rounds(shard: Shard, all_reduce=lambda tensor: tensor) -> State:
-    steps = self_train(
-        shard,
-        zero_shot=HEAD,
-        temperature=0.05,
-        config=SelfTrainingConfig(rounds=4),
-        prior=Prior(strength=0.3),
-        all_reduce=all_reduce,
-    )
+    config, prior = SelfTrainingConfig(rounds=4), Prior(strength=0.3)
+    steps = Rounds(shard, head=HEAD / 0.05, config=config, prior=prior, all_reduce=all_reduce).run()
     return [state for state, _ in steps][-1]
 
 
@@ -116,13 +113,8 @@ def test_neighbours_mend_labels_that_the_teacher_gets_wrong() -> None:
     helped = Shard(features=FEATURES, num_rows=len(FEATURES), neighbours=find(FEATURES, count=10))
 
     def last_labels(shard: Shard) -> np.ndarray:
-        steps = self_train(
-            shard,
-            zero_shot=HEAD,
-            temperature=0.05,
-            config=SelfTrainingConfig(rounds=1),
-            prior=Prior(strength=0.0),
-        )
+        config = SelfTrainingConfig(rounds=1)
+        steps = Rounds(shard, head=HEAD / 0.05, config=config, prior=Prior(strength=0.0)).run()
         return [found.labels for _, found in steps][-1]
 
     assert (last_labels(helped) == LABELS).mean() > (last_labels(plain) == LABELS).mean()

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from lpclip import files
 from lpclip.method.gaussian import gaussian_probe, make_whitening, row_moments
 from lpclip.method.linear import Linear
-from lpclip.method.probe import Probe, load_probe, weighted_cross_entropy_gradient, zero_shot_probe
+from lpclip.method.probe import Probe, load_probe, zero_shot_probe
+from lpclip.method.solvers import weighted_cross_entropy_gradient
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

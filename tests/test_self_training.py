@@ -14,15 +14,10 @@ import torch.nn.functional as F
 from lpclip.config import SelfTrainingConfig, config_identity
 from lpclip.method.priors import Prior, read_prior
 from lpclip.method.pseudo_labels import AllReduce
-from lpclip.method.self_training import (
-    CHUNK_ROWS,
-    LAST_ZERO_SHOT_SHARE,
-    STOP_FLIP_RATE,
-    Pass,
-    Shard,
-    State,
-    self_train,
-)
+from lpclip.method.recipe import RECIPE
+from lpclip.method.self_training import Rounds
+from lpclip.method.shard import CHUNK_ROWS, Shard
+from lpclip.method.state import Pass, State
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,16 +51,8 @@ def train(
     prior: Prior | None = None,
     start: State | None = None,
 ) -> list[tuple[State, Pass]]:
-    return list(
-        self_train(
-            Shard(features=features, num_rows=len(features)),
-            zero_shot=head,
-            temperature=TEMPERATURE,
-            config=config,
-            prior=prior or Prior(),
-            start=start,
-        )
-    )
+    shard = Shard(features=features, num_rows=len(features))
+    return list(Rounds(shard, head=head / TEMPERATURE, config=config, prior=prior or Prior()).run(start))
 
 
 def labels_of(state: State, features: np.ndarray, *, head: torch.Tensor) -> np.ndarray:
@@ -100,16 +87,8 @@ def train_on_workers(
         shard = Shard(
             features=features[edges[rank] : edges[rank + 1]], first_row=edges[rank], num_rows=len(features)
         )
-        return list(
-            self_train(
-                shard,
-                zero_shot=head,
-                temperature=TEMPERATURE,
-                config=config,
-                prior=Prior(),
-                all_reduce=workers.all_reduce(rank),
-            )
-        )
+        own, add = head / TEMPERATURE, workers.all_reduce(rank)
+        return list(Rounds(shard, head=own, config=config, prior=Prior(), all_reduce=add).run())
 
     with ThreadPoolExecutor(len(edges) - 1) as pool:
         return list(pool.map(work, range(len(edges) - 1)))
@@ -233,8 +212,8 @@ def test_rounds_end_when_hardly_a_label_changes_and_at_the_latest_after_all():
     features, _, head = planted(2000)
     states = [state for state, _ in train(features, head, config=replace(CONFIG, rounds=50))]
     assert len(states) < 50
-    assert states[-1].metrics["flip_rate"] < STOP_FLIP_RATE
-    assert all(state.metrics["flip_rate"] >= STOP_FLIP_RATE for state in states[:-1])
+    assert states[-1].metrics["flip_rate"] < RECIPE.stop_flip_rate
+    assert all(state.metrics["flip_rate"] >= RECIPE.stop_flip_rate for state in states[:-1])
     assert [state.round for state in states] == list(range(1, len(states) + 1))
     assert len(train(features, head, config=replace(CONFIG, rounds=1))) == 1
 
@@ -316,7 +295,7 @@ def test_zero_shot_logits_can_come_from_elsewhere():
     features, _, head = planted(900)
     logits = torch.tensor(features).float() @ head.T / TEMPERATURE
     given = Shard(features=features, num_rows=900, zero_shot=logits)
-    rounds = self_train(given, zero_shot=head, temperature=TEMPERATURE, config=CONFIG, prior=Prior())
+    rounds = Rounds(given, head=head / TEMPERATURE, config=CONFIG, prior=Prior()).run()
     for (state, found), (expected, whole) in zip(rounds, train(features, head), strict=True):
         assert_same_probe(state, expected)
         assert (found.labels == whole.labels).all()
@@ -329,7 +308,7 @@ def test_the_student_learns_from_the_strong_views():
     states = []
     for views in ((), strong):
         shard = Shard(features=features, strong=views, num_rows=600)
-        rounds = self_train(shard, zero_shot=head, temperature=TEMPERATURE, config=GRADIENT, prior=Prior())
+        rounds = Rounds(shard, head=head / TEMPERATURE, config=GRADIENT, prior=Prior()).run()
         states.append([state for state, _ in rounds][-1])
     assert not torch.equal(states[0].weight, states[1].weight)
     assert states[1].weight.isfinite().all()
@@ -353,8 +332,7 @@ def last_round(
     features: np.ndarray, head: torch.Tensor, *strong: np.ndarray, start: State | None = None
 ) -> list[tuple[State, Pass]]:
     shard = Shard(features=features, strong=strong, num_rows=len(features))
-    options = {"zero_shot": head, "temperature": TEMPERATURE, "config": CONFIG, "prior": Prior()}
-    return list(self_train(shard, start=start, **options))
+    return list(Rounds(shard, head=head / TEMPERATURE, config=CONFIG, prior=Prior()).run(start))
 
 
 def test_the_last_student_withstands_what_the_strong_views_change():
@@ -384,7 +362,7 @@ def test_a_strong_view_like_the_base_one_is_another_round():
     copied = last_round(features, head, features)
     ordinary = train(features, head, config=replace(CONFIG, rounds=len(copied)), start=copied[-2][0])
     assert len(ordinary) == 1
-    expected = replace(ordinary[0][0], zero_shot_share=LAST_ZERO_SHOT_SHARE)
+    expected = replace(ordinary[0][0], zero_shot_share=RECIPE.last_zero_shot_share)
     assert_same_probe(copied[-1][0], expected)
 
 
@@ -408,8 +386,8 @@ def test_strong_views_count_alike_on_any_number_of_workers():
         shard = Shard(
             features=features[rows], strong=(view[rows],), first_row=rows.start, num_rows=len(features)
         )
-        options = {"zero_shot": head, "temperature": TEMPERATURE, "config": CONFIG, "prior": Prior()}
-        *_, (state, _) = self_train(shard, all_reduce=workers.all_reduce(rank), **options)
+        own, add = head / TEMPERATURE, workers.all_reduce(rank)
+        *_, (state, _) = Rounds(shard, head=own, config=CONFIG, prior=Prior(), all_reduce=add).run()
         return state
 
     with ThreadPoolExecutor(2) as pool:

@@ -28,7 +28,8 @@ from lpclip.jobs.settle_prior import load_prior, settle_prior
 from lpclip.method.calibration import label_free_temperature
 from lpclip.method.priors import Prior
 from lpclip.method.probe import Probe, zero_shot_probe
-from lpclip.method.self_training import State, neighbour_count
+from lpclip.method.recipe import RECIPE
+from lpclip.method.state import State
 from lpclip.method.supervised import supervised_probe
 from lpclip.report.style import save
 from lpclip.report.training_figures import confusion_matrix_figure, reliability_figure, rounds_figure
@@ -92,7 +93,7 @@ def _selftrain(
     )
     claim(out, {**work.identity, "eval_data": tested.store.manifest.content_digest if tested else None})
     begin = time.monotonic()
-    near = neighbour_count(job.training, num_rows=len(features.ids), num_classes=len(classes.names))
+    near = RECIPE.neighbour_count(job.training, num_rows=len(features.ids), num_classes=len(classes.names))
     if near:
         print(f"rounds: first the {near} nearest neighbours of {len(features.ids):,} images", flush=True)
     rounds = fit(work, storage=files.join(out, "ray"))

@@ -21,7 +21,9 @@ from lpclip.config import SelfTrainingConfig
 from lpclip.method.gaussian import Whitening
 from lpclip.method.neighbours import nearest
 from lpclip.method.priors import PRIORS, Prior
-from lpclip.method.self_training import ZERO_SHOT_SHARE, Shard, fit_whitening, neighbour_count, self_train
+from lpclip.method.recipe import RECIPE, Recipe
+from lpclip.method.self_training import Rounds
+from lpclip.method.shard import Shard, fit_whitening
 
 SAMPLE_ROWS = 10_000
 VIEW_ROWS = 6_000
@@ -70,7 +72,7 @@ class Sample:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """Features (n, d) in an order that says nothing, a head (K, d) of unit norm; `dtype` compares neighbours."""
-        self._head, self._temperature, self._config = zero_shot, temperature, config
+        self._head, self._config = zero_shot / temperature, config
         self._images_per_class = len(features) / len(zero_shot)
         rows = features[:SAMPLE_ROWS]
         shard = Shard(features=rows, num_rows=len(rows))
@@ -93,7 +95,8 @@ class Sample:
         labels = self._labels(self._whole, prior=prior, rounds=ROUNDS)[: len(self._views[0].features)]
         # Zero-shot sees the whole image: the views start from its labels, and then do without it.
         views = [
-            self._labels(view, prior=prior, rounds=VIEW_ROUNDS, zero_shot_share=0.0) for view in self._views
+            self._labels(view, prior=prior, rounds=VIEW_ROUNDS, recipe=replace(RECIPE, zero_shot_share=0.0))
+            for view in self._views
         ]
         shares = [np.bincount(found, minlength=len(self._head)) / len(labels) for found in (labels, *views)]
         agreement = float(np.mean([(found == labels).mean() for found in views]))
@@ -107,17 +110,9 @@ class Sample:
             ),
         )
 
-    def _labels(
-        self, shard: Shard, *, prior: Prior, rounds: int, zero_shot_share: float = ZERO_SHOT_SHARE
-    ) -> np.ndarray:
-        *_, (_, found) = self_train(
-            shard,
-            zero_shot=self._head,
-            temperature=self._temperature,
-            config=replace(self._config, rounds=rounds, threshold=0.0),
-            prior=prior,
-            zero_shot_share=zero_shot_share,
-        )
+    def _labels(self, shard: Shard, *, prior: Prior, rounds: int, recipe: Recipe = RECIPE) -> np.ndarray:
+        config = replace(self._config, rounds=rounds, threshold=0.0)
+        *_, (_, found) = Rounds(shard, head=self._head, prior=prior, config=config, recipe=recipe).run()
         return found.labels
 
 
@@ -130,7 +125,7 @@ def with_neighbours(
     dtype: torch.dtype,
 ) -> Shard:
     """A shard of all rows with as many neighbours as the rounds use, compared in `dtype` (in `whitening`, if any)."""
-    count = neighbour_count(config, num_rows=shard.num_rows, num_classes=num_classes)
+    count = RECIPE.neighbour_count(config, num_rows=shard.num_rows, num_classes=num_classes)
     if count == 0:
         return shard
     rows = shard.features

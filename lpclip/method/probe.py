@@ -91,11 +91,3 @@ def load_probe(folder: str) -> Probe:
 def zero_shot_probe(head: Tensor, *, temperature: float, **names: Any) -> Probe:
     """The zero-shot classifier as a probe: text embeddings (K, d) over the temperature, no bias."""
     return Probe(weight=head.float() / temperature, bias=torch.zeros(len(head)), **names)
-
-
-def weighted_cross_entropy_gradient(
-    features: Tensor, targets: Tensor, weights: Tensor, *, weight: Tensor, bias: Tensor
-) -> Tensor:
-    """Gradient (K, d + 1) float64 of sum_i w_i CE(targets_i, softmax(f_i weight' + bias)), bias last."""
-    residual = (torch.softmax(features @ weight.T + bias, dim=1) - targets) * weights[:, None]
-    return torch.cat([residual.T @ features, residual.sum(dim=0)[:, None]], dim=1).double()

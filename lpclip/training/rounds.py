@@ -34,15 +34,10 @@ from lpclip.features.store import Store
 from lpclip.method.gaussian import Whitening
 from lpclip.method.neighbours import nearest
 from lpclip.method.priors import Prior
-from lpclip.method.self_training import (
-    CHUNK_ROWS,
-    Pass,
-    Shard,
-    State,
-    fit_whitenings,
-    neighbour_count,
-    self_train,
-)
+from lpclip.method.recipe import RECIPE
+from lpclip.method.self_training import Rounds
+from lpclip.method.shard import CHUNK_ROWS, Shard, fit_whitenings
+from lpclip.method.state import Pass, State
 from lpclip.progress import watched
 
 # Of the rounds: an older version's are never gone on from.
@@ -150,23 +145,22 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     shard, ids = load_shard(work, part=rank, num_parts=size)
     # The last round is done again: its pass over the rows, with the labels, was not kept. With neighbours all
     # are: they hang on the targets of the round before, and take seconds where there are few enough rows.
-    count = neighbour_count(work.config, num_rows=shard.num_rows, num_classes=len(work.head.weight))
+    count = RECIPE.neighbour_count(work.config, num_rows=shard.num_rows, num_classes=len(work.head.weight))
     rounds = read_rounds(work.folder)[:-1] if count == 0 else []
     whitenings = fit_whitenings(shard, all_reduce=all_reduce) if work.config.solver == "gaussian" else None
     if count and whitenings is not None:
         shard = replace(
             shard, neighbours=_find_neighbours(work, shard, count=count, whitening=whitenings.base)
         )
-    for state, labelled in self_train(
+    training = Rounds(
         shard,
-        zero_shot=torch.tensor(work.head.weight),
-        temperature=work.head.temperature,
-        config=work.config,
+        head=torch.tensor(work.head.weight) / work.head.temperature,
         prior=work.prior,
+        config=work.config,
         all_reduce=all_reduce,
-        start=rounds[-1] if rounds else None,
         whitenings=whitenings,
-    ):
+    )
+    for state, labelled in training.run(rounds[-1] if rounds else None):
         last = labelled
         if rank == 0:
             _write_round(work.folder, state)

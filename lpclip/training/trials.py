@@ -39,7 +39,9 @@ from lpclip.method.criteria import Yardstick, measure
 from lpclip.method.linear import Linear
 from lpclip.method.neighbours import nearest
 from lpclip.method.priors import Prior
-from lpclip.method.self_training import Shard, Whitenings, fit_whitenings, neighbour_count, self_train
+from lpclip.method.recipe import RECIPE
+from lpclip.method.self_training import Rounds
+from lpclip.method.shard import Shard, Whitenings, fit_whitenings
 from lpclip.training.search_space import Parameters, SearchSpace, plain, trial_config
 
 FORMAT = 1
@@ -119,7 +121,7 @@ def prepare(
     num_classes = len(head.weight)
     shard = Shard(features=features, strong=strong, num_rows=len(features))
     whitenings = fit_whitenings(shard) if any(config.solver == "gaussian" for config in configs) else None
-    count = max(neighbour_count(c, num_rows=len(features), num_classes=num_classes) for c in configs)
+    count = max(RECIPE.neighbour_count(c, num_rows=len(features), num_classes=num_classes) for c in configs)
     neighbours = scores = None
     if count and whitenings is not None:
         print(f"neighbours: the {count} nearest of {len(features):,} images, once for all trials", flush=True)
@@ -278,8 +280,8 @@ def _give_back_memory() -> None:
 def _train(training: SelfTrainingConfig, *, material: Material) -> Iterator[tuple[Linear, dict[str, float]]]:
     """The rounds of a trial: classifier and metrics of each. Raises UserError when nothing can come of them."""
     assert training.temperature is not None
-    head = torch.from_numpy(material.head)
-    count = neighbour_count(training, num_rows=len(material.features), num_classes=len(head))
+    head = torch.from_numpy(material.head) / training.temperature
+    count = RECIPE.neighbour_count(training, num_rows=len(material.features), num_classes=len(head))
     near, scores = material.neighbours, material.scores
     shard = Shard(
         features=material.features,
@@ -288,15 +290,15 @@ def _train(training: SelfTrainingConfig, *, material: Material) -> Iterator[tupl
         neighbours=torch.from_numpy(near[:, :count].astype(np.int64)) if near is not None and count else None,
         zero_shot=torch.from_numpy(scores) / training.temperature if scores is not None else None,
     )
-    for state, found in self_train(
+    rounds = Rounds(
         shard,
-        zero_shot=head,
-        temperature=training.temperature,
-        config=training,
+        head=head,
         prior=material.priors[training.prior],
+        config=training,
         whitenings=material.whitenings,
-    ):
-        classifier = state.classifier(head / training.temperature)
+    )
+    for state, found in rounds.run():
+        classifier = state.classifier(head)
         if not (classifier.weight.isfinite().all() and classifier.bias.isfinite().all()):
             raise UserError(f"the probe of round {state.round} is not finite")
         if len(np.unique(found.labels)) < 2:

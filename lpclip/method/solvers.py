@@ -1,0 +1,109 @@
+"""The two solvers, which fit a student to a teacher's labels: Gaussian classes in closed form, and Adam."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpclip.method.gaussian import Whitening, gaussian_probe
+from lpclip.method.linear import Linear
+from lpclip.method.pseudo_labels import AllReduce, scale_to_confidence
+from lpclip.method.recipe import Recipe
+from lpclip.method.shard import Shard
+from lpclip.method.state import Pass, State
+
+
+class Solver(Protocol):
+    """A way to fit a student."""
+
+    @property
+    def zero_shot_share(self) -> float:
+        """Share of the zero-shot logits that the student needs beside what was fitted."""
+
+    def fit(self, teacher: State, found: Pass) -> Linear:
+        """Fit a student to the labels that the teacher's pass `found`; in units of logits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianSolver:
+    """Gaussian classes from the targets' sums, scaled to the recipe's confidence."""
+
+    shard: Shard
+    whitening: Whitening
+    zero_shot_share: float
+    recipe: Recipe
+    all_reduce: AllReduce
+
+    def fit(self, teacher: State, found: Pass) -> Linear:
+        """Fit the classes. Nothing of the teacher is needed but its labels' sums."""
+        fitted = gaussian_probe(found.sums, found.counts, whitening=self.whitening)
+        rows = max(0, min(self.recipe.scale_rows, self.shard.num_rows) - self.shard.first_row)
+        logits = fitted.logits(self.shard.features[:rows])
+        scale = scale_to_confidence(logits, self.recipe.confidence, all_reduce=self.all_reduce)
+        return Linear(weight=scale * fitted.weight, bias=scale * fitted.bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientSolver:
+    """LP-CLIP's objective (reconstructed): cross-entropy of the strong views against the teacher's labels.
+
+    Each row counts by its confidence; rows under the threshold are left out. Adam starts from the teacher and takes
+    batches that are cut from a seeded permutation of all rows, so that every number of workers takes the same steps.
+    """
+
+    shard: Shard
+    head: Tensor
+    """(K, d) float32 zero-shot weights in units of logits."""
+    seed: int
+    recipe: Recipe
+    all_reduce: AllReduce
+    zero_shot_share: float = 0.0
+
+    def fit(self, teacher: State, found: Pass) -> Linear:
+        """Fit by steps from the teacher's own weights."""
+        weight = teacher.weight + teacher.zero_shot_share * self.head
+        parameters = torch.cat([weight, teacher.bias[:, None]], dim=1)
+        first, second = torch.zeros_like(parameters), torch.zeros_like(parameters)
+        views = self.shard.strong or (self.shard.features,)
+        weights = torch.from_numpy(np.where(found.kept, found.confidence, 0).astype(np.float32))
+        steps = 0
+        for epoch in range(self.recipe.gradient_epochs):
+            view = views[(epoch + teacher.round) % len(views)]
+            for batch in self._batches(teacher.round, epoch):
+                mine = np.sort(
+                    batch[(batch >= self.shard.first_row) & (batch < self.shard.first_row + len(weights))]
+                )
+                mine = mine - self.shard.first_row
+                labels = torch.from_numpy(found.labels[mine]).long()
+                gradient = weighted_cross_entropy_gradient(
+                    torch.from_numpy(view[mine]).float(),
+                    torch.nn.functional.one_hot(labels, len(teacher.bias)).float(),
+                    weights[mine],
+                    weight=parameters[:, :-1],
+                    bias=parameters[:, -1],
+                )
+                total = self.all_reduce(gradient) / len(batch)
+                steps += 1
+                first = 0.9 * first + 0.1 * total.float()
+                second = 0.999 * second + 0.001 * total.float() ** 2
+                step = (first / (1 - 0.9**steps)) / ((second / (1 - 0.999**steps)).sqrt() + 1e-8)
+                parameters = parameters - self.recipe.gradient_rate * step
+        return Linear(weight=parameters[:, :-1].contiguous(), bias=parameters[:, -1])
+
+    def _batches(self, round_number: int, epoch: int) -> list[np.ndarray]:
+        """Places among all rows of each batch of an epoch."""
+        seed = self.seed * 1_000_003 + round_number * 1009 + epoch
+        order = torch.randperm(self.shard.num_rows, generator=torch.Generator().manual_seed(seed)).numpy()
+        return np.array_split(order, max(1, round(self.shard.num_rows / self.recipe.gradient_batch)))
+
+
+def weighted_cross_entropy_gradient(
+    features: Tensor, targets: Tensor, weights: Tensor, *, weight: Tensor, bias: Tensor
+) -> Tensor:
+    """Gradient (K, d + 1) float64 of sum_i w_i CE(targets_i, softmax(f_i weight' + bias)), bias last."""
+    residual = (torch.softmax(features @ weight.T + bias, dim=1) - targets) * weights[:, None]
+    return torch.cat([residual.T @ features, residual.sum(dim=0)[:, None]], dim=1).double()
