@@ -67,10 +67,9 @@ class GradientSolver:
         """Fit by steps from the teacher's own weights."""
         weight = teacher.weight + teacher.zero_shot_share * self.head
         parameters = torch.cat([weight, teacher.bias[:, None]], dim=1)
-        first, second = torch.zeros_like(parameters), torch.zeros_like(parameters)
+        optimiser = torch.optim.Adam([parameters], lr=self.recipe.gradient_rate)
         views = self.shard.strong or (self.shard.features,)
         weights = torch.from_numpy(np.where(found.kept, found.confidence, 0).astype(np.float32))
-        steps = 0
         for epoch in range(self.recipe.gradient_epochs):
             view = views[(epoch + teacher.round) % len(views)]
             for batch in self._batches(teacher.round, epoch):
@@ -86,12 +85,8 @@ class GradientSolver:
                     weight=parameters[:, :-1],
                     bias=parameters[:, -1],
                 )
-                total = self.all_reduce(gradient) / len(batch)
-                steps += 1
-                first = 0.9 * first + 0.1 * total.float()
-                second = 0.999 * second + 0.001 * total.float() ** 2
-                step = (first / (1 - 0.9**steps)) / ((second / (1 - 0.999**steps)).sqrt() + 1e-8)
-                parameters = parameters - self.recipe.gradient_rate * step
+                parameters.grad = (self.all_reduce(gradient) / len(batch)).float()
+                optimiser.step()
         return Linear(weight=parameters[:, :-1].contiguous(), bias=parameters[:, -1])
 
     def _batches(self, round_number: int, epoch: int) -> list[np.ndarray]:
