@@ -45,7 +45,7 @@ from lpclip.images.classes import map_labels, resolve_classes
 from lpclip.jobs.cli import OPTIONS
 from lpclip.jobs.runtime import start_ray
 from lpclip.method.confirmation import Sample, choose_prior
-from lpclip.method.criteria import CRITERIA, make_yardstick, measure_all
+from lpclip.method.criteria import CRITERIA, make_yardstick, measure
 from lpclip.method.linear import Linear
 from lpclip.method.priors import PRIORS
 from lpclip.progress import TrialProgress
@@ -158,9 +158,7 @@ def sweep(setting: Setting, options: Options) -> list[Row]:
         setting.features, zero_shot=setting.head, temperature=setting.temperature, config=base, dtype=dtype
     )
     prior, _ = choose_prior(sample)
-    yardstick = make_yardstick(
-        setting.features, strong=setting.strong, num_classes=len(setting.head), seed=options.seed
-    )
+    yardstick = make_yardstick(setting.features, num_classes=len(setting.head), seed=options.seed)
     names = tuple(map(str, range(len(setting.head))))
     with tempfile.TemporaryDirectory() as folder:
         material = prepare(
@@ -214,7 +212,7 @@ def sweep(setting: Setting, options: Options) -> list[Row]:
         )
     ]
     for criterion in CRITERIA:
-        values = np.array(measure_all(yardstick, candidates, criterion=criterion), float)
+        values = np.array([measure(yardstick, one, criterion=criterion) for one in candidates])
         chosen = accuracies[values.argmax()]
         rows.append(
             Row(

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from lpclip.errors import UserError
 
 # Label-free criteria that choose between trainings: lpclip/method/criteria.py.
-Criterion = Literal["structure", "class_ami", "neighbours", "views", "folds", "consensus"]
+Criterion = Literal["structure", "class_ami", "neighbours"]
 
 
 def _refuse(config: Any, name: str, rule: str) -> None:

@@ -519,7 +519,9 @@ JOBS = [
     ),
     SelftrainJob(names=ClassConfig(classes="-1,0,1"), eval_limit=5),
     EncodeJob(data="photos", limit=5, seed=3, encode=EncodeConfig(num_actors=1)),
-    TuneJob(space="my space.py", resume=True, search="optuna", scheduler="asha", criterion="folds", trials=8),
+    TuneJob(
+        space="my space.py", resume=True, search="optuna", scheduler="asha", criterion="class_ami", trials=8
+    ),
     PredictJob(probe="runs/probe", data="photos", out="labels.parquet", top_k=1),
 ]
 

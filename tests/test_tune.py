@@ -116,12 +116,11 @@ def info(cluster: None, lite_map: None) -> EncoderInfo:
 
 @pytest.fixture(scope="module")
 def work(info: EncoderInfo, tmp_path_factory: pytest.TempPathFactory) -> Work:
-    """Two stores of the same features, one of them without labels, and a small one of another view."""
+    """Two stores of the same features, one of them without labels."""
     folder = tmp_path_factory.mktemp("tune")
     options: dict[str, Any] = {"info": info, "rows": ROWS, "views": "weak,mirror,strong"}
     labels = plant(folder / "unlabelled", labels=None, **options)
     plant(folder / "labelled", labels=labels, **options)
-    plant(folder / "weak", info=info, labels=None, rows=40, views="weak")
     (folder / "space.py").write_text(SPACE)
     return Work(folder=folder, labels=labels)
 
@@ -415,7 +414,7 @@ def test_another_criterion_chooses_anew_among_the_same_trials(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = records(copy)
-    for criterion in ("consensus", "views"):
+    for criterion in ("class_ami", "neighbours"):
         again = run(f"{work.command} --out {copy} --criterion {criterion}", monkeypatch)
         assert records(copy) == before
         expected = worth(swept, criterion)
@@ -442,10 +441,9 @@ def test_more_trials_are_added_to_those_that_are_there(
     assert {name: after[name] for name in before} == before
     assert len(after) == len(before) + 4
     assert len(more["trials"]) == 8
-    single = {criterion for criterion in CRITERIA if criterion != "consensus"}
     for trial in swept["trials"]:
         (kept,) = [found for found in more["trials"] if found["name"] == trial["name"]]
-        assert {c: kept["criteria"][c] for c in single} == {c: trial["criteria"][c] for c in single}
+        assert kept["criteria"] == trial["criteria"]
     parents, children = experiment_runs("more")
     assert (len(parents), len(children)) == (1, 8)
     fewer = run(f"{work.command} --trials 2 --out {copy}", monkeypatch)
@@ -864,7 +862,6 @@ def test_four_sweeps_at_once_share_one_database(tmp_path: Path) -> None:
         ("--space {here}/grid.py --search optuna", "--search optuna draws values itself, and cannot draw"),
         ("--threshold 1", "--threshold must be at least 0 and below 1"),
         ("--views blurry", "blurry"),
-        ("--criterion views --data {work}/weak --views weak", "add it, as in --views weak,mirror,strong"),
         ("--data {here}/nowhere", "{here}/nowhere: no such path"),
         ("--eval-data {here}/nowhere", "{here}/nowhere: no such path"),
         ("--limit 5", "--limit works on images"),

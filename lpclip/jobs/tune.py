@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -36,7 +35,7 @@ from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_o
 from lpclip.jobs.runtime import claim, output_folder, start_ray, versions
 from lpclip.jobs.settle_prior import ChosenPrior, load_prior, settle_prior
 from lpclip.method.calibration import label_free_temperature
-from lpclip.method.criteria import ALONE, CRITERIA, make_yardstick, measure_all
+from lpclip.method.criteria import CRITERIA, make_yardstick, measure
 from lpclip.method.linear import Linear
 from lpclip.method.priors import Prior
 from lpclip.method.probe import Probe, zero_shot_probe
@@ -76,10 +75,6 @@ def tune_job(job: TuneJob) -> dict[str, Any]:
         raise UserError(
             f"--search optuna draws values itself, and cannot draw {', '.join(space.undrawable)} of {job.space}: use "
             "other search spaces than tune.grid_search and tune.sample_from, or --search random"
-        )
-    if job.criterion == "views" and not _strong_views(job):
-        raise UserError(
-            "--criterion views compares with a strong view: add it, as in --views weak,mirror,strong"
         )
     if job.resume and not files.exists(job.out):
         raise UserError(f"--resume: {job.out} is not there, so that nothing could go on")
@@ -192,7 +187,7 @@ class _Sweep:
             "features": fingerprint,
             "head": self._head.identity,
             "training": config_identity(job.training),
-            "search": [job.search, job.scheduler, _reported(job.criterion) if steered else None],
+            "search": [job.search, job.scheduler, job.criterion if steered else None],
         }
 
     def _prepare(
@@ -204,14 +199,9 @@ class _Sweep:
         job, head, chosen = self._job, self._head, self._prior
         strong = _strong_views(job)
         loaded = known.encoded.store.features(views=strong, with_labels=False).strong if strong else {}
-        if job.criterion == "views" and not loaded:
-            raise UserError(
-                "--criterion views compares with strong views: encode with --views weak,mirror,strong"
-            )
         print("yardstick: clusters and neighbours of a sample, which criteria compare to", flush=True)
         yardstick = make_yardstick(
             known.features.base,
-            strong=next(iter(loaded.values()), None),
             num_classes=len(head.class_names),
             seed=job.training.seed,
         )
@@ -225,7 +215,7 @@ class _Sweep:
             fixed=self._space.fixed,
             priors={spec: prior for spec, prior in found.items() if prior is not None},
             yardstick=yardstick,
-            criterion=_reported(job.criterion),
+            criterion=job.criterion,
             dtype=resolve_precision("auto", device=torch.device("cpu")),
             folder=self._folder,
         )
@@ -262,7 +252,7 @@ class _Sweep:
         if outcome.error:
             text += f": {outcome.error}"
         elif "criterion" in last:
-            text += f", {_reported(self._job.criterion)} {last['criterion']:.3f}"
+            text += f", {self._job.criterion} {last['criterion']:.3f}"
         self._progress.advance(text)
         self._track_trial(outcome)
 
@@ -282,7 +272,7 @@ class _Sweep:
                 run.log(dict.fromkeys(("accuracy", "probe_accuracy"), accuracy), step=len(outcome.rounds))
             for metrics in outcome.rounds:
                 named = {k: v for k, v in metrics.items() if k not in ("round", "criterion")}
-                reported = {f"round_{_reported(self._job.criterion)}": metrics["criterion"]}
+                reported = {f"round_{self._job.criterion}": metrics["criterion"]}
                 run.log({**named, **reported}, step=int(metrics["round"]))
             run.log({"seconds": outcome.seconds}, step=len(outcome.rounds))
         self._children[outcome.name] = run
@@ -303,15 +293,13 @@ class _Sweep:
         candidates: list[Linear] = [zero_shot]
         candidates += [read_classifier(self._folder, outcome.name) for outcome in finished]
         print(f"choosing among {len(finished)} trials and zero-shot", flush=True)
-        worth: dict[str, dict[str, float | None]] = {name: {} for name in names}
-        for criterion in CRITERIA:
-            for name, value in zip(
-                names, measure_all(material.yardstick, candidates, criterion=criterion), strict=True
-            ):
-                worth[name][criterion] = value
+        worth = {
+            name: {c: measure(material.yardstick, candidate, criterion=c) for c in CRITERIA}
+            for name, candidate in zip(names, candidates, strict=True)
+        }
         prior = self._prior
         trusted = prior is None or prior.trusted
-        best = max(names, key=lambda name: _number(worth[name][job.criterion])) if trusted else ZERO_SHOT_KEY
+        best = max(names, key=lambda name: worth[name][job.criterion]) if trusted else ZERO_SHOT_KEY
         accuracy = {
             name: _accuracy(candidate, self._x, self._y)
             for name, candidate in zip(names, candidates, strict=True)
@@ -459,18 +447,9 @@ class _Sweep:
             print(f"registry  {model} version {version}, alias {ALIAS}", flush=True)
 
 
-def _reported(criterion: Criterion) -> Criterion:
-    """The criterion that trials report to schedulers and search algorithms, when another one chooses."""
-    return criterion if criterion in ALONE else "structure"
-
-
 def _title(outcome: TrialRecord) -> str:
     values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in outcome.parameters.values()]
     return f"{outcome.name[:6]} {' '.join(values)}"[:80]
-
-
-def _number(value: float | None) -> float:
-    return -math.inf if value is None else value
 
 
 def _accuracy(candidate: Linear, x: np.ndarray, y: np.ndarray) -> float | None:
@@ -480,7 +459,7 @@ def _accuracy(candidate: Linear, x: np.ndarray, y: np.ndarray) -> float | None:
 
 def _evidence(
     accuracy: Mapping[str, float | None],
-    worth: Mapping[str, Mapping[str, float | None]],
+    worth: Mapping[str, Mapping[Criterion, float]],
     chosen: str,
     *,
     criterion: Criterion,
@@ -490,7 +469,7 @@ def _evidence(
     if len(known) < 3:
         return None
     pairs = [(worth[name][criterion], value) for name, value in known.items()]
-    first, second = torch.tensor([[_number(a), b] for a, b in pairs], dtype=torch.float64).T
+    first, second = torch.tensor(pairs, dtype=torch.float64).T
     varied = len(first.unique()) > 1 and len(second.unique()) > 1
     return {
         "spearman": float(spearman_corrcoef(first, second)) if varied else None,

@@ -1,4 +1,4 @@
-"""Evaluation of probes on labelled features, and the temperature that needs no labels."""
+"""The temperature of a probe, set without labels."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from lpclip.method.probe import Probe
+from lpclip.method.pseudo_labels import bisect_factor
 
-# Rows for the temperature: the first in row order, a fair sample.
+# The temperature is set on this many rows, the first in row order: a fair sample.
 CALIBRATION_ROWS = 20_000
 
 
@@ -41,9 +42,8 @@ def label_free_temperature(probe: Probe, *, zero_shot: Probe, features: np.ndarr
 
 def temperature_at(logits: Tensor, *, confidence: float) -> float:
     """The temperature that gives logits (N, K) this mean maximal probability, within 2^-8 to 2^8."""
-    low, high = -8.0, 8.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        too_sure = float(torch.softmax(logits / 2.0**middle, dim=1).amax(dim=1).double().mean()) > confidence
-        low, high = (middle, high) if too_sure else (low, middle)
-    return 2.0 ** ((low + high) / 2)
+
+    def too_sure(temperature: float) -> bool:
+        return float(torch.softmax(logits / temperature, dim=1).amax(dim=1).double().mean()) > confidence
+
+    return bisect_factor(too_sure, octaves=8, steps=40)

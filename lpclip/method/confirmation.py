@@ -1,10 +1,10 @@
-"""What can be chosen without a label: how far to trust equal class shares, and whether to trust the rounds at all.
+"""Confirmation of the rounds without a label: are equal class shares to be trusted, and the rounds at all?
 
-The whitened features are cut into two halves of their directions, which makes two views of every image, and the
-rounds are run in each view alone. Where classes are real, views that cannot see each other find the same ones;
-where a prior has cut one class into many, each view cuts along its own noise. So the share of labels that the
-views confirm tells good rounds from bad ones. That classifiers of independent views can hardly agree unless they
-are right is the argument of co-training (Blum and Mitchell, COLT 1998; Dasgupta et al., NeurIPS 2001).
+The whitened features are cut into two halves of their directions, and the rounds are run in each half alone. Where
+classes are real, halves that cannot see each other find the same ones; where a prior has cut one class into many,
+each half cuts along its own noise. So the share of labels that the halves confirm tells good rounds from bad ones.
+Classifiers of independent views can hardly agree unless they are right: this is the argument of co-training (Blum and
+Mitchell, COLT 1998; Dasgupta et al., NeurIPS 2001).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lpclip.config import SelfTrainingConfig
+from lpclip.method.agreement import Agreement, agreement
 from lpclip.method.gaussian import Whitening
 from lpclip.method.neighbours import nearest
 from lpclip.method.priors import PRIORS, Prior
@@ -26,15 +27,15 @@ from lpclip.method.self_training import Rounds
 from lpclip.method.shard import Shard, fit_whitening
 
 SAMPLE_ROWS = 10_000
-VIEW_ROWS = 6_000
+HALF_ROWS = 6_000
 SPLITS = 4
 ROUNDS = 20
-VIEW_ROUNDS = 12
-# Equal shares may be confirmed this much less often than a weak pull to them, but the more unequal the labels are
-# that the weak pull gives, the more is asked of them: by their distance from equal shares in relative entropy.
+HALF_ROUNDS = 12
+# Equal shares may be confirmed by TOLERANCE less often than a weak pull to them. They must be confirmed more often, by
+# SUSPICION times the distance in relative entropy, the further from equal the labels are that the weak pull gives.
 TOLERANCE = 0.02
 SUSPICION = 0.2
-# Beyond chance: views of pure noise confirm up to 0.25 (they start from the same labels), real classes 0.4 and more.
+# Halves of pure noise have a kappa up to 0.25, as they start from the same labels; real classes have 0.4 and more.
 MIN_KAPPA = 0.28
 # With fewer images for each class name, the rounds' probe fits the images it saw and no others.
 MIN_IMAGES_PER_CLASS = 10
@@ -42,10 +43,10 @@ MIN_IMAGES_PER_CLASS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Confirmation:
-    """What the views make of the rounds with a prior."""
+    """Evidence for the rounds with a prior, from the halves."""
 
     agreement: float
-    """The mean share of the rounds' labels that rounds in a view alone, from the same zero-shot labels, repeat."""
+    """The mean share of the rounds' labels that rounds in a half alone, from the same zero-shot labels, repeat."""
     kappa: float
     """The same beyond what labels of these frequencies share by chance (Cohen, 1960): 0 by chance, 1 for all."""
     entropy: float
@@ -55,12 +56,12 @@ class Confirmation:
 
     @property
     def trusted(self) -> bool:
-        """Whether there is anything in the rounds at all."""
+        """True where the rounds found something at all."""
         return self.kappa >= MIN_KAPPA and self.images_per_class >= MIN_IMAGES_PER_CLASS
 
 
 class Sample:
-    """A sample of the unlabelled images with its views, on which rounds are tried."""
+    """A sample of the unlabelled images with its halves, on which rounds are tried."""
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class Sample:
         config: SelfTrainingConfig,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Features (n, d) in an order that says nothing, a head (K, d) of unit norm; `dtype` compares neighbours."""
+        """Cut features (n, d), whose order says nothing; the head (K, d) has unit norm, `dtype` compares neighbours."""
         self._head, self._config = zero_shot / temperature, config
         self._images_per_class = len(features) / len(zero_shot)
         rows = features[:SAMPLE_ROWS]
@@ -79,35 +80,33 @@ class Sample:
         whitening = fit_whitening(shard)
         options: dict[str, Any] = {"config": config, "num_classes": len(zero_shot), "dtype": dtype}
         self._whole = with_neighbours(shard, whitening=whitening, **options)
-        seen = torch.from_numpy(rows[:VIEW_ROWS]).float()
+        seen = torch.from_numpy(rows[:HALF_ROWS]).float()
         logits = seen @ zero_shot.T / temperature
         whitened = (seen - whitening.mean.float()) @ whitening.whitener.float()
-        self._views = []
+        self._halves = []
         for seed in range(SPLITS):
             order = torch.randperm(whitened.shape[1], generator=torch.Generator().manual_seed(seed))
             for half in order.chunk(2):
-                view = torch.nn.functional.normalize(whitened[:, half], dim=1).numpy()
-                part = Shard(features=view, num_rows=len(view), zero_shot=logits)
-                self._views.append(with_neighbours(part, whitening=None, **options))
+                directions = torch.nn.functional.normalize(whitened[:, half], dim=1).numpy()
+                part = Shard(features=directions, num_rows=len(directions), zero_shot=logits)
+                self._halves.append(with_neighbours(part, whitening=None, **options))
 
     def confirm(self, prior: Prior) -> Confirmation:
-        """Try the rounds with a prior, and in the views."""
-        labels = self._labels(self._whole, prior=prior, rounds=ROUNDS)[: len(self._views[0].features)]
-        # Zero-shot sees the whole image: the views start from its labels, and then do without it.
-        views = [
-            self._labels(view, prior=prior, rounds=VIEW_ROUNDS, recipe=replace(RECIPE, zero_shot_share=0.0))
-            for view in self._views
-        ]
-        shares = [np.bincount(found, minlength=len(self._head)) / len(labels) for found in (labels, *views)]
-        agreement = float(np.mean([(found == labels).mean() for found in views]))
-        chance = float(np.mean([shares[0] @ other for other in shares[1:]]))
+        """Try the rounds with a prior on the whole features, and on the halves."""
+        labels = self._labels(self._whole, prior=prior, rounds=ROUNDS)[: len(self._halves[0].features)]
+        # Zero-shot sees the whole image: the halves start from its labels, and then do without it.
+        recipe = replace(RECIPE, zero_shot_share=0.0)
+        halves = [self._labels(half, prior=prior, rounds=HALF_ROUNDS, recipe=recipe) for half in self._halves]
+        num_classes = len(self._head)
+        found = [agreement(labels, half, num_classes=num_classes) for half in halves]
+        mean = Agreement(*(float(np.mean(values)) for values in zip(*found, strict=True)))
+        shares = np.bincount(labels, minlength=num_classes) / len(labels)
+        entropy = -(shares * np.log(np.maximum(shares, 1e-12))).sum() / np.log(max(2, num_classes))
         return Confirmation(
-            agreement=agreement,
-            kappa=(agreement - chance) / max(1 - chance, 1e-9),
+            agreement=mean.share,
+            kappa=mean.kappa,
             images_per_class=self._images_per_class,
-            entropy=float(
-                -(shares[0] * np.log(np.maximum(shares[0], 1e-12))).sum() / np.log(max(2, len(self._head)))
-            ),
+            entropy=float(entropy),
         )
 
     def _labels(self, shard: Shard, *, prior: Prior, rounds: int, recipe: Recipe = RECIPE) -> np.ndarray:
@@ -136,9 +135,9 @@ def with_neighbours(
 def choose_prior(
     sample: Sample, *, show: Callable[[str, Confirmation], None] = lambda name, found: None
 ) -> tuple[str, dict[str, Confirmation]]:
-    """Name in `PRIORS`, and what the views make of each candidate: equal class shares where they bear them out.
+    """The name in `PRIORS`, and the evidence for each candidate: equal class shares where the halves confirm them.
 
-    `show` is told of each candidate as it has been tried.
+    `show` is called with each candidate's evidence as soon as it is there.
     """
     found = {}
     for name in ("uniform", "weak"):

@@ -31,12 +31,21 @@ def soft_targets(logits: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scale_to_confidence(logits: Tensor, target: float, *, all_reduce: AllReduce) -> float:
-    """The factor on logits (N, K) that gives them this mean maximal probability, by bisection of its log."""
-    low, high = -12.0, 12.0
-    for _ in range(24):
+    """The factor on logits (N, K) that gives them this mean maximal probability, over all shards' rows."""
+
+    def too_unsure(factor: float) -> bool:
+        total, rows = all_reduce(confidence_sums(logits * factor))
+        return bool(total < target * rows)
+
+    return bisect_factor(too_unsure, octaves=12, steps=24)
+
+
+def bisect_factor(too_small: Callable[[float], bool], *, octaves: float, steps: int) -> float:
+    """The factor at which `too_small` turns from true to false, within 2^-octaves to 2^octaves, by its logarithm."""
+    low, high = -octaves, octaves
+    for _ in range(steps):
         middle = (low + high) / 2
-        found = all_reduce(confidence_sums(logits * 2.0**middle))
-        low, high = (middle, high) if found[0] < target * found[1] else (low, middle)
+        low, high = (middle, high) if too_small(2.0**middle) else (low, middle)
     return 2.0 ** ((low + high) / 2)
 
 

@@ -304,7 +304,6 @@ def _train(training: SelfTrainingConfig, *, material: Material) -> Iterator[tupl
         if len(np.unique(found.labels)) < 2:
             raise UserError(f"collapse: in round {state.round} all labels fell into one class")
         criterion = measure(material.yardstick, classifier, criterion=material.criterion)
-        assert criterion is not None, material.criterion
         yield classifier, {"round": state.round, **state.metrics, "criterion": criterion}
 
 
