@@ -6,7 +6,7 @@ This module does not import torch: the processes that commit features stay small
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,10 @@ class Head:
     weight: np.ndarray
     """(K, d) float32, unit norm."""
     temperature: float
-    identity: str
+    identity: str = ""
     """Digest of encoder, class names, templates and temperature."""
+    encoder: dict[str, Any] = field(default_factory=dict)
+    """Everything needed to load the same encoder again, for the probes that are trained from this head."""
 
 
 def make_head(info: EncoderInfo, names: tuple[str, ...], *, temperature: float | None) -> Head:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -113,6 +113,8 @@ class Features:
     """Place of the first of these rows among all rows of the store."""
     num_rows: int = 0
     """Rows of the store."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """The making of the features, as probes keep it: the encoder's identity, views, the store's fingerprint."""
 
 
 class Store:
@@ -214,6 +216,11 @@ class Store:
             strong={v: arrays[v] for v in strong},
             first_row=first,
             num_rows=len(ids),
+            origin={
+                "identity": self.manifest.identity["encoder"],
+                "views": ",".join(self.manifest.views),
+                "features": self.manifest.fingerprint,
+            },
         )
 
     def _row_order(self) -> np.ndarray:

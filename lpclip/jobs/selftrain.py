@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from lpclip.jobs.console import print_plan, print_result, print_training
 from lpclip.jobs.inputs import Inputs, encode_inputs, evaluated_on, open_inputs
 from lpclip.jobs.runtime import claim, output_folder, start_ray, versions
 from lpclip.jobs.settle_prior import load_prior, settle_prior
-from lpclip.method.calibration import label_free_temperature
+from lpclip.method.fit import finish_probe, zero_shot_labels
 from lpclip.method.priors import Prior
 from lpclip.method.probe import Probe, zero_shot_probe
 from lpclip.method.recipe import RECIPE
@@ -103,28 +102,19 @@ def _selftrain(
     begin = time.monotonic()
     about: dict[str, Any] = {"class_names": classes.names, "encoder": known.probe_encoder}
     zero_shot = zero_shot_probe(torch.tensor(head.weight), temperature=head.temperature, **about)
-    logits_head = torch.tensor(head.weight) / head.temperature
     probes = []
     for state in rounds:
-        trained = state.classifier(logits_head)
+        trained = state.classifier(zero_shot.weight)
         probes.append(Probe(weight=trained.weight, bias=trained.bias, **about))
-    fell_back = not chosen.trusted
-    temperature = 1.0
-    if not fell_back:
-        # At the encoder's own temperature, whatever the teacher's: that is the one it was calibrated with.
-        calibrated = zero_shot_probe(torch.tensor(head.weight), temperature=1 / info.logit_scale)
-        temperature = label_free_temperature(probes[-1], zero_shot=calibrated, features=features.base)
-    best = replace(
-        zero_shot if fell_back else probes[-1],
-        temperature=temperature,
-        summary={
-            "method": "zero-shot (fallback)" if fell_back else "self-trained",
-            "training": to_dict(job.training),
-            "rounds": rounds[-1].round,
-            "images": len(features.ids),
-        },
+    best = finish_probe(
+        rounds[-1],
+        zero_shot=zero_shot,
+        calibrated=zero_shot_probe(torch.tensor(head.weight), temperature=1 / info.logit_scale),
+        features=features.base,
+        config=job.training,
+        trusted=chosen.trusted,
     )
-    if fell_back:
+    if not chosen.trusted:
         labels_table = _zero_shot_labels(best, features)
     files.write_parquet(files.join(out, "pseudo_labels.parquet"), labels_table)
     zero_shot.save(files.join(out, "zero_shot"))
@@ -154,7 +144,7 @@ def _selftrain(
             "quarantined": encoded.store.manifest.num_quarantined,
             "eval_quarantined": tested.store.manifest.num_quarantined if tested else None,
         },
-        "probe_temperature": temperature,
+        "probe_temperature": best.temperature,
         "prior": chosen.summary(),
         "classes": list(classes.names),
         "encoder": info.identity,
@@ -172,16 +162,10 @@ def _selftrain(
 
 
 def _zero_shot_labels(probe: Probe, features: Features) -> pa.Table:
-    confidence, label = probe.probabilities(features.base).max(dim=1)
-    count = len(features.ids)
+    label, confidence, kept = zero_shot_labels(probe, features.base)
+    first = np.zeros(len(features.ids), np.int32)
     return pa.table(
-        {
-            "id": features.ids,
-            "label": label.numpy().astype(np.int32),
-            "confidence": confidence.numpy(),
-            "kept": np.ones(count, bool),
-            "round": np.zeros(count, np.int32),
-        }
+        {"id": features.ids, "label": label, "confidence": confidence, "kept": kept, "round": first}
     )
 
 

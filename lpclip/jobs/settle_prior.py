@@ -2,43 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
 
 import numpy as np
 import torch
 
 from lpclip import files
 from lpclip.config import SelfTrainingConfig, config_identity, digest
-from lpclip.encoders.encoder import resolve_precision
 from lpclip.encoders.head import Head
 from lpclip.errors import UserError
 from lpclip.jobs.console import print_prior, print_tried
-from lpclip.method.confirmation import Confirmation, Sample, choose_prior
+from lpclip.method.confirmation import Confirmation
 from lpclip.method.priors import PRIORS, Prior, read_prior
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChosenPrior:
-    """The prior of a training, and what the views of a sample make of the rounds with it."""
-
-    name: str
-    prior: Prior
-    tried: dict[str, Confirmation]
-    """By candidate; empty for the gradient solver, whose rounds are too slow to try."""
-
-    @property
-    def trusted(self) -> bool:
-        """Whether the rounds are to be used at all."""
-        return self.name not in self.tried or self.tried[self.name].trusted
-
-    def summary(self) -> dict[str, Any]:
-        """For OUT/summary.json."""
-        return {
-            "name": self.name,
-            "trusted": self.trusted,
-            "tried": {name: asdict(found) for name, found in self.tried.items()},
-        }
+from lpclip.method.trial import ChosenPrior, try_priors
 
 
 def load_prior(spec: str, class_names: tuple[str, ...]) -> Prior | None:
@@ -79,19 +55,16 @@ def settle_prior(
             print(
                 "prior: trying the rounds on a sample, and on halves of its features (a minute)", flush=True
             )
-            sample = Sample(
+            found = try_priors(
                 features,
-                zero_shot=torch.tensor(head.weight),
+                torch.tensor(head.weight),
                 temperature=head.temperature,
                 config=training,
-                dtype=resolve_precision("auto", device=torch.device("cpu")),
+                prior=prior,
+                show=print_tried,
             )
-            if prior is None:
-                name, tried = choose_prior(sample, show=print_tried)
-            else:
-                tried = {name: sample.confirm(prior)}
-                print_tried(name, tried[name])
-            kept = {"identity": identity, "name": name, "tried": {k: asdict(v) for k, v in tried.items()}}
+            outcome = {k: asdict(v) for k, v in found.tried.items()}
+            kept = {"identity": identity, "name": found.name, "tried": outcome}
             files.write_json(path, kept)
         name, tried = kept["name"], {k: Confirmation(**v) for k, v in kept["tried"].items()}
     chosen = ChosenPrior(name=name, prior=PRIORS[name] if prior is None else prior, tried=tried)

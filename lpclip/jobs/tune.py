@@ -22,7 +22,6 @@ from lpclip.config import (
     config_identity,
     to_dict,
 )
-from lpclip.encoders.encoder import resolve_precision
 from lpclip.encoders.head import EncoderInfo, Head, make_head
 from lpclip.encoders.prompts import templates
 from lpclip.errors import UserError
@@ -33,12 +32,14 @@ from lpclip.jobs import tracking
 from lpclip.jobs.console import LITE_NOTE, command_line, print_plan, print_sweep, print_sweep_plan
 from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
 from lpclip.jobs.runtime import claim, output_folder, start_ray, versions
-from lpclip.jobs.settle_prior import ChosenPrior, load_prior, settle_prior
+from lpclip.jobs.settle_prior import load_prior, settle_prior
 from lpclip.method.calibration import label_free_temperature
 from lpclip.method.criteria import CRITERIA, make_yardstick, measure
 from lpclip.method.linear import Linear
+from lpclip.method.neighbours import comparison_dtype
 from lpclip.method.priors import Prior
 from lpclip.method.probe import Probe, zero_shot_probe
+from lpclip.method.trial import ChosenPrior
 from lpclip.progress import TrialProgress
 from lpclip.report.style import save
 from lpclip.report.sweep_page import ZERO_SHOT_KEY, criterion_figure, sweep_page
@@ -216,7 +217,7 @@ class _Sweep:
             priors={spec: prior for spec, prior in found.items() if prior is not None},
             yardstick=yardstick,
             criterion=job.criterion,
-            dtype=resolve_precision("auto", device=torch.device("cpu")),
+            dtype=comparison_dtype(),
             folder=self._folder,
         )
 

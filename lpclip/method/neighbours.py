@@ -11,6 +11,12 @@ from lpclip.method.gaussian import Whitening
 BLOCK_ROWS = 1024
 
 
+def comparison_dtype() -> torch.dtype:
+    """The dtype to compare features in: bfloat16 on CPUs that compute in it, else float32."""
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
 def nearest(
     rows: np.ndarray,
     *,

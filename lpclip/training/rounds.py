@@ -27,12 +27,12 @@ from torch import Tensor
 
 from lpclip import files
 from lpclip.config import SelfTrainingConfig, config_identity
-from lpclip.encoders.encoder import resolve_precision
 from lpclip.encoders.head import Head
 from lpclip.errors import UserError
 from lpclip.features.store import Store
+from lpclip.method.fit import round_line
 from lpclip.method.gaussian import Whitening
-from lpclip.method.neighbours import nearest
+from lpclip.method.neighbours import comparison_dtype, nearest
 from lpclip.method.priors import Prior
 from lpclip.method.recipe import RECIPE
 from lpclip.method.self_training import Rounds
@@ -185,7 +185,7 @@ def _find_neighbours(work: Work, shard: Shard, *, count: int, whitening: Whiteni
         first_row=shard.first_row,
         whitening=whitening,
         count=count,
-        dtype=resolve_precision("auto", device=torch.device("cpu")),
+        dtype=comparison_dtype(),
     )
 
 
@@ -218,7 +218,8 @@ def _shown_rounds(folder: str) -> AbstractContextManager[None]:
         nonlocal seen
         names = _round_names(folder)
         for name in names[seen:]:
-            _show_round(files.read_json(files.join(folder, name)))
+            entry = files.read_json(files.join(folder, name))
+            print(round_line(entry["round"], entry["metrics"]), flush=True)
         seen = max(seen, len(names))
 
     return watched(look, seconds=0.5)
@@ -227,15 +228,6 @@ def _shown_rounds(folder: str) -> AbstractContextManager[None]:
 def _round_names(folder: str) -> list[str]:
     names = files.list_names(folder)
     return [name for name in names if name.startswith("round-") and name.endswith(".json")]
-
-
-def _show_round(entry: dict[str, Any]) -> None:
-    m = entry["metrics"]
-    print(
-        f"round {entry['round']}: {m['flip_rate']:.1%} of the labels changed, {m['coverage']:.1%} kept, "
-        f"mean confidence {m['mean_confidence']:.3f}, {m['zero_shot_agreement']:.1%} as zero-shot",
-        flush=True,
-    )
 
 
 def _write_labels(folder: str, rank: int, *, ids: np.ndarray, found: Pass) -> None:

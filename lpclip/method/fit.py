@@ -1,0 +1,219 @@
+"""Self-training in one call and one process: check the arrays, choose the prior, run the rounds, set the temperature.
+
+The selftrain job runs the same rounds under Ray Train, with checkpoints. On the same features both give the same probe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from lpclip.config import SelfTrainingConfig, check, to_dict
+from lpclip.errors import UserError
+from lpclip.method.arrays import StoredFeatures, ZeroShotHead, arrange, check_head, join_origins
+from lpclip.method.calibration import label_free_temperature
+from lpclip.method.confirmation import with_neighbours
+from lpclip.method.neighbours import comparison_dtype
+from lpclip.method.priors import PRIORS, Prior, read_prior
+from lpclip.method.probe import Probe, zero_shot_probe
+from lpclip.method.self_training import Rounds
+from lpclip.method.shard import Shard, fit_whitenings
+from lpclip.method.state import Pass, State
+from lpclip.method.trial import ChosenPrior, try_priors
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfTraining:
+    """A finished self-training: the probe, and what it was made of."""
+
+    probe: Probe
+    """The self-trained probe; zero-shot itself where the rounds cannot be trusted."""
+    zero_shot: Probe
+    """The classifier that the rounds began with."""
+    prior: ChosenPrior
+    """The class prior, and the evidence for it."""
+    rounds: tuple[State, ...]
+    """The state after every round, oldest first, each with its `metrics`."""
+    labels: np.ndarray
+    """(N,) int32 pseudo-labels, in the order of the features."""
+    confidence: np.ndarray
+    """(N,) float32, the probability of each pseudo-label."""
+    kept: np.ndarray
+    """(N,) bool, False for labels with a confidence below the threshold."""
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the probe is that of the rounds, rather than zero-shot."""
+        return self.prior.trusted
+
+
+def self_train(
+    features: np.ndarray | StoredFeatures,
+    head: ZeroShotHead,
+    *,
+    strong: Sequence[np.ndarray] = (),
+    config: SelfTrainingConfig | None = None,
+    shares: Sequence[float] | np.ndarray | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Probe:
+    """Train a probe on unlabelled features; `fit` explains the arguments and returns more than the probe."""
+    return fit(features, head, strong=strong, config=config, shares=shares, tell=tell).probe
+
+
+def fit(
+    features: np.ndarray | StoredFeatures,
+    head: ZeroShotHead,
+    *,
+    strong: Sequence[np.ndarray] = (),
+    config: SelfTrainingConfig | None = None,
+    shares: Sequence[float] | np.ndarray | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> SelfTraining:
+    """Train a probe on unlabelled features, from the pseudo-labels of a zero-shot head (docs/method.md).
+
+    features: (N, d) of unit norm, float16, float32 or float64 (converted to float32). The order of an array's rows
+        does not matter: they are first sorted by a hash of their bytes. A store's features are sorted already and
+        bring their strong views and the encoder's identity; with them the probe equals the selftrain job's.
+    head: class names, their weights (K, d) of unit norm, and the encoder's temperature.
+    strong: further views of the same rows, each (N, d), such as augmented images; the last student is fitted to them.
+    config: options of the method. Its `num_workers` is not used: everything runs in this process.
+    shares: the classes' shares (K,) where they are known; they replace `config.prior`.
+    tell: called with a line of text after each step, for instance `print`.
+
+    Raises UserError when an array has a wrong shape, a NaN or a row that is not of unit norm, an option is out of
+    range, or the features and the head come from two encoders.
+    """
+    config = config or SelfTrainingConfig()
+    if shares is not None:
+        config = replace(config, prior="shares")
+    check(config)
+    tell = tell or _silent
+    weight, names = check_head(head), tuple(head.class_names)
+    rows, views, order = arrange(features, strong, dim=weight.shape[1])
+    temperature = head.temperature if config.temperature is None else config.temperature
+    origin = join_origins(features, head)
+    zero_shot = zero_shot_probe(weight, temperature=temperature, class_names=names, encoder=origin)
+    chosen = try_priors(
+        rows,
+        weight,
+        temperature=temperature,
+        config=config,
+        prior=_read_prior(config, shares, class_names=names),
+        show=lambda name, found: tell(f"prior {name}: halves of the features confirm {found.agreement:.1%}"),
+    )
+    tell(f"prior: {chosen.name}")
+    states = []
+    for state, found in _rounds(
+        rows, views, weight, temperature=temperature, config=config, prior=chosen.prior
+    ):
+        tell(round_line(state.round, state.metrics))
+        states.append(state)
+        last = found
+    if not chosen.trusted:
+        tell(
+            "Halves of the features do not confirm the rounds, or there are too few images: the probe is zero-shot."
+        )
+    probe = finish_probe(
+        states[-1],
+        zero_shot=zero_shot,
+        calibrated=zero_shot_probe(weight, temperature=head.temperature),
+        features=rows,
+        config=config,
+        trusted=chosen.trusted,
+    )
+    labels, confidence, kept = last.labels, last.confidence, last.kept
+    if not chosen.trusted:
+        labels, confidence, kept = zero_shot_labels(probe, rows)
+    place = np.argsort(order)
+    return SelfTraining(
+        probe=probe,
+        zero_shot=zero_shot,
+        prior=chosen,
+        rounds=tuple(states),
+        labels=labels[place],
+        confidence=confidence[place],
+        kept=kept[place],
+    )
+
+
+def finish_probe(
+    last: State,
+    *,
+    zero_shot: Probe,
+    calibrated: Probe,
+    features: np.ndarray,
+    config: SelfTrainingConfig,
+    trusted: bool,
+) -> Probe:
+    """The last round's probe with its label-free temperature, or zero-shot where the rounds are not `trusted`.
+
+    `zero_shot` is the first teacher. `calibrated` is zero-shot at the encoder's own temperature, whatever the
+    teacher's: that is the one it was calibrated with. `features` are (N, d).
+    """
+    probe, temperature = zero_shot, 1.0
+    if trusted:
+        trained = last.classifier(zero_shot.weight)
+        probe = replace(zero_shot, weight=trained.weight, bias=trained.bias)
+        temperature = label_free_temperature(probe, zero_shot=calibrated, features=features)
+    summary = {
+        "method": "self-trained" if trusted else "zero-shot (fallback)",
+        "training": to_dict(config),
+        "rounds": last.round,
+        "images": len(features),
+    }
+    return replace(probe, temperature=temperature, summary=summary)
+
+
+def zero_shot_labels(probe: Probe, features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels (N,) int32, confidences (N,) float32 and `kept` (N,) bool that a probe gives features (N, d)."""
+    confidence, label = probe.probabilities(features).max(dim=1)
+    return label.numpy().astype(np.int32), confidence.numpy(), np.ones(len(features), bool)
+
+
+def round_line(number: int, metrics: Mapping[str, float]) -> str:
+    """One line about a round, from its metrics."""
+    return (
+        f"round {number}: {metrics['flip_rate']:.1%} of the labels changed, {metrics['coverage']:.1%} kept, "
+        f"mean confidence {metrics['mean_confidence']:.3f}, {metrics['zero_shot_agreement']:.1%} as zero-shot"
+    )
+
+
+def _silent(line: str) -> None:
+    """Show no progress."""
+
+
+def _read_prior(
+    config: SelfTrainingConfig, shares: Sequence[float] | np.ndarray | None, *, class_names: tuple[str, ...]
+) -> Prior | None:
+    if shares is not None:
+        text = "\n".join(str(float(share)) for share in shares)
+        return read_prior(config.prior, class_names, text=text)
+    if config.prior != "auto" and config.prior not in PRIORS:
+        raise UserError(
+            f"prior {config.prior!r} is none of auto, uniform, weak, none; give the classes' shares as shares="
+        )
+    return read_prior(config.prior, class_names)
+
+
+def _rounds(
+    features: np.ndarray,
+    strong: tuple[np.ndarray, ...],
+    zero_shot: Tensor,
+    *,
+    temperature: float,
+    config: SelfTrainingConfig,
+    prior: Prior,
+) -> Iterator[tuple[State, Pass]]:
+    shard = Shard(features=features, strong=strong, num_rows=len(features))
+    whitenings = None
+    if config.solver == "gaussian":
+        whitenings = fit_whitenings(shard)
+        dtype = comparison_dtype()
+        shard = with_neighbours(
+            shard, config=config, num_classes=len(zero_shot), whitening=whitenings.base, dtype=dtype
+        )
+    head = zero_shot / temperature
+    yield from Rounds(shard, head=head, prior=prior, config=config, whitenings=whitenings).run()

@@ -1,0 +1,65 @@
+"""A trial of the rounds on a sample: which class prior they get, and whether they can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lpclip.config import SelfTrainingConfig
+from lpclip.method.confirmation import Confirmation, Sample, choose_prior
+from lpclip.method.neighbours import comparison_dtype
+from lpclip.method.priors import PRIORS, Prior
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenPrior:
+    """The prior of a training, and how far halves of the features confirm the rounds with it."""
+
+    name: str
+    prior: Prior
+    tried: dict[str, Confirmation]
+    """By candidate; empty for the gradient solver, whose rounds are too slow to try."""
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the rounds are to be used at all."""
+        return self.name not in self.tried or self.tried[self.name].trusted
+
+    def summary(self) -> dict[str, Any]:
+        """For OUT/summary.json."""
+        return {
+            "name": self.name,
+            "trusted": self.trusted,
+            "tried": {name: asdict(found) for name, found in self.tried.items()},
+        }
+
+
+def try_priors(
+    features: np.ndarray,
+    zero_shot: Tensor,
+    *,
+    temperature: float,
+    config: SelfTrainingConfig,
+    prior: Prior | None,
+    show: Callable[[str, Confirmation], None],
+) -> ChosenPrior:
+    """Try the rounds on a sample of features (N, d), with the given prior or with the candidates of `auto`.
+
+    `zero_shot` is the head (K, d), `show` is called with each candidate's outcome. The gradient solver's rounds are
+    too slow to try: without a prior it gets the weak one.
+    """
+    name = "weak" if config.prior == "auto" else config.prior
+    tried: dict[str, Confirmation] = {}
+    if config.solver == "gaussian":
+        dtype = comparison_dtype()
+        sample = Sample(features, zero_shot=zero_shot, temperature=temperature, config=config, dtype=dtype)
+        if prior is None:
+            name, tried = choose_prior(sample, show=show)
+        else:
+            tried = {name: sample.confirm(prior)}
+            show(name, tried[name])
+    return ChosenPrior(name=name, prior=PRIORS[name] if prior is None else prior, tried=tried)
