@@ -38,7 +38,9 @@ from lpclip.evaluation.bootstrap import mean_interval
 from lpclip.evaluation.results import ZERO_SHOT
 from lpclip.evaluation.shift import ALEXNET_ERROR, effective_robustness
 from lpclip.features.store import Store, row_order
-from lpclip.jobs.evaluate import EXAMPLES, evaluate_job
+from lpclip.jobs.evaluate import evaluate_job
+from lpclip.jobs.evaluate_examples import EXAMPLES
+from lpclip.jobs.evaluate_names import parse_named
 from lpclip.jobs.selftrain import selftrain_job
 from lpclip.method.probe import Probe, load_probe
 
@@ -660,3 +662,14 @@ def test_foreign_images_that_cannot_be_read_are_refused(work: Work, tmp_path: Pa
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FAILED"
     assert "3 of 3 images of broken cannot be read" in run.data.tags["lpclip.error"]
+
+
+def test_a_spec_is_parsed_into_a_name_and_a_path() -> None:
+    assert parse_named("a=b=c", flag="shift", optional=False) == ("a", "b=c")
+    assert parse_named("a=b", flag="probe", optional=True) == ("a", "b")
+    assert parse_named("runs/probe", flag="probe", optional=True) == (None, "runs/probe")
+    # The = is a path's own.
+    assert parse_named("runs/rate=0.1", flag="probe", optional=True) == (None, "runs/rate=0.1")
+    for spec, optional in (("a=", True), ("=b", True), ("a", False), ("a=", False), ("=b", False)):
+        with pytest.raises(ValueError, match=f"--shift {spec}: give it as NAME=FOLDER"):
+            parse_named(spec, flag="shift", optional=optional, place="FOLDER")

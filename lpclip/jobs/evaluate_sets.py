@@ -1,4 +1,4 @@
-"""What an evaluation runs on: clean, corrupted, shifted and foreign images, opened and checked before any work."""
+"""The sets of an evaluation: clean, corrupted, shifted and foreign images, opened and checked before any work."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lpclip.features.data import Data, open_data
 from lpclip.images.classes import ClassList, map_labels, resolve_classes
 from lpclip.images.published import Published, published_sets
 from lpclip.images.views import CORRUPTIONS, SEVERITIES, View, base_views
+from lpclip.jobs.evaluate_names import parse_named
 from lpclip.method.probe import Probe
 
 IMAGENET_C = CORRUPTIONS[:15]
@@ -45,7 +46,7 @@ def parse_corruptions(job: EvaluateJob) -> list[tuple[str, int]]:
     for text in severities:
         if text not in SEVERITIES:
             raise UserError(
-                f"--severities: {text!r} is not a whole number from 1 to 5; give them by comma, as in 1,3,5"
+                f"--severities: {text!r} is not a whole number from 1 to 5; give them separated by commas, as in 1,3,5"
             )
     named = [name.strip() for name in job.corruptions.split(",")]
     names = {"none": [], "all": list(IMAGENET_C)}.get(job.corruptions, named)
@@ -77,9 +78,8 @@ def open_sets(job: EvaluateJob, probe: Probe, corruptions: list[tuple[str, int]]
 
     def named(specs: tuple[str, ...], flag: str) -> Iterator[tuple[str, str]]:
         for spec in specs:
-            name, separator, path = spec.partition("=")
-            if not separator or not name or not path:
-                raise UserError(f"--{flag} {spec}: give it as NAME=PATH")
+            name, path = parse_named(spec, flag=flag, optional=False)
+            assert name is not None
             if name in taken:
                 raise UserError(f"--{flag} {spec}: another set is called {name}")
             taken.add(name)
