@@ -7,6 +7,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,16 @@ def claim(out: str, identity: dict[str, Any], *, mark: bool = True, shared: str 
             f"{out} holds the results of other work (it differs in {', '.join(changed)}); choose another --out. "
             f"--{shared} {files.join(out, shared)} shares the {shared}"
         )
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the time that the block takes, in seconds, under a name."""
+    begin = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.monotonic() - begin
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,13 @@ from lpclip.errors import UserError
 from lpclip.evaluation.judge import evaluate, probe_curves
 from lpclip.features.describe import describe_encoder
 from lpclip.features.store import Features
-from lpclip.images.classes import ClassList, map_labels
+from lpclip.images.classes import map_labels
 from lpclip.images.views import parse_views
 from lpclip.jobs import tracking
 from lpclip.jobs.console import print_plan, print_result, print_training
-from lpclip.jobs.inputs import Inputs, encode_inputs, evaluated_on, open_inputs
-from lpclip.jobs.runtime import claim, output_folder, start_ray, versions
-from lpclip.jobs.settle_prior import load_prior, settle_prior
+from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
+from lpclip.jobs.runtime import claim, output_folder, start_ray, timed, versions
+from lpclip.jobs.settle_prior import ChosenPrior, load_prior, settle_prior
 from lpclip.method.fit import finish_probe, zero_shot_labels
 from lpclip.method.priors import Prior
 from lpclip.method.probe import Probe, zero_shot_probe
@@ -35,133 +35,176 @@ from lpclip.report.training_figures import confusion_matrix_figure, reliability_
 from lpclip.training.rounds import fit, make_work, read_labels
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A job's images, classes, prior and encoder, before anything is encoded."""
+
+    inputs: Inputs
+    prior: Prior | None
+    """None when the job has to choose it."""
+    info: EncoderInfo
+    head: Head
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trained:
+    """The rounds of a training, and the probes that came of them."""
+
+    chosen: ChosenPrior
+    rounds: list[State]
+    students: list[Probe]
+    """A probe for each round."""
+    zero_shot: Probe
+    probe: Probe
+    """The result: the last student with its temperature, or zero-shot when the rounds are not trusted."""
+    supervised: Probe | None
+    pseudo_labels: pa.Table
+
+    @property
+    def shown(self) -> dict[str, Probe]:
+        """The classifiers of the final table, by the names that summaries use."""
+        shown = {"zero_shot": self.zero_shot, "probe": self.probe}
+        return shown if self.supervised is None else {**shown, "supervised": self.supervised}
+
+
 def selftrain_job(job: SelftrainJob) -> dict[str, Any]:
     """Encode what is missing, self-train, evaluate where labels exist; everything goes to OUT and MLflow."""
     check(job)
     parse_views(job.encode.views)
     with output_folder(job.out) as out:
-        inputs = open_inputs(job)
-        classes = inputs.classes
-        prior = load_prior(job.training.prior, classes.names)
-        if job.supervised and not inputs.data.has_labels:
-            raise UserError("--supervised needs labels in --data, and there are none")
-        start_ray()
-        info = describe_encoder(
-            job.encoder, class_names=classes.names, templates=templates(job.names.templates)
-        )
-        head = make_head(info, classes.names, temperature=job.training.temperature)
+        opened = _open(job)
+        inputs, info = opened.inputs, opened.info
         print_plan(inputs.data, inputs.test, info=info, views=job.encode.views, out=out)
-        print_training(job, classes, head)
+        print_training(job, inputs.classes, opened.head)
+        params = {name: value for name, value in to_dict(job).items() if value is not None}
         with tracking.track(
-            job.tracking, name=files.split(out)[1], params=_parameters(job), resume_key=f"selftrain {out}"
+            job.tracking, name=files.split(out)[1], params=params, resume_key=f"selftrain {out}"
         ) as run:
             run.set_tags({"encoder": info.name, "data": inputs.data.name, "out": out})
-            return _selftrain(job, out, inputs, prior, info, head, run)
+            known = encode_inputs(job, inputs, info=info, head=opened.head, out=out)
+            trained = _train(job, opened, known, out=out)
+            with timed(known.seconds, "evaluate"):
+                results = {name: evaluate(probe, known.x, known.y) for name, probe in trained.shown.items()}
+                history = [
+                    {
+                        "round": state.round,
+                        **state.metrics,
+                        "accuracy": evaluate(probe, known.x, known.y)["accuracy"],
+                    }
+                    for state, probe in zip(trained.rounds, trained.students, strict=True)
+                ]
+            summary = {**results, **_summary(job, opened, known, trained, history), "mlflow_run": run.run_id}
+            files.write_json(files.join(out, "summary.json"), summary)
+            _draw(trained, known, history, folder=files.join(out, "figures"))
+            _track(run, summary, out)
+            print_result(summary, inputs.data, known.encoded, inputs.test, known.tested, out, run)
+            return summary
 
 
-def _selftrain(
-    job: SelftrainJob,
-    out: str,
-    inputs: Inputs,
-    prior: Prior | None,
-    info: EncoderInfo,
-    head: Head,
-    run: tracking.Run,
-) -> dict[str, Any]:
-    data, classes = inputs.data, inputs.classes
-    known = encode_inputs(job, inputs, info=info, head=head, out=out)
-    encoded, tested, features, x, y = known.encoded, known.tested, known.features, known.x, known.y
-    seconds = known.seconds
-    begin = time.monotonic()
-    chosen = settle_prior(
-        job.training,
-        out=out,
-        features=features.base,
-        prior=prior,
-        head=head,
-        fingerprint=encoded.store.manifest.fingerprint,
-    )
-    seconds["prior"] = time.monotonic() - begin
+def _open(job: SelftrainJob) -> _Opened:
+    """Open everything that the job names, and refuse what does not fit together before any work."""
+    inputs = open_inputs(job)
+    names = inputs.classes.names
+    prior = load_prior(job.training.prior, names)
+    if job.supervised and not inputs.data.has_labels:
+        raise UserError("--supervised needs labels in --data, and there are none")
+    start_ray()
+    info = describe_encoder(job.encoder, class_names=names, templates=templates(job.names.templates))
+    head = make_head(info, names, temperature=job.training.temperature)
+    return _Opened(inputs=inputs, prior=prior, info=info, head=head)
+
+
+def _train(job: SelftrainJob, opened: _Opened, known: EncodedInputs, *, out: str) -> _Trained:
+    """Choose the prior, run the rounds, and make probes of them, which are saved to OUT."""
+    with timed(known.seconds, "prior"):
+        chosen = settle_prior(
+            job.training,
+            out=out,
+            features=known.features.base,
+            prior=opened.prior,
+            head=opened.head,
+            fingerprint=known.encoded.store.manifest.fingerprint,
+        )
+    rounds, labels = _run_rounds(job, opened, known, prior=chosen.prior, out=out)
+    with timed(known.seconds, "probes"):
+        trained = _make_probes(job, opened, known, chosen=chosen, rounds=rounds, labels=labels)
+        files.write_parquet(files.join(out, "pseudo_labels.parquet"), trained.pseudo_labels)
+        for name, probe in trained.shown.items():
+            probe.save(files.join(out, name))
+    return trained
+
+
+def _run_rounds(
+    job: SelftrainJob, opened: _Opened, known: EncodedInputs, *, prior: Prior, out: str
+) -> tuple[list[State], pa.Table]:
+    """All rounds, oldest first, and the pseudo-labels of the last one."""
+    manifest = known.encoded.store.manifest
     work = make_work(
-        store_path=encoded.store.path,
-        fingerprint=encoded.store.manifest.fingerprint,
-        head=head,
-        prior=chosen.prior,
+        store_path=known.encoded.store.path,
+        fingerprint=manifest.fingerprint,
+        head=opened.head,
+        prior=prior,
         config=job.training,
         folder=files.join(out, "rounds"),
     )
-    claim(out, {**work.identity, "eval_data": tested.store.manifest.content_digest if tested else None})
-    begin = time.monotonic()
-    near = RECIPE.neighbour_count(job.training, num_rows=len(features.ids), num_classes=len(classes.names))
-    if near:
-        print(f"rounds: first the {near} nearest neighbours of {len(features.ids):,} images", flush=True)
-    rounds = fit(work, storage=files.join(out, "ray"))
-    seconds["rounds"] = time.monotonic() - begin
-    labels_table = read_labels(work.folder)
+    tested = known.tested.store.manifest.content_digest if known.tested else None
+    claim(out, {**work.identity, "eval_data": tested})
+    with timed(known.seconds, "rounds"):
+        count = RECIPE.neighbour_count(
+            job.training, num_rows=manifest.num_rows, num_classes=len(opened.head.class_names)
+        )
+        if count:
+            print(f"rounds: first the {count} nearest neighbours of {manifest.num_rows:,} images", flush=True)
+        rounds = fit(work, storage=files.join(out, "ray"))
+    return rounds, read_labels(work.folder)
 
-    begin = time.monotonic()
-    about: dict[str, Any] = {"class_names": classes.names, "encoder": known.probe_encoder}
-    zero_shot = zero_shot_probe(torch.tensor(head.weight), temperature=head.temperature, **about)
-    probes = []
-    for state in rounds:
-        trained = state.classifier(zero_shot.weight)
-        probes.append(Probe(weight=trained.weight, bias=trained.bias, **about))
-    best = finish_probe(
+
+def _make_probes(
+    job: SelftrainJob,
+    opened: _Opened,
+    known: EncodedInputs,
+    *,
+    chosen: ChosenPrior,
+    rounds: list[State],
+    labels: pa.Table,
+) -> _Trained:
+    """Zero-shot, the students and the result as probes; the supervised ceiling where it is asked for."""
+    head, features = opened.head, known.features
+    about: dict[str, Any] = {"class_names": head.class_names, "encoder": known.probe_encoder}
+    weight = torch.tensor(head.weight)
+    zero_shot = zero_shot_probe(weight, temperature=head.temperature, **about)
+    linears = [state.classifier(zero_shot.weight) for state in rounds]
+    probe = finish_probe(
         rounds[-1],
         zero_shot=zero_shot,
-        calibrated=zero_shot_probe(torch.tensor(head.weight), temperature=1 / info.logit_scale),
+        # Zero-shot is calibrated at the encoder's own temperature, whatever temperature the teacher has.
+        calibrated=zero_shot_probe(weight, temperature=1 / opened.info.logit_scale),
         features=features.base,
         config=job.training,
         trusted=chosen.trusted,
     )
-    if not chosen.trusted:
-        labels_table = _zero_shot_labels(best, features)
-    files.write_parquet(files.join(out, "pseudo_labels.parquet"), labels_table)
-    zero_shot.save(files.join(out, "zero_shot"))
-    best.save(files.join(out, "probe"))
-    supervised = None
-    if job.supervised:
-        train_labels = map_labels(
-            known.raw_labels, label_names=data.label_names, classes=classes, data=data.name
-        )
-        supervised = supervised_probe(features.base, train_labels, like=best)
-        supervised.save(files.join(out, "supervised"))
-    seconds["probes"] = time.monotonic() - begin
+    return _Trained(
+        chosen=chosen,
+        rounds=rounds,
+        students=[Probe(weight=one.weight, bias=one.bias, **about) for one in linears],
+        zero_shot=zero_shot,
+        probe=probe,
+        supervised=_supervised(opened.inputs, known, like=probe) if job.supervised else None,
+        pseudo_labels=labels if chosen.trusted else _zero_shot_labels(probe, features),
+    )
 
-    begin = time.monotonic()
-    shown = {"zero_shot": zero_shot, "probe": best, **({"supervised": supervised} if supervised else {})}
-    results = {name: evaluate(probe, x, y) for name, probe in shown.items()}
-    history = _history(rounds, probes, x, y)
-    seconds["evaluate"] = time.monotonic() - begin
 
-    rates = {"encode": encoded.rate, "encode_eval": tested.rate if tested else None}
-    summary = {
-        **results,
-        "evaluated_on": evaluated_on(inputs, y),
-        "rounds": history,
-        "images": {
-            "encoded": encoded.store.manifest.num_rows,
-            "quarantined": encoded.store.manifest.num_quarantined,
-            "eval_quarantined": tested.store.manifest.num_quarantined if tested else None,
-        },
-        "probe_temperature": best.temperature,
-        "prior": chosen.summary(),
-        "classes": list(classes.names),
-        "encoder": info.identity,
-        "features": {"train": encoded.store.path, "eval": tested.store.path if tested else None},
-        "timings": {name: round(value, 3) for name, value in seconds.items()},
-        "rates": rates,
-        "config": to_dict(job),
-        "versions": versions(),
-        "mlflow_run": run.run_id,
-    }
-    files.write_json(files.join(out, "summary.json"), summary)
-    _track(run, summary, {name: shown[name] for name in ("zero_shot", "probe")}, x, y, out, classes)
-    print_result(summary, data, encoded, inputs.test, tested, out, run)
-    return summary
+def _supervised(inputs: Inputs, known: EncodedInputs, *, like: Probe) -> Probe:
+    """The ceiling: a probe fitted to the true labels of the training images."""
+    data = inputs.data
+    labels = map_labels(
+        known.raw_labels, label_names=data.label_names, classes=inputs.classes, data=data.name
+    )
+    return supervised_probe(known.features.base, labels, like=like)
 
 
 def _zero_shot_labels(probe: Probe, features: Features) -> pa.Table:
+    """The pseudo-labels of a training that fell back to zero-shot: round 0, all of them kept."""
     label, confidence, kept = zero_shot_labels(probe, features.base)
     first = np.zeros(len(features.ids), np.int32)
     return pa.table(
@@ -169,26 +212,53 @@ def _zero_shot_labels(probe: Probe, features: Features) -> pa.Table:
     )
 
 
-def _history(rounds: list[State], probes: list[Probe], x: np.ndarray, y: np.ndarray) -> list[dict[str, Any]]:
-    return [
-        {"round": state.round, **state.metrics, "accuracy": evaluate(probe, x, y)["accuracy"]}
-        for state, probe in zip(rounds, probes, strict=True)
-    ]
+def _summary(
+    job: SelftrainJob,
+    opened: _Opened,
+    known: EncodedInputs,
+    trained: _Trained,
+    history: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """OUT/summary.json but for the classifiers' own numbers."""
+    encoded, tested = known.encoded, known.tested
+    return {
+        "evaluated_on": evaluated_on(opened.inputs, known.y),
+        "rounds": history,
+        "images": {
+            "encoded": encoded.store.manifest.num_rows,
+            "quarantined": encoded.store.manifest.num_quarantined,
+            "eval_quarantined": tested.store.manifest.num_quarantined if tested else None,
+        },
+        "probe_temperature": trained.probe.temperature,
+        "prior": trained.chosen.summary(),
+        "classes": list(opened.head.class_names),
+        "encoder": opened.info.identity,
+        "features": {"train": encoded.store.path, "eval": tested.store.path if tested else None},
+        "timings": {name: round(value, 3) for name, value in known.seconds.items()},
+        "rates": {"encode": encoded.rate, "encode_eval": tested.rate if tested else None},
+        "config": to_dict(job),
+        "versions": versions(),
+    }
 
 
-def _parameters(job: SelftrainJob) -> dict[str, Any]:
-    return {name: value for name, value in to_dict(job).items() if value is not None}
+def _draw(trained: _Trained, known: EncodedInputs, history: list[dict[str, Any]], *, folder: str) -> None:
+    """Draw the rounds and, where labels exist, the confusion matrix and the reliability diagram."""
+    files.make_folder(folder)
+    save(rounds_figure(history), files.join(folder, "rounds.png"))
+    if not (known.y >= 0).any():
+        return
+    drawn = {
+        name: probe_curves(probe, known.x, known.y)
+        for name, probe in (("zero-shot", trained.zero_shot), ("probe", trained.probe))
+    }
+    matrix = confusion_matrix_figure(drawn["probe"].confusion, trained.probe.class_names)
+    save(matrix, files.join(folder, "confusion_matrix.png"))
+    bins = {name: found.reliability for name, found in drawn.items()}
+    save(reliability_figure(bins), files.join(folder, "reliability.png"))
 
 
-def _track(
-    run: tracking.Run,
-    summary: dict[str, Any],
-    probes: dict[str, Probe],
-    x: np.ndarray,
-    y: np.ndarray,
-    out: str,
-    classes: ClassList,
-) -> None:
+def _track(run: tracking.Run, summary: dict[str, Any], out: str) -> None:
+    """Log every number of the summary to MLflow, and upload the files of OUT that people look at."""
     for entry in summary["rounds"]:
         run.log({k: v for k, v in entry.items() if k != "round"}, step=entry["round"])
     last = len(summary["rounds"])
@@ -202,14 +272,5 @@ def _track(
             run.log({f"{name}_{key}": value for key, value in summary[name].items()}, step=last)
     run.log({f"seconds_{k}": v for k, v in summary["timings"].items()}, step=last)
     run.log({f"images_per_second_{k}": v for k, v in summary["rates"].items()}, step=last)
-    figures = files.join(out, "figures")
-    files.make_folder(figures)
-    save(rounds_figure(summary["rounds"]), files.join(figures, "rounds.png"))
-    if (y >= 0).any():
-        drawn = {name: probe_curves(probe, x, y) for name, probe in probes.items()}
-        matrix = confusion_matrix_figure(drawn["probe"].confusion, classes.names)
-        save(matrix, files.join(figures, "confusion_matrix.png"))
-        bins = {name.replace("_", "-"): found.reliability for name, found in drawn.items()}
-        save(reliability_figure(bins), files.join(figures, "reliability.png"))
     for name in ("probe", "figures", "summary.json", "pseudo_labels.parquet"):
         run.artifact(files.join(out, name))
