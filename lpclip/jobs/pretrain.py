@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lpclip import files
 from lpclip.config import (
@@ -29,7 +28,7 @@ from lpclip.images.source import Source
 from lpclip.jobs import tracking
 from lpclip.jobs.console import command_line, shown
 from lpclip.jobs.inputs import open_pairs
-from lpclip.jobs.runtime import claim, output_folder, start_ray, versions
+from lpclip.jobs.runtime import claim, output_folder, start_ray, timed, versions
 from lpclip.method.contrastive_step import check_num_pairs, num_steps
 from lpclip.progress import Progress, watched
 from lpclip.report.tables import format_table
@@ -65,22 +64,53 @@ def pretrain_job(job: PretrainJob) -> dict[str, Any]:
             resume_key=f"pretrain {out}",
         ) as run:
             run.set_tags({"encoder": trainable.name, "data": source.name, "out": out})
-            return _pretrain(job, out, source, trainable, run, identity=identity)
+            seconds: dict[str, float] = {}
+            with timed(seconds, "pairs"):
+                read = _read_pairs(job, source, trainable, out=out, identity=identity)
+            cut = _count_cut_texts(read.pairs, trainable)
+            if cut.cut:
+                print(
+                    f"note      {cut.cut:,} of {cut.counted:,} texts fill the model's context, or are cut to it",
+                    flush=True,
+                )
+            with timed(seconds, "training"):
+                work = _train(job, read, out=out, run=run)
+            summary = {
+                **_summary(job, read, cut, work, trainable),
+                "timings": {name: round(value, 3) for name, value in seconds.items()},
+                "config": to_dict(job),
+                "versions": versions(),
+                "mlflow_run": run.run_id,
+            }
+            files.write_json(files.join(out, "summary.json"), summary)
+            run.artifact(files.join(out, "summary.json"))
+            run.artifact(files.join(work.model_folder, "open_clip_config.json"), "model")
+            _print_result(job, summary, run)
+            return summary
 
 
-def _pretrain(
-    job: PretrainJob,
-    out: str,
-    source: Source,
-    trainable: Trainable,
-    run: tracking.Run,
-    *,
-    identity: dict[str, Any],
-) -> dict[str, Any]:
-    begin = time.monotonic()
-    name = f"{source.name}-{identity['pairs'][:12]}"
-    # Ray Train's workers run in folders of their own.
-    path = files.join(files.absolute(job.pairs or files.join(out, "pairs")), name)
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """The store of decoded pairs, and its pairs by row."""
+
+    store: Store
+    pairs: PairStore
+
+
+class _CutTexts(NamedTuple):
+    """How many of how many different texts fill the model's context, or more than it."""
+
+    cut: int
+    counted: int
+
+
+def _read_pairs(
+    job: PretrainJob, source: Source, trainable: Trainable, *, out: str, identity: dict[str, Any]
+) -> _Read:
+    """Find the store of the pairs, or decode them into one. Raises UserError when they are too bad or too few."""
+    # Ray Train's workers run in folders of their own, so the path is absolute.
+    folder = files.absolute(job.pairs or files.join(out, "pairs"))
+    path = files.join(folder, f"{source.name}-{identity['pairs'][:12]}")
     store = Store.find(path)
     if store is None:
         print(f"pairs: reading to {shown(path)}", flush=True)
@@ -90,24 +120,20 @@ def _pretrain(
         print(f"pairs: found in {shown(path)}", flush=True)
     pairs = PairStore(path)
     check_num_pairs(job.training, num_pairs=len(pairs))
-    seconds = {"pairs": time.monotonic() - begin}
     claim(out, identity, shared="pairs")
-    cut, counted = _count_cut_texts(pairs, trainable)
-    if cut:
-        print(
-            f"note      {cut:,} of {counted:,} texts fill the model's context, or are cut to it", flush=True
-        )
+    return _Read(store=store, pairs=pairs)
 
-    begin = time.monotonic()
-    total = num_steps(job.training, num_pairs=len(pairs))
+
+def _train(job: PretrainJob, read: _Read, *, out: str, run: tracking.Run) -> Pretraining:
+    """Train from the last checkpoint on, with progress on the terminal and metrics in MLflow."""
+    total, size = num_steps(job.training, num_pairs=len(read.pairs)), job.training.batch_size
     work = Pretraining(
-        store_path=path,
+        store_path=read.store.path,
         model=_reachable(job.model),
         config=job.training,
         folder=files.join(out, "training"),
         model_folder=files.join(out, "model"),
     )
-    size = job.training.batch_size
     done = go_on(work.folder)
     if is_finished(work):
         print("training: finished before, nothing is left to do", flush=True)
@@ -117,31 +143,27 @@ def _pretrain(
     with watched(_teller(job.training, work, total=total, progress=progress, run=run), seconds=1.0):
         pretrain(work, storage=files.join(out, "ray"), use_gpu=has_gpus())
     progress.close()
-    seconds["training"] = time.monotonic() - begin
-    metrics = read_metrics(work.folder)
-    model = files.join(work.model_folder, WEIGHTS)
-    summary = {
-        "model": model,
+    return work
+
+
+def _summary(
+    job: PretrainJob, read: _Read, texts: _CutTexts, work: Pretraining, trainable: Trainable
+) -> dict[str, Any]:
+    """What OUT/summary.json says of the pairs, the training and the model."""
+    manifest = read.store.manifest
+    return {
+        "model": files.join(work.model_folder, WEIGHTS),
         "encoder": trainable.name,
         "pairs": {
-            "store": path,
-            "read": store.manifest.num_rows,
-            "quarantined": store.manifest.num_quarantined,
-            "texts_cut": cut,
-            "texts_counted": counted,
+            "store": read.store.path,
+            "read": manifest.num_rows,
+            "quarantined": manifest.num_quarantined,
+            "texts_cut": texts.cut,
+            "texts_counted": texts.counted,
         },
-        "steps": total,
-        "last": metrics[-1],
-        "timings": {name: round(value, 3) for name, value in seconds.items()},
-        "config": to_dict(job),
-        "versions": versions(),
-        "mlflow_run": run.run_id,
+        "steps": num_steps(job.training, num_pairs=len(read.pairs)),
+        "last": read_metrics(work.folder)[-1],
     }
-    files.write_json(files.join(out, "summary.json"), summary)
-    run.artifact(files.join(out, "summary.json"))
-    run.artifact(files.join(work.model_folder, "open_clip_config.json"), "model")
-    _print_result(job, summary, run)
-    return summary
 
 
 def _teller(
@@ -196,7 +218,7 @@ def _reachable(model: ModelConfig) -> ModelConfig:
     return replace(model, encoder=encoder, pretrained=weights)
 
 
-def _count_cut_texts(pairs: PairStore, trainable: Trainable) -> tuple[int, int]:
+def _count_cut_texts(pairs: PairStore, trainable: Trainable) -> _CutTexts:
     """Count the texts that fill the context of the model or are longer, and the different texts that were looked at."""
     different: set[str] = set()
     for start in range(0, len(pairs), 4096):
@@ -209,7 +231,7 @@ def _count_cut_texts(pairs: PairStore, trainable: Trainable) -> tuple[int, int]:
     cut = 0
     for start in range(0, len(texts), 1024):
         cut += int((trainable.tokenizer(texts[start : start + 1024])[:, -1] != padding).sum())
-    return cut, len(texts)
+    return _CutTexts(cut=cut, counted=len(texts))
 
 
 def _print_plan(job: PretrainJob, source: Source, trainable: Trainable, out: str) -> None:

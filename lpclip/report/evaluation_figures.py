@@ -234,28 +234,23 @@ def effective_robustness_figure(
     for axis, (low, high) in ((axes.xaxis, (x_low, x_high)), (axes.yaxis, (y_low, y_high))):
         axis.set_major_locator(FixedLocator(_logit_ticks(low, high)))
         axis.set_minor_locator(NullLocator())
-    handles = [
-        Line2D([], [], color=colour, marker="o", markersize=7, linestyle="none", label=shortened(probe))
-        for probe, colour in colour_of.items()
-    ]
-    for name in sets:
-        label = f"{shortened(name)}, published fit" if name in dashes else shortened(name)
-        style = dashes.get(name, "none")
-        handles.append(
-            Line2D(
-                [],
-                [],
-                color=INK,
-                marker=markers[name],
-                markersize=6,
-                linestyle=style,
-                linewidth=1.2,
-                label=label,
-            )
-        )
     if points:
+        handles = [_probe_handle(probe, colour) for probe, colour in colour_of.items()]
+        handles += [_set_handle(name, marker, dashes.get(name)) for name, marker in markers.items()]
         _legend(figure, handles, [str(handle.get_label()) for handle in handles], place=BELOW)
     return figure
+
+
+def _probe_handle(probe: str, colour: str) -> Line2D:
+    """A classifier in a legend: a dot of its colour."""
+    return Line2D([], [], color=colour, marker="o", markersize=7, linestyle="none", label=shortened(probe))
+
+
+def _set_handle(name: str, marker: str, dash: Any) -> Line2D:
+    """A shifted set in a legend: its marker, on the dashes (None for none) of its published fit."""
+    label = shortened(name) if dash is None else f"{shortened(name)}, published fit"
+    style: Any = "none" if dash is None else dash
+    return Line2D([], [], color=INK, marker=marker, markersize=6, linestyle=style, linewidth=1.2, label=label)
 
 
 def _severities(
