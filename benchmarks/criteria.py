@@ -51,7 +51,7 @@ from lpclip.method.priors import PRIORS
 from lpclip.progress import TrialProgress
 from lpclip.report.tables import format_table
 from lpclip.training.search_space import draw_trials, read_space, trial_config
-from lpclip.training.trials import prepare, read_classifier, run_trials, trial_name
+from lpclip.training.trials import Plan, Task, prepare, read_classifier, run_trials, trial_name
 
 RATIOS = (1, 10, 100)
 LIMIT = 10_000
@@ -161,33 +161,40 @@ def sweep(setting: Setting, options: Options) -> list[Row]:
     yardstick = make_yardstick(setting.features, num_classes=len(setting.head), seed=options.seed)
     names = tuple(map(str, range(len(setting.head))))
     with tempfile.TemporaryDirectory() as folder:
-        material = prepare(
-            setting.features,
-            strong=(setting.strong,),
+        task = Task(
             head=Head(
                 class_names=names,
                 weight=setting.head.numpy(),
                 temperature=setting.temperature,
                 identity=digest(setting.name),
             ),
-            configs=configs,
             base=base,
             fixed=space.fixed,
             priors={"auto": PRIORS[prior], **PRIORS},
             yardstick=yardstick,
             criterion="structure",
-            dtype=dtype,
             folder=folder,
         )
-        progress = TrialProgress(total=len(configs), done=0)
-        outcomes = run_trials(
-            material,
+        material = prepare(
+            setting.features,
+            strong=(setting.strong,),
+            task=task,
+            configs=configs,
+            dtype=dtype,
+            tell=print,
+        )
+        plan = Plan(
             space=space,
             trials=[*trials, default],
             count=len(configs),
             search="random",
             scheduler="none",
             concurrent=torch.get_num_threads(),
+        )
+        progress = TrialProgress(total=len(configs), done=0)
+        outcomes = run_trials(
+            material,
+            plan=plan,
             storage=str(Path(folder, "ray")),
             done={},
             tell=lambda outcome: progress.advance(outcome.status),

@@ -38,6 +38,7 @@ from lpclip.images.render import weak_view
 from lpclip.jobs.cli import OPTIONS
 from lpclip.jobs.runtime import versions
 from lpclip.method.contrastive_step import (
+    Share,
     Towers,
     crop,
     draw_batch,
@@ -158,9 +159,7 @@ def steps(trainable: Trainable, images: Images, texts: list[str], config: Pretra
         train_step(
             towers,
             optimizer,
-            crop(pixels, drawn.crops, mirror=config.mirror),
-            tokens[drawn.rows],
-            distilled=drawn.distilled,
+            Share(crop(pixels, drawn.crops, mirror=config.mirror), tokens[drawn.rows], drawn.distilled),
             rate=learning_rate(step, total=total, config=config),
             config=config,
             dtype=torch.float32,

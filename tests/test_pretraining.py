@@ -13,6 +13,7 @@ from lpclip.config import ModelConfig, PretrainConfig
 from lpclip.encoders.open_clip import load_trainable
 from lpclip.method.contrastive_step import (
     MIN_SCALE,
+    Share,
     Towers,
     check_num_pairs,
     crop,
@@ -111,9 +112,7 @@ def test_a_step_in_parts_is_the_step_in_one(method: Any) -> None:
         told = train_step(
             towers,
             optimizer,
-            images,
-            tokens,
-            distilled=distilled,
+            Share(images, tokens, distilled),
             rate=1.0,
             config=config,
             dtype=torch.float32,
@@ -135,9 +134,7 @@ def test_steps_on_one_batch_learn_it(method: Any, dtype: torch.dtype) -> None:
     optimizer = make_optimizer(towers, config)
     distilled = torch.tensor([True, False] * 4) if method == "psd" else torch.zeros(8, dtype=torch.bool)
     losses = [
-        train_step(
-            towers, optimizer, images, tokens, distilled=distilled, rate=3e-3, config=config, dtype=dtype
-        )
+        train_step(towers, optimizer, Share(images, tokens, distilled), rate=3e-3, config=config, dtype=dtype)
         for _ in range(40)
     ]
     # Half of the pairs alone are told what fits.
@@ -153,9 +150,7 @@ def test_a_training_that_comes_apart_is_told() -> None:
         train_step(
             towers,
             optimizer,
-            images,
-            tokens,
-            distilled=torch.zeros(16, dtype=torch.bool),
+            Share(images, tokens, torch.zeros(16, dtype=torch.bool)),
             rate=1e-3,
             config=CONFIG,
             dtype=torch.float32,

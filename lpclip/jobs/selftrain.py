@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -155,7 +156,7 @@ def _run_rounds(
         )
         if count:
             print(f"rounds: first the {count} nearest neighbours of {manifest.num_rows:,} images", flush=True)
-        rounds = fit(work, storage=files.join(out, "ray"))
+        rounds = fit(work, storage=files.join(out, "ray"), tell=partial(print, flush=True))
     return rounds, read_labels(work.folder)
 
 

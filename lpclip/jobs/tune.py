@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -54,7 +55,9 @@ from lpclip.training.search_space import (
 )
 from lpclip.training.trials import (
     Material,
+    Plan,
     Status,
+    Task,
     TrialRecord,
     prepare,
     read_classifier,
@@ -207,18 +210,22 @@ class _Sweep:
             seed=job.training.seed,
         )
         found = {spec: chosen.prior if prior is None and chosen else prior for spec, prior in priors.items()}
-        return prepare(
-            known.features.base,
-            strong=tuple(loaded.values()),
+        task = Task(
             head=head,
-            configs=configs,
             base=job.training,
             fixed=self._space.fixed,
             priors={spec: prior for spec, prior in found.items() if prior is not None},
             yardstick=yardstick,
             criterion=job.criterion,
-            dtype=comparison_dtype(),
             folder=self._folder,
+        )
+        return prepare(
+            known.features.base,
+            strong=tuple(loaded.values()),
+            task=task,
+            configs=configs,
+            dtype=comparison_dtype(),
+            tell=functools.partial(print, flush=True),
         )
 
     def _run_trials(
@@ -233,14 +240,17 @@ class _Sweep:
         self._progress = TrialProgress(total=count, done=len(done))
         for outcome in done.values():
             self._track_trial(outcome)
-        now = run_trials(
-            material,
+        plan = Plan(
             space=self._space,
             trials=[parameters for parameters in trials if trial_name(parameters) not in done],
             count=count,
             search=self._job.search,
             scheduler=self._job.scheduler,
             concurrent=concurrent,
+        )
+        now = run_trials(
+            material,
+            plan=plan,
             storage=files.join(self._out, "ray"),
             done=done,
             tell=self._tell,
@@ -295,7 +305,7 @@ class _Sweep:
         candidates += [read_classifier(self._folder, outcome.name) for outcome in finished]
         print(f"choosing among {len(finished)} trials and zero-shot", flush=True)
         worth = {
-            name: {c: measure(material.yardstick, candidate, criterion=c) for c in CRITERIA}
+            name: {c: measure(material.task.yardstick, candidate, criterion=c) for c in CRITERIA}
             for name, candidate in zip(names, candidates, strict=True)
         }
         prior = self._prior

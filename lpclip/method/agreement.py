@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Agreement(NamedTuple):
-    """How often labellings agree."""
+    """Agreement of labellings, as it is and by chance."""
 
     share: float
     """Share of the rows that have the same label in both."""
@@ -22,6 +22,6 @@ class Agreement(NamedTuple):
 
 
 def agreement(first: np.ndarray, second: np.ndarray, *, num_classes: int) -> Agreement:
-    """How often two labellings (n,) agree, of class indices below `num_classes`."""
+    """Agreement of two labellings (n,), class indices below `num_classes`."""
     shares = [np.bincount(labels, minlength=num_classes) / len(labels) for labels in (first, second)]
     return Agreement(share=float((first == second).mean()), chance=float(shares[0] @ shares[1]))

@@ -1,8 +1,8 @@
 """Losses of contrastive training on image-text pairs: InfoNCE, and progressive self-distillation beside it.
 
 Progressive self-distillation (PSD; Andonian, Chen and Hamid, arXiv 2204.04588) is a reconstruction from the paper's
-description; no code of it is public. A growing share of each batch is not told that an image fits its own text alone:
-it is trained toward what the model itself takes for alike in the batch. The student is its own teacher: its embeddings
+description; no code of it is public. A growing share of each batch is not trained toward its own text alone, but
+toward everything in the batch that the model itself takes for alike. The student is its own teacher: its embeddings
 serve both.
 
 With unit vectors v_i of images and t_i of texts, s the student's scale and s' the teacher's, pairs i of N:
@@ -37,7 +37,7 @@ Targets = Literal["images", "swapped", "own"]
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """What a batch says."""
+    """The loss of a batch."""
 
     total: Tensor
     """Scalar with gradients, the mean over all pairs and both directions, in nats."""
@@ -83,7 +83,7 @@ def contrastive_loss(
 
 
 def _alignments(images: Tensor, cosines: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-    """What the teacher takes for similar, from images and from texts, (N, N) each."""
+    """The teacher's similarities, from images and from texts, (N, N) each."""
     if targets == "swapped":
         return cosines.T, cosines
     if targets == "own":

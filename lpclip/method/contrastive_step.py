@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +25,9 @@ from lpclip.errors import UserError
 from lpclip.method.contrastive_loss import Loss, choose_distilled, contrastive_loss, distilled_share, gather
 
 MAX_SCALE = 100.0
-"""Of the cosines, as in CLIP: more makes the training unstable."""
+"""Largest scale of the cosines, as in CLIP: more makes the training unstable."""
 BETAS, EPSILON = (0.9, 0.98), 1e-6
-"""Of AdamW, as published for CLIP's vision transformers."""
+"""AdamW's constants, as published for CLIP's vision transformers."""
 MIN_SCALE = 0.8
 """Share of an image's side that a crop has at least."""
 
@@ -60,7 +60,7 @@ def num_steps(config: PretrainConfig, *, num_pairs: int) -> int:
 
 
 def draw_batch(step: int, *, num_pairs: int, config: PretrainConfig) -> Draw:
-    """What the step with this number, from 0, draws."""
+    """Draw everything random about the step with this number, from 0."""
     epoch, place = divmod(step, num_pairs // config.batch_size)
     rows = _permutation(num_pairs, config.seed, epoch)[place * config.batch_size :][: config.batch_size]
     random = np.random.default_rng((config.seed, 1, step))
@@ -139,22 +139,32 @@ def make_optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Adam
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS, eps=EPSILON, fused=True)
 
 
+class Share(NamedTuple):
+    """A worker's share of a step's batch of B pairs."""
+
+    images: Tensor
+    """(b, 3, S, S) float, cropped."""
+    tokens: Tensor
+    """(b, L) int64."""
+    distilled: Tensor
+    """(B,) bool, of the whole batch: which pairs are trained toward the model's own alignments."""
+
+
 def train_step(
     towers: nn.Module,
     optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    tokens: Tensor,
+    share: Share,
     *,
-    distilled: Tensor,
     rate: float,
     config: PretrainConfig,
     dtype: torch.dtype,
 ) -> dict[str, float]:
-    """One step on this worker's share, images (b, 3, S, S) and tokens (b, L), of B pairs; `distilled` (B,) bool.
+    """Take one step on this worker's share of the batch, at the learning rate `rate`.
 
     Returns the loss in nats, the mean entropy of distilled targets in nats, and the temperature.
     Raises UserError when the loss is no number.
     """
+    images, tokens, distilled = share
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)

@@ -57,8 +57,8 @@ def update_factors(sums: Tensor, *, prior: Prior) -> Tensor:
     return (factors / factors.mean()).float()
 
 
-# Of the pull to equal shares where nothing says that they are equal: enough for classes that zero-shot hardly
-# ever names, not enough to cut one class into many.
+# The pull to equal shares where nothing says that they are equal: enough for classes that zero-shot hardly ever
+# names, not enough to cut one class into many.
 WEAK_STRENGTH = 0.3
 
 

@@ -51,7 +51,7 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Whitenings:
-    """What the gaussian solver needs of the features. Labels play no part in it, so trainings can share it."""
+    """The whitenings that the gaussian solver needs. They depend on the features alone, so trainings can share them."""
 
     base: Whitening
     last: Whitening | None

@@ -1,4 +1,4 @@
-"""What a round hands to the next one: the student, and its pass over the rows."""
+"""The things that a round hands to the next one: the student, and its pass over the rows."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Pass:
         )
 
     def metrics(self) -> dict[str, float]:
-        """What a round reports of itself: shares of all rows, and the entropy of the class shares over log K."""
+        """Metrics of a round: shares of all rows, and the entropy of the class shares over log K."""
         rows, kept, confidence, flips, agreement = self.tally
         share = self.counts / self.counts.sum().clamp_min(1e-12)
         entropy = -(share * share.clamp_min(1e-12).log()).sum() / math.log(len(share))

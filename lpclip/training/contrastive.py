@@ -36,6 +36,7 @@ from lpclip.errors import UserError
 from lpclip.features.pairs import PairStore
 from lpclip.method.contrastive_step import (
     Draw,
+    Share,
     Towers,
     crop,
     draw_batch,
@@ -92,7 +93,7 @@ def pretrain(work: Pretraining, *, storage: str, use_gpu: bool) -> None:
 
 
 def is_finished(work: Pretraining) -> bool:
-    """Whether all is done. A model that was moved away is written again, from the last checkpoint."""
+    """True when all is done. A model that was moved away is written again, from the last checkpoint."""
     done = files.join(work.folder, FINISHED)
     return all(
         files.exists(path)
@@ -101,7 +102,7 @@ def is_finished(work: Pretraining) -> bool:
 
 
 def read_metrics(folder: str) -> list[dict[str, float]]:
-    """What a training in this folder has measured so far, oldest first."""
+    """The metrics of a training in this folder so far, oldest first."""
     try:
         return files.read_json(files.join(folder, METRICS))
     except FileNotFoundError:
@@ -174,9 +175,7 @@ class _Training:
                 found = train_step(
                     self.towers,
                     self.optimizer,
-                    self._images(images, drawn),
-                    tokens.to(self.device),
-                    distilled=drawn.distilled,
+                    Share(self._images(images, drawn), tokens.to(self.device), drawn.distilled),
                     rate=rate,
                     config=self.config,
                     dtype=self.dtype,
@@ -201,7 +200,7 @@ class _Training:
             files.write_json(files.join(self.work.folder, FINISHED), {"steps": self.step})
 
     def _batch(self, step: int) -> tuple[Draw, Tensor, Tensor]:
-        """What the step draws, and this worker's share of its images, uint8 (b, S, S, 3), and tokens (b, L)."""
+        """The step's draw, and this worker's share of its images, uint8 (b, S, S, 3), and tokens (b, L)."""
         drawn = draw_batch(step, num_pairs=len(self.pairs), config=self.config)
         mine = self._mine()
         texts = pick_texts(self.pairs.texts(drawn.rows[mine]), drawn.texts[mine])
@@ -256,7 +255,7 @@ class _Training:
 
 
 def _read_metadata(path: str) -> dict[str, str]:
-    """What a safetensors file says beside its tensors. Raises UserError when it is damaged."""
+    """Read the metadata of a safetensors file. Raises UserError when it is damaged."""
     filesystem, inner = files.resolve(path)
     with filesystem.open_input_file(inner) as file:
         try:

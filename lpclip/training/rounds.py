@@ -10,6 +10,7 @@ OUT/rounds/finished.json            written last
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,7 +41,7 @@ from lpclip.method.shard import CHUNK_ROWS, Shard, fit_whitenings
 from lpclip.method.state import Pass, State
 from lpclip.progress import watched
 
-# Of the rounds: an older version's are never gone on from.
+# The format of the rounds' files. Rounds of another format are never continued.
 FORMAT = 3
 LABELS = pa.schema(
     [("id", pa.string()), ("label", pa.int32()), ("confidence", pa.float32()), ("kept", pa.bool_())]
@@ -77,8 +78,10 @@ def make_work(
     )
 
 
-def fit(work: Work, *, storage: str) -> list[State]:
+def fit(work: Work, *, storage: str, tell: Callable[[str], None] = lambda line: None) -> list[State]:
     """Train, going on after the last round that is there. Returns all rounds, oldest first.
+
+    `tell` is called with a line about each round when the round is there.
 
     Raises UserError when the folder holds another work's rounds.
     """
@@ -104,7 +107,7 @@ def fit(work: Work, *, storage: str) -> list[State]:
             failure_config=ray.train.FailureConfig(max_failures=0 if work.config.num_workers == 0 else 2),
         ),
     )
-    with _shown_rounds(work.folder):
+    with _told_rounds(work.folder, tell):
         trainer.fit()
     return read_rounds(work.folder)
 
@@ -144,7 +147,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
 
     shard, ids = load_shard(work, part=rank, num_parts=size)
     # The last round is done again: its pass over the rows, with the labels, was not kept. With neighbours all
-    # are: they hang on the targets of the round before, and take seconds where there are few enough rows.
+    # are: they depend on the targets of the round before, and take seconds where there are few enough rows.
     count = RECIPE.neighbour_count(work.config, num_rows=shard.num_rows, num_classes=len(work.head.weight))
     rounds = read_rounds(work.folder)[:-1] if count == 0 else []
     whitenings = fit_whitenings(shard, all_reduce=all_reduce) if work.config.solver == "gaussian" else None
@@ -210,8 +213,8 @@ def _write_round(folder: str, state: State) -> None:
     files.write_json(files.join(folder, f"{name}.json"), text)
 
 
-def _shown_rounds(folder: str) -> AbstractContextManager[None]:
-    """Print rounds as they come to the folder."""
+def _told_rounds(folder: str, tell: Callable[[str], None]) -> AbstractContextManager[None]:
+    """Tell of rounds as they come to the folder."""
     seen = len(_round_names(folder))
 
     def look() -> None:
@@ -219,7 +222,7 @@ def _shown_rounds(folder: str) -> AbstractContextManager[None]:
         names = _round_names(folder)
         for name in names[seen:]:
             entry = files.read_json(files.join(folder, name))
-            print(round_line(entry["round"], entry["metrics"]), flush=True)
+            tell(round_line(entry["round"], entry["metrics"]))
         seen = max(seen, len(names))
 
     return watched(look, seconds=0.5)

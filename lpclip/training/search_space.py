@@ -34,7 +34,7 @@ Parameters = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSpace:
-    """What is searched: `searched` maps a parameter to its search-space object, `fixed` to the value of all trials."""
+    """A search space: `searched` maps a parameter to its search-space object, `fixed` to the value of all trials."""
 
     searched: dict[str, Any]
     fixed: Parameters

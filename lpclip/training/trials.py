@@ -16,7 +16,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -45,9 +45,9 @@ from lpclip.method.shard import Shard, Whitenings, fit_whitenings
 from lpclip.training.search_space import Parameters, SearchSpace, plain, trial_config
 
 FORMAT = 1
-# Of zero-shot scores that trials share, each with a scaled copy of its own: more are made anew by each pass.
+# Trials share zero-shot scores up to this many elements, each with a scaled copy. Above it, each pass computes its own.
 MAX_SHARED_SCORES = 25_000_000
-# What a failed trial reports to search algorithms: less than any criterion gives.
+# A failed trial reports this to search algorithms: less than any criterion gives.
 FAILED = -1.0
 # Rounds before a scheduler may stop a trial.
 GRACE_ROUNDS = 4
@@ -67,21 +67,54 @@ Status = Literal["finished", "stopped", "failed"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:
-    """A trial and what became of it."""
+    """A trial and its outcome."""
 
     name: str
     parameters: Parameters
     status: Status
     rounds: list[dict[str, float]]
-    """Of each round: its number, its metrics, and the criterion that a trial can compute alone."""
+    """For each round its number, its metrics and the criterion."""
     seconds: float
     error: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Material:
-    """What all trials share: put once into Ray's object store, whence every trial on a node reads it in place."""
+class Task:
+    """The part of every trial that its parameters do not change."""
 
+    head: Head
+    base: SelfTrainingConfig
+    """The training that a trial's parameters change."""
+    fixed: Parameters
+    """The space's constants, which search algorithms do not know."""
+    priors: Mapping[str, Prior]
+    """By name, all that trials may ask for."""
+    yardstick: Yardstick
+    criterion: Criterion
+    """Each trial measures it after each round."""
+    folder: str
+    """OUT/trials."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The trials that run, and the way they run."""
+
+    space: SearchSpace
+    trials: list[Parameters]
+    """The trials that were drawn beforehand; empty with a search algorithm."""
+    count: int
+    """Trials of the whole sweep, those that are there already among them."""
+    search: Literal["random", "optuna"]
+    scheduler: Literal["none", "asha"]
+    concurrent: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """Everything that trials share. It lies once in Ray's object store, where all trials on a node read it in place."""
+
+    task: Task
     features: np.ndarray
     strong: tuple[np.ndarray, ...]
     neighbours: np.ndarray | None
@@ -89,63 +122,42 @@ class Material:
     scores: np.ndarray | None
     """(n, K) float32 cosines of zero-shot, where they are small enough to share."""
     whitenings: Whitenings | None
-    head: np.ndarray
-    """(K, d) float32, unit norm."""
-    own_temperature: float
-    base: SelfTrainingConfig
-    fixed: Parameters
-    """The space's constants, which search algorithms do not know."""
-    priors: Mapping[str, Prior]
-    yardstick: Yardstick
-    criterion: Criterion
-    """What each trial measures after each round."""
-    folder: str
-    """OUT/trials."""
 
 
 def prepare(
     features: np.ndarray,
     *,
     strong: tuple[np.ndarray, ...],
-    head: Head,
-    configs: Iterable[SelfTrainingConfig],
-    base: SelfTrainingConfig,
-    fixed: Parameters,
-    priors: Mapping[str, Prior],
-    yardstick: Yardstick,
-    criterion: Criterion,
+    task: Task,
+    configs: Sequence[SelfTrainingConfig],
     dtype: torch.dtype,
-    folder: str,
+    tell: Callable[[str], None],
 ) -> Material:
-    """Whatever of the trainings with these configurations hangs on the features (n, d) alone, done once."""
-    num_classes = len(head.weight)
+    """Do once what trainings with these configurations need and what depends on the features (n, d) alone.
+
+    Neighbours are compared in `dtype`; `tell` gets a line about them.
+    """
+    num_classes = len(task.head.weight)
     shard = Shard(features=features, strong=strong, num_rows=len(features))
     whitenings = fit_whitenings(shard) if any(config.solver == "gaussian" for config in configs) else None
     count = max(RECIPE.neighbour_count(c, num_rows=len(features), num_classes=num_classes) for c in configs)
     neighbours = scores = None
     if count and whitenings is not None:
-        print(f"neighbours: the {count} nearest of {len(features):,} images, once for all trials", flush=True)
+        tell(f"neighbours: the {count} nearest of {len(features):,} images, once for all trials")
         found = nearest(
             features, among=features, first_row=0, whitening=whitenings.base, count=count, dtype=dtype
         )
         neighbours = found.numpy().astype(np.int32)
     if len(features) * num_classes <= MAX_SHARED_SCORES:
-        weight = torch.tensor(head.weight)
+        weight = torch.tensor(task.head.weight)
         scores = torch.cat([rows @ weight.T for _, rows in shard.chunks()]).numpy()
     return Material(
+        task=task,
         features=features,
         strong=strong,
         neighbours=neighbours,
         scores=scores,
         whitenings=whitenings,
-        head=head.weight,
-        own_temperature=head.temperature,
-        base=base,
-        fixed=fixed,
-        priors=dict(priors),
-        yardstick=yardstick,
-        criterion=criterion,
-        folder=folder,
     )
 
 
@@ -157,22 +169,17 @@ def trial_name(parameters: Parameters) -> str:
 def run_trials(
     material: Material,
     *,
-    space: SearchSpace,
-    trials: list[Parameters],
-    count: int,
-    search: Literal["random", "optuna"],
-    scheduler: Literal["none", "asha"],
-    concurrent: int,
+    plan: Plan,
     storage: str,
     done: Mapping[str, TrialRecord],
     tell: Callable[[TrialRecord], None],
 ) -> list[TrialRecord]:
-    """Run what is not `done`: the drawn `trials`, or with a search algorithm as many as make up `count`.
+    """Run what is not `done`: the plan's drawn trials, or with a search algorithm as many as make up its count.
 
-    `tell` is told of every trial as it ends, in the driver. A trial that fails is an outcome like any other.
+    `tell` is called with every trial as it ends, in the driver. A trial that fails has a record like any other.
     """
-    # Their work is ours, or nobody's: tables on the terminal, logs a trial, a working directory a trial, and a
-    # Ctrl-C that would pass for the end of the sweep.
+    # The sweep does without Tune's tables on the terminal, its logs and working directory for each trial, and its way
+    # with Ctrl-C, which would pass for the end of the sweep.
     os.environ.update(
         TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
         TUNE_DISABLE_SIGINT_HANDLER="1",
@@ -180,15 +187,16 @@ def run_trials(
         RAY_CHDIR_TO_TRIAL_DIR="0",
         RAY_AIR_NEW_OUTPUT="0",
     )
-    watch = _Watch(material.folder, material.fixed, tell)
+    watch = _Watch(material.task.folder, material.task.fixed, tell)
     algorithm, num_samples = None, 1
-    parameter_space: dict[str, Any] = {"parameters": tune.grid_search(trials)}
-    if search == "optuna":
-        algorithm, num_samples = _optuna(space, done, seed=material.base.seed), count - len(done)
+    parameter_space: dict[str, Any] = {"parameters": tune.grid_search(plan.trials)}
+    if plan.search == "optuna":
+        algorithm = _optuna(plan.space, done, seed=material.task.base.seed)
+        num_samples = plan.count - len(done)
         parameter_space = {}  # the algorithm has it
-    if num_samples < 1 or (search == "random" and not trials):
+    if num_samples < 1 or (plan.search == "random" and not plan.trials):
         return []
-    # In a list, so that Tune does not fetch it anew for every trial: a process does so once.
+    # The reference is in a list, so that Tune does not fetch it for every trial: each process does so once.
     trainable = tune.with_parameters(_run_trial, shared=[ray.put(material)])
     tune.Tuner(
         tune.with_resources(trainable, {"cpu": 1}),
@@ -197,9 +205,9 @@ def run_trials(
             metric="criterion",
             mode="max",
             search_alg=algorithm,
-            scheduler=_scheduler(scheduler),
+            scheduler=_scheduler(plan.scheduler),
             num_samples=num_samples,
-            max_concurrent_trials=concurrent,
+            max_concurrent_trials=plan.concurrent,
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
@@ -237,15 +245,16 @@ def _run_trial(config: dict[str, Any], *, shared: list[ray.ObjectRef]) -> None:
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes to it
     _give_back_memory()
     material = _fetch(shared[0])
-    parameters = _parameters(config, fixed=material.fixed)
+    task = material.task
+    parameters = _parameters(config, fixed=task.fixed)
     name = trial_name(parameters)
-    record = files.join(material.folder, f"{name}.json")
+    record = files.join(task.folder, f"{name}.json")
     if files.exists(record):  # a search algorithm may ask twice for the same
         tune.report(_last_word(TrialRecord(**files.read_json(record))))
         return
     begin, rounds, error = time.monotonic(), list[dict[str, float]](), None
     try:
-        training = trial_config(parameters, base=material.base, own_temperature=material.own_temperature)
+        training = trial_config(parameters, base=task.base, own_temperature=task.head.temperature)
         for last, metrics in _train(training, material=material):
             classifier = last
             rounds.append(metrics)
@@ -254,7 +263,7 @@ def _run_trial(config: dict[str, Any], *, shared: list[ray.ObjectRef]) -> None:
         error = str(found)
     if error is None:
         tensors = {"weight": classifier.weight.contiguous(), "bias": classifier.bias.contiguous()}
-        files.write_bytes(files.join(material.folder, f"{name}.safetensors"), save_tensors(tensors))
+        files.write_bytes(files.join(task.folder, f"{name}.safetensors"), save_tensors(tensors))
     outcome = TrialRecord(
         name=name,
         parameters=parameters,
@@ -280,7 +289,7 @@ def _give_back_memory() -> None:
 def _train(training: SelfTrainingConfig, *, material: Material) -> Iterator[tuple[Linear, dict[str, float]]]:
     """The rounds of a trial: classifier and metrics of each. Raises UserError when nothing can come of them."""
     assert training.temperature is not None
-    head = torch.from_numpy(material.head) / training.temperature
+    head = torch.from_numpy(material.task.head.weight) / training.temperature
     count = RECIPE.neighbour_count(training, num_rows=len(material.features), num_classes=len(head))
     near, scores = material.neighbours, material.scores
     shard = Shard(
@@ -293,7 +302,7 @@ def _train(training: SelfTrainingConfig, *, material: Material) -> Iterator[tupl
     rounds = Rounds(
         shard,
         head=head,
-        prior=material.priors[training.prior],
+        prior=material.task.priors[training.prior],
         config=training,
         whitenings=material.whitenings,
     )
@@ -303,12 +312,12 @@ def _train(training: SelfTrainingConfig, *, material: Material) -> Iterator[tupl
             raise UserError(f"the probe of round {state.round} is not finite")
         if len(np.unique(found.labels)) < 2:
             raise UserError(f"collapse: in round {state.round} all labels fell into one class")
-        criterion = measure(material.yardstick, classifier, criterion=material.criterion)
+        criterion = measure(material.task.yardstick, classifier, criterion=material.task.criterion)
         yield classifier, {"round": state.round, **state.metrics, "criterion": criterion}
 
 
 def _last_word(outcome: TrialRecord) -> dict[str, float]:
-    """What schedulers and search algorithms are told of a trial that is over."""
+    """The last report to schedulers and search algorithms of a trial that is over."""
     last = outcome.rounds[-1] if outcome.rounds else {"round": 0.0}
     return last if outcome.status == "finished" else {**last, "criterion": FAILED}
 
@@ -367,7 +376,7 @@ def _scheduler(name: Literal["none", "asha"]) -> TrialScheduler:
 
 
 def _optuna(space: SearchSpace, done: Mapping[str, TrialRecord], *, seed: int) -> Searcher:
-    """Optuna's TPE, told of the trials that are there already."""
+    """Optuna's TPE, which starts from the trials that are there already."""
     told = [outcome for outcome in done.values() if outcome.status != "stopped"]
     points = [{name: outcome.parameters[name] for name in space.searched} for outcome in told]
     rewards = [
@@ -378,7 +387,7 @@ def _optuna(space: SearchSpace, done: Mapping[str, TrialRecord], *, seed: int) -
         OptunaSearch.convert_search_space(space.searched),
         metric="criterion",
         mode="max",
-        # Another seed than before: the same one would draw again what is told.
+        # The seed is another than before: the same one would draw the known trials again.
         seed=(seed + 7919 * len(done)) % 2**32,
         points_to_evaluate=points or None,
         evaluated_rewards=rewards or None,
