@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -121,6 +121,43 @@ def _prior_specs(job: TuneJob, space: SearchSpace) -> list[str]:
     return space.values("prior") or [job.training.prior]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Choice:
+    """The winner of a sweep, and what every candidate is worth."""
+
+    zero_shot: Probe
+    probe: Probe
+    """The winner, with its temperature."""
+    best: str
+    """The winner's name: a trial's, or ZERO_SHOT_KEY."""
+    outcome: TrialRecord | None
+    """The winner's trial; None for zero-shot."""
+    worth: dict[str, dict[Criterion, float]]
+    """By candidate and criterion."""
+    accuracy: dict[str, float | None]
+    """By candidate; None without labels."""
+    trusted: bool
+
+
+def _trial_row(
+    trial: TrialRecord, choice: _Choice, *, criterion: Criterion, ece: float | None
+) -> dict[str, Any]:
+    """A trial in summary.json; `ece` is the winner's."""
+    worth = choice.worth.get(trial.name, {})
+    return {
+        "name": trial.name,
+        "parameters": trial.parameters,
+        "criterion": worth.get(criterion),
+        "criteria": worth,
+        "accuracy": choice.accuracy.get(trial.name),
+        "ece": ece if trial.name == choice.best else None,
+        "rounds": len(trial.rounds),
+        "seconds": round(trial.seconds, 3),
+        "status": trial.status,
+        "error": trial.error,
+    }
+
+
 class _Sweep:
     """A sweep of a job whose inputs are open: its parts in the order of `run`."""
 
@@ -174,7 +211,8 @@ class _Sweep:
         outcomes = self._run_trials(material, trials, count=count, concurrent=concurrent)
         seconds["trials"] = time.monotonic() - begin
         begin = time.monotonic()
-        summary = self._choose(known, outcomes, material)
+        choice = self._choose(known, outcomes, material)
+        summary = self._summary(known, outcomes, choice)
         seconds["choose"] = time.monotonic() - begin
         summary["timings"] = {name: round(value, 3) for name, value in seconds.items()}
         self._tell_all(summary)
@@ -288,81 +326,66 @@ class _Sweep:
             run.log({"seconds": outcome.seconds}, step=len(outcome.rounds))
         self._children[outcome.name] = run
 
-    def _choose(
-        self,
-        known: EncodedInputs,
-        outcomes: list[TrialRecord],
-        material: Material,
-    ) -> dict[str, Any]:
-        """Every candidate by every criterion; the winner's probe goes to OUT/probe."""
-        job, head = self._job, self._head
+    def _choose(self, known: EncodedInputs, outcomes: list[TrialRecord], material: Material) -> _Choice:
+        """Compare all candidates by every criterion; the winner's probe goes to OUT/probe."""
+        head, prior = self._head, self._prior
         about: dict[str, Any] = {"class_names": head.class_names, "encoder": known.probe_encoder}
         zero_shot = zero_shot_probe(torch.tensor(head.weight), temperature=head.temperature, **about)
-        finished = [outcome for outcome in outcomes if outcome.status == "finished"]
-        names = [ZERO_SHOT_KEY, *(outcome.name for outcome in finished)]
+        finished = {outcome.name: outcome for outcome in outcomes if outcome.status == "finished"}
         # Zero-shot comes first, so that a tie is decided for it.
-        candidates: list[Linear] = [zero_shot]
-        candidates += [read_classifier(self._folder, outcome.name) for outcome in finished]
+        candidates: dict[str, Linear] = {ZERO_SHOT_KEY: zero_shot}
+        candidates |= {name: read_classifier(self._folder, name) for name in finished}
         print(f"choosing among {len(finished)} trials and zero-shot", flush=True)
         worth = {
             name: {c: measure(material.task.yardstick, candidate, criterion=c) for c in CRITERIA}
-            for name, candidate in zip(names, candidates, strict=True)
+            for name, candidate in candidates.items()
         }
-        prior = self._prior
         trusted = prior is None or prior.trusted
-        best = max(names, key=lambda name: worth[name][job.criterion]) if trusted else ZERO_SHOT_KEY
-        accuracy = {
-            name: _accuracy(candidate, self._x, self._y)
-            for name, candidate in zip(names, candidates, strict=True)
-        }
-        outcome = next((o for o in finished if o.name == best), None)
-        probe = self._winner(zero_shot, candidates[names.index(best)], outcome, known)
-        found = evaluate(probe, self._x, self._y)
+        best = max(worth, key=lambda name: worth[name][self._job.criterion]) if trusted else ZERO_SHOT_KEY
+        return _Choice(
+            zero_shot=zero_shot,
+            probe=self._winner(zero_shot, candidates[best], finished.get(best), known),
+            best=best,
+            outcome=finished.get(best),
+            worth=worth,
+            accuracy={name: _accuracy(one, self._x, self._y) for name, one in candidates.items()},
+            trusted=trusted,
+        )
+
+    def _summary(self, known: EncodedInputs, outcomes: list[TrialRecord], choice: _Choice) -> dict[str, Any]:
+        """OUT/summary.json but for the timings."""
+        criterion = self._job.criterion
+        found = evaluate(choice.probe, self._x, self._y)
+        trials = [_trial_row(one, choice, criterion=criterion, ece=found["ece"]) for one in outcomes]
+        encoded, tested = known.encoded.store, known.tested.store if known.tested else None
         return {
-            "criterion": job.criterion,
+            "criterion": criterion,
             "parameters": list(self._space.searched),
-            "trials": [
-                {
-                    "name": o.name,
-                    "parameters": o.parameters,
-                    "criterion": worth.get(o.name, {}).get(job.criterion),
-                    "criteria": worth.get(o.name, {}),
-                    "accuracy": accuracy.get(o.name),
-                    "ece": found["ece"] if o.name == best else None,
-                    "rounds": len(o.rounds),
-                    "seconds": round(o.seconds, 3),
-                    "status": o.status,
-                    "error": o.error,
-                }
-                for o in outcomes
-            ],
+            "trials": trials,
             "zero_shot": {
-                "criterion": worth[ZERO_SHOT_KEY][job.criterion],
-                "criteria": worth[ZERO_SHOT_KEY],
-                **evaluate(zero_shot, self._x, self._y),
+                "criterion": choice.worth[ZERO_SHOT_KEY][criterion],
+                "criteria": choice.worth[ZERO_SHOT_KEY],
+                **evaluate(choice.zero_shot, self._x, self._y),
             },
             "chosen": {
-                "name": best,
-                "parameters": outcome.parameters if outcome else {},
-                "criterion": worth[best][job.criterion],
-                "command": self._command(outcome) if outcome else None,
+                "name": choice.best,
+                "parameters": choice.outcome.parameters if choice.outcome else {},
+                "criterion": choice.worth[choice.best][criterion],
+                "command": self._command(choice.outcome) if choice.outcome else None,
                 **found,
             },
-            "trusted": trusted,
-            "evidence": _evidence(accuracy, worth, best, criterion=job.criterion),
+            "trusted": choice.trusted,
+            "evidence": _evidence(choice.accuracy, choice.worth, choice.best, criterion=criterion),
             "evaluated_on": evaluated_on(self._inputs, self._y),
-            "prior": prior.summary() if prior else None,
-            "classes": list(head.class_names),
+            "prior": self._prior.summary() if self._prior else None,
+            "classes": list(self._head.class_names),
             "encoder": self._info.identity,
-            "features": {
-                "train": known.encoded.store.path,
-                "eval": known.tested.store.path if known.tested else None,
-            },
+            "features": {"train": encoded.path, "eval": tested.path if tested else None},
             "images": {
-                "encoded": known.encoded.store.manifest.num_rows,
-                "quarantined": known.encoded.store.manifest.num_quarantined,
+                "encoded": encoded.manifest.num_rows,
+                "quarantined": encoded.manifest.num_quarantined,
             },
-            "config": to_dict(job),
+            "config": to_dict(self._job),
             "versions": versions(),
             "mlflow_run": self._run.run_id,
         }
