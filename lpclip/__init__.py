@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from lpclip.config import SelfTrainingConfig as SelfTrainingConfig
+    from lpclip.config import UserError as UserError
     from lpclip.encoders.head import Head as Head
     from lpclip.encoders.zero_shot import zero_shot_head as zero_shot_head
-    from lpclip.errors import UserError as UserError
     from lpclip.evaluation.judge import evaluate as evaluate
     from lpclip.features.store import Store as Store
     from lpclip.method.estimator import SelfTrainedProbe as SelfTrainedProbe
@@ -33,7 +33,7 @@ _HOMES = {
     "SelfTraining": "lpclip.method.fit",
     "SelfTrainingConfig": "lpclip.config",
     "Store": "lpclip.features.store",
-    "UserError": "lpclip.errors",
+    "UserError": "lpclip.config",
     "evaluate": "lpclip.evaluation.judge",
     "fit": "lpclip.method.fit",
     "self_train": "lpclip.method.fit",

@@ -14,7 +14,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lpclip.errors import UserError
+
+class UserError(ValueError):
+    """Something that the user can mend: a wrong flag, a path that is not there, a file that is damaged.
+
+    Its message is one sentence that says what is wrong and what to do. The commands print that sentence alone.
+    Every other exception is a fault of the program and keeps its traceback.
+    """
+
 
 # Label-free criteria that choose between trainings: lpclip/method/criteria.py.
 Criterion = Literal["structure", "class_ami", "neighbours"]

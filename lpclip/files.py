@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from lpclip.errors import UserError
+from lpclip.config import UserError
 
 # Whoever may read logs, summaries and MLflow's pages must not find keys there.
 _SECRETS = re.compile(

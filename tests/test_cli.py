@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from lpclip.config import EncodeJob, EvaluateJob, PredictJob, SelftrainJob, to_dict
-from lpclip.errors import UserError
+from lpclip.config import EncodeJob, EvaluateJob, PredictJob, SelftrainJob, UserError, to_dict
 from lpclip.jobs.cli import main, users_mistake
 
 
@@ -98,7 +97,7 @@ def test_help_explains_every_flag(
 JOB = """
 import os, signal, sys
 from dataclasses import dataclass
-from lpclip.errors import UserError
+from lpclip.config import UserError
 from lpclip.jobs.cli import main
 
 @dataclass(frozen=True, kw_only=True)

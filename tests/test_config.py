@@ -23,10 +23,10 @@ from lpclip.config import (
     SelftrainJob,
     SourceConfig,
     TuneJob,
+    UserError,
     check,
     to_dict,
 )
-from lpclip.errors import UserError
 from lpclip.jobs.encode import encode_job
 from lpclip.jobs.evaluate import evaluate_job
 from lpclip.jobs.predict import predict_job

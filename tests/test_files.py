@@ -115,7 +115,7 @@ def test_paths_are_joined_with_one_slash():
 FULL_DISK = """
 import resource, signal, sys
 from lpclip import files
-from lpclip.errors import UserError
+from lpclip.config import UserError
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))

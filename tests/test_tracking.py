@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from lpclip.config import TrackingConfig
-from lpclip.errors import UserError
+from lpclip.config import TrackingConfig, UserError
 from lpclip.jobs.tracking import Run, metric_name, redact, track, tracking_uri
 
 CONFIG = TrackingConfig(experiment="tests")

@@ -39,8 +39,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from lpclip.config import UserError
 from lpclip.encoders.encoder import to_input
-from lpclip.errors import UserError
 from lpclip.images.pixels import Preprocess, preprocess_identity
 
 log = logging.getLogger(__name__)

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from lpclip.config import EncoderConfig
+from lpclip.config import EncoderConfig, UserError
 from lpclip.encoders.encoder import Encoder, resolve_precision
-from lpclip.errors import UserError
 
 
 def load_encoder(config: EncoderConfig, *, device: torch.device | str = "cpu") -> Encoder:

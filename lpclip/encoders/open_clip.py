@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from open_clip.factory import get_model_config
 from torch import Tensor
 
-from lpclip.config import ModelConfig
+from lpclip.config import ModelConfig, UserError
 from lpclip.encoders.encoder import to_input, weights_digest
 from lpclip.encoders.weights import (
     HUB,
@@ -28,7 +28,6 @@ from lpclip.encoders.weights import (
     create_model,
     load_model,
 )
-from lpclip.errors import UserError
 from lpclip.images.pixels import Preprocess, preprocess_identity
 
 log = logging.getLogger(__name__)

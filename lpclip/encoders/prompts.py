@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, cat
 
-from lpclip.errors import UserError
+from lpclip.config import UserError
 from lpclip.images.classes import names_a_file, read_lines, readable
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from open_clip.factory import get_model_config
 from open_clip.pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg
 from safetensors import SafetensorError
 
-from lpclip.errors import UserError
+from lpclip.config import UserError
 
 T = TypeVar("T")
 

@@ -9,11 +9,10 @@ from typing import Literal
 
 import torch
 
-from lpclip.config import EncoderConfig, to_dict
+from lpclip.config import EncoderConfig, UserError, to_dict
 from lpclip.encoders import prompts
 from lpclip.encoders.head import EncoderInfo, Head, make_head
 from lpclip.encoders.load import full_identity, load_encoder
-from lpclip.errors import UserError
 
 
 def describe(

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from lpclip.errors import UserError
 from lpclip.evaluation.bootstrap import bootstrap_blocks
 from lpclip.evaluation.results import Direction, Recall, Retrieval
 
@@ -31,7 +30,7 @@ def retrieval_metrics(
     the text text_index[p], both (P,) int64; an image may have several texts and a text several images, and each is
     in one pair at least. In image_to_text the images are the queries and all texts the candidates, in text_to_image
     the other way round. Recall at k is the share of queries whose rank, as `ranks` defines it, is k at most.
-    `advance` is called with the number of queries that were ranked since its last call. Raises UserError as `ranks`
+    `advance` is called with the number of queries that were ranked since its last call. Raises ValueError as `ranks`
     does.
     """
 
@@ -97,12 +96,12 @@ def ranks(
     Scores are inner products in float32. A rank is 1 + the number of foreign candidates that score higher than the
     best own one + half the number of those that score the same: its mean over all orders of ties.
     About `max_scores` scores are held at once, those of one query at least; `advance` is called with the number of
-    queries that were ranked since its last call. Raises UserError for features that are NaN or infinite.
+    queries that were ranked since its last call. Raises ValueError for features that are NaN or infinite.
     """
     q, c = (torch.from_numpy(np.asarray(features, np.float32)) for features in (queries, candidates))
     # A NaN scores neither higher nor the same: all ranks would be 1.
     if not (q.isfinite().all() and c.isfinite().all()):
-        raise UserError("features that are NaN or infinite have no ranks: the encoder's weights are damaged")
+        raise ValueError("features that are NaN or infinite have no ranks: the encoder's weights are damaged")
     assert len(np.unique(query_index)) == len(q), "each query owns a candidate"
     order = np.argsort(query_index, kind="stable")
     owner, own = query_index[order], torch.from_numpy(candidate_index[order])

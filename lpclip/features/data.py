@@ -7,8 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from lpclip import files
-from lpclip.config import SourceConfig
-from lpclip.errors import UserError
+from lpclip.config import SourceConfig, UserError
 from lpclip.features.store import Store
 from lpclip.images.open import open_source
 from lpclip.images.source import Source

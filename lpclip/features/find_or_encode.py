@@ -16,9 +16,8 @@ from functools import partial
 import ray
 
 from lpclip import files
-from lpclip.config import EncodeConfig, EncoderConfig
+from lpclip.config import EncodeConfig, EncoderConfig, UserError
 from lpclip.encoders.head import EncoderInfo
-from lpclip.errors import UserError
 from lpclip.features.commit_stage import commit
 from lpclip.features.data import Data
 from lpclip.features.decode_stage import rows_at_once

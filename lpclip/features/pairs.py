@@ -21,7 +21,7 @@ import pyarrow as pa
 import ray
 
 from lpclip import files
-from lpclip.errors import UserError
+from lpclip.config import UserError
 from lpclip.features.commit_stage import commit
 from lpclip.features.decode_stage import pixel_array
 from lpclip.features.pipeline import TABLES_AHEAD, decode_units, fill_store

@@ -21,7 +21,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as NodeAffinity
 
 from lpclip import files
-from lpclip.errors import UserError
+from lpclip.config import UserError
 from lpclip.features.decode_stage import PIXEL_BYTES, decode_unit
 from lpclip.features.store import Store
 from lpclip.features.store_writer import StoreWriter, write_quarantine

@@ -23,8 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lpclip import files
-from lpclip.config import digest
-from lpclip.errors import UserError
+from lpclip.config import UserError, digest
 from lpclip.images.views import BASE_VIEWS
 
 FORMAT = 1

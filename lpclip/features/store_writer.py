@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lpclip import files
-from lpclip.errors import UserError
+from lpclip.config import UserError
 from lpclip.features.store import Manifest, Store, fingerprint, open_part, refuse_other
 
 DIGEST_MODULUS = 1 << 128

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lpclip.errors import UserError
+from lpclip.config import UserError
 from lpclip.features.store import Store, mean_view
 from lpclip.images.views import View
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.lib import format as npy
 from pyarrow import fs
 
-from lpclip.errors import UserError
+from lpclip.config import UserError
 from lpclip.files import locate, split
 from lpclip.images.fetch import reason, retry
 from lpclip.images.pixels import encode_png

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from lpclip.errors import UserError
+from lpclip.config import UserError
 from lpclip.images.source import Reader, Row, Source
 
 

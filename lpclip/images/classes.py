@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lpclip.config import ClassConfig
-from lpclip.errors import UserError
+from lpclip.config import ClassConfig, UserError
 
 
 def resolve_classes(config: ClassConfig, *, label_names: tuple[str, ...] | None) -> ClassList:

@@ -15,7 +15,7 @@ from typing import IO, TypeVar
 import pyarrow as pa
 
 from lpclip import files
-from lpclip.errors import UserError
+from lpclip.config import UserError
 
 RETRY_SECONDS = (0.2, 0.8)
 # Client errors that mean "try later": request timeout and too many requests.

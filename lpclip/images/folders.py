@@ -13,8 +13,7 @@ import pyarrow.csv
 import pyarrow.json
 from pyarrow import fs
 
-from lpclip.config import SourceConfig
-from lpclip.errors import UserError
+from lpclip.config import SourceConfig, UserError
 from lpclip.files import locate
 from lpclip.images.columns import (
     ID_COLUMNS,

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lpclip.errors import UserError
+from lpclip.config import UserError
 from lpclip.images.fetch import reason
 from lpclip.images.pixels import encode_png
 

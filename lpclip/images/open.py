@@ -10,8 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs
 
-from lpclip.config import SourceConfig
-from lpclip.errors import UserError
+from lpclip.config import SourceConfig, UserError
 from lpclip.files import locate
 from lpclip.files import split as split_uri
 from lpclip.images.columns import Texts

@@ -11,8 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lpclip.config import SourceConfig
-from lpclip.errors import UserError
+from lpclip.config import SourceConfig, UserError
 from lpclip.files import locate
 from lpclip.images.columns import (
     ID_COLUMNS,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from lpclip.errors import UserError
+from lpclip.config import UserError
 
 Pixels = NDArray[np.uint8]
 

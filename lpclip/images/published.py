@@ -18,8 +18,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
-from lpclip.config import SourceConfig
-from lpclip.errors import UserError
+from lpclip.config import SourceConfig, UserError
 from lpclip.files import locate
 from lpclip.images.arrays import ArrayReader, inspect_array
 from lpclip.images.fetch import reason, retry, under

@@ -10,7 +10,7 @@ from hashlib import blake2b
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from lpclip.errors import UserError
+from lpclip.config import UserError
 from lpclip.images.pixels import Pixels, Preprocess
 from lpclip.images.views import TRAINING_CORRUPTIONS, View
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from lpclip.errors import UserError
+from lpclip.config import UserError
 
 CORRUPTIONS = (
     *(

@@ -16,8 +16,16 @@ from typing import Any, TypeVar
 import tyro
 from tyro import conf
 
-from lpclip.config import EncodeJob, EvaluateJob, PredictJob, PretrainJob, SelftrainJob, TuneJob, to_dict
-from lpclip.errors import UserError
+from lpclip.config import (
+    EncodeJob,
+    EvaluateJob,
+    PredictJob,
+    PretrainJob,
+    SelftrainJob,
+    TuneJob,
+    UserError,
+    to_dict,
+)
 
 Config = TypeVar("Config")
 

@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lpclip.config import EvaluateJob
-from lpclip.errors import UserError
+from lpclip.config import EvaluateJob, UserError
 from lpclip.evaluation.evidence import Evidence, ForeignScores, Judgements
 from lpclip.evaluation.judge import Labelled, foreign_scores, judge, judgement_curves
 from lpclip.evaluation.results import Cell, Result, RetrievalResult

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lpclip.errors import UserError
+from lpclip.config import UserError
 
 
 class NamedPath(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lpclip import files
-from lpclip.errors import UserError
+from lpclip.config import UserError
 from lpclip.evaluation.results import ZERO_SHOT
 from lpclip.images.views import base_views
 from lpclip.jobs.evaluate_names import parse_named

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lpclip.config import EvaluateJob
-from lpclip.errors import UserError
+import numpy as np
+
+from lpclip.config import EvaluateJob, UserError
 from lpclip.evaluation.ranking import retrieval_metrics
 from lpclip.evaluation.results import RetrievalResult
 from lpclip.features.data import Data
@@ -98,6 +99,10 @@ def _measure(item: PairSet, encoding: Encoding) -> MeasuredPairs:
     images = views.mean(*item.views)
     texts, image_index, text_index = read_pairs(views.stores[0].store)
     text_features = encode_texts(texts, info=encoding.info, encoder=encoding.encoder, name=item.data.name)
+    if not (np.isfinite(images).all() and np.isfinite(text_features).all()):
+        raise UserError(
+            f"features of {item.data.name} are NaN or infinite: the encoder's weights are damaged"
+        )
     seconds["texts"] = time.monotonic() - begin
     begin = time.monotonic()
     progress = Progress(f"ranking {item.data.name}", total=len(images) + len(texts), unit="images and texts")

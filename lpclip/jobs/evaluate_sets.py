@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lpclip.config import ClassConfig, EvaluateJob
-from lpclip.errors import UserError
+from lpclip.config import ClassConfig, EvaluateJob, UserError
 from lpclip.evaluation.results import Cell, Kind
 from lpclip.features.data import Data, open_data
 from lpclip.images.classes import ClassList, map_labels, resolve_classes

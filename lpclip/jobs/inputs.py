@@ -14,11 +14,11 @@ from lpclip.config import (
     PairsConfig,
     SelftrainJob,
     TuneJob,
+    UserError,
     to_dict,
 )
 from lpclip.encoders.head import EncoderInfo, Head
 from lpclip.encoders.prompts import templates
-from lpclip.errors import UserError
 from lpclip.features.data import Data, open_data
 from lpclip.features.describe import describe_encoder
 from lpclip.features.find_or_encode import Encoding

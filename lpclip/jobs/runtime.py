@@ -17,7 +17,7 @@ import ray
 
 import lpclip
 from lpclip import files
-from lpclip.errors import UserError
+from lpclip.config import UserError
 
 PACKAGES = ("ray", "torch", "open_clip_torch", "pyarrow", "mlflow", "numpy", "timm", "transformers")
 

@@ -11,10 +11,9 @@ import pyarrow as pa
 import torch
 
 from lpclip import files
-from lpclip.config import SelftrainJob, check, to_dict
+from lpclip.config import SelftrainJob, UserError, check, to_dict
 from lpclip.encoders.head import EncoderInfo, Head, make_head
 from lpclip.encoders.prompts import templates
-from lpclip.errors import UserError
 from lpclip.evaluation.judge import evaluate, probe_curves
 from lpclip.features.describe import describe_encoder
 from lpclip.features.store import Features

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 
 from lpclip import files
-from lpclip.config import SelfTrainingConfig, config_identity, digest
+from lpclip.config import SelfTrainingConfig, UserError, config_identity, digest
 from lpclip.encoders.head import Head
-from lpclip.errors import UserError
 from lpclip.jobs.console import print_prior, print_tried
 from lpclip.method.confirmation import Confirmation
 from lpclip.method.priors import PRIORS, Prior, read_prior

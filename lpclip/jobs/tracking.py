@@ -25,8 +25,7 @@ import filelock
 from pyarrow import fs
 
 from lpclip import files
-from lpclip.config import TrackingConfig, digest
-from lpclip.errors import UserError
+from lpclip.config import TrackingConfig, UserError, digest
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

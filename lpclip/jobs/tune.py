@@ -19,13 +19,13 @@ from lpclip.config import (
     SelfTrainingConfig,
     SelftrainJob,
     TuneJob,
+    UserError,
     check,
     config_identity,
     to_dict,
 )
 from lpclip.encoders.head import EncoderInfo, Head, make_head
 from lpclip.encoders.prompts import templates
-from lpclip.errors import UserError
 from lpclip.evaluation.judge import evaluate
 from lpclip.features.describe import describe_encoder
 from lpclip.images.views import parse_views

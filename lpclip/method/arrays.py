@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpclip.errors import UserError
+from lpclip.config import UserError
 
 BLOCK_ROWS = 16_384
 # Rounding a unit vector to float16 changes its norm by less than a thousandth.

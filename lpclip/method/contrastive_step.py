@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lpclip.config import PretrainConfig
-from lpclip.errors import UserError
+from lpclip.config import PretrainConfig, UserError
 from lpclip.method.contrastive_loss import Loss, choose_distilled, contrastive_loss, distilled_share, gather
 
 MAX_SCALE = 100.0

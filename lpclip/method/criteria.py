@@ -14,8 +14,7 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_mutual_info_score
 
-from lpclip.config import Criterion
-from lpclip.errors import UserError
+from lpclip.config import Criterion, UserError
 from lpclip.method.agreement import agreement
 from lpclip.method.linear import Linear
 

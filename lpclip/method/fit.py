@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from lpclip.config import SelfTrainingConfig, check, to_dict
-from lpclip.errors import UserError
+from lpclip.config import SelfTrainingConfig, UserError, check, to_dict
 from lpclip.method.arrays import StoredFeatures, ZeroShotHead, arrange, check_head, join_origins
 from lpclip.method.calibration import label_free_temperature
 from lpclip.method.confirmation import with_neighbours

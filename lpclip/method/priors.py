@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lpclip.errors import UserError
+from lpclip.config import UserError
 
 # Factors stay within this ratio of the prior's own. Where it fits they need about 3; where it does not they would
 # grow without bound, round after round, for classes that have no image.

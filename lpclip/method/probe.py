@@ -13,7 +13,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from lpclip import files
-from lpclip.errors import UserError
+from lpclip.config import UserError
 from lpclip.method.linear import Linear
 
 FORMAT = 1

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpclip.config import SelfTrainingConfig
-from lpclip.errors import UserError
+from lpclip.config import SelfTrainingConfig, UserError
 from lpclip.method.priors import Prior, prior_sums, update_factors
 from lpclip.method.pseudo_labels import AllReduce, alone, soft_targets
 from lpclip.method.recipe import RECIPE, Recipe

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from lpclip.errors import UserError
+from lpclip.config import UserError
 from lpclip.method.probe import Probe
 
 

@@ -12,7 +12,6 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
-from lpclip.errors import UserError
 from lpclip.report.style import png
 from lpclip.report.tables import columns
 
@@ -62,7 +61,7 @@ class Section:
 def render_page(title: str, *, facts: Mapping[str, str], sections: Sequence[Section]) -> str:
     """An HTML page: the title, `facts` as a short list of names and values, then the sections.
 
-    All text is shown as it is, markup in it has no effect. Raises UserError for an example that is neither PNG
+    All text is shown as it is, markup in it has no effect. Raises ValueError for an example that is neither PNG
     nor JPEG.
     """
     environment = Environment(
@@ -89,5 +88,5 @@ def _picture(figure: Figure) -> dict[str, Any]:
 def _uri(image: bytes) -> str:
     kind = next((kind for start, kind in SIGNATURES.items() if image.startswith(start)), None)
     if kind is None:
-        raise UserError(f"an example's image must be PNG or JPEG, this one starts with {image[:8]!r}")
+        raise ValueError(f"an example's image must be PNG or JPEG, this one starts with {image[:8]!r}")
     return f"data:{kind};base64,{base64.b64encode(image).decode()}"

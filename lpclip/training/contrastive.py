@@ -29,10 +29,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lpclip import files
-from lpclip.config import ModelConfig, PretrainConfig
+from lpclip.config import ModelConfig, PretrainConfig, UserError
 from lpclip.encoders.encoder import to_input
 from lpclip.encoders.open_clip import Trainable, load_trainable
-from lpclip.errors import UserError
 from lpclip.features.pairs import PairStore
 from lpclip.method.contrastive_step import (
     Draw,

@@ -27,9 +27,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from lpclip import files
-from lpclip.config import SelfTrainingConfig, config_identity
+from lpclip.config import SelfTrainingConfig, UserError, config_identity
 from lpclip.encoders.head import Head
-from lpclip.errors import UserError
 from lpclip.features.store import Store
 from lpclip.method.fit import round_line
 from lpclip.method.gaussian import Whitening

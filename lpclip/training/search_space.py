@@ -16,8 +16,7 @@ from ray.tune.search.sample import Categorical, Domain, Float, Integer, Quantize
 from ray.tune.search.variant_generator import generate_variants
 
 import lpclip
-from lpclip.config import SelfTrainingConfig, digest
-from lpclip.errors import UserError
+from lpclip.config import SelfTrainingConfig, UserError, digest
 
 # The spaces that are shipped, by the names that --space takes.
 SHIPPED = ("default", "quick", "wide")

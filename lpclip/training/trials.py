@@ -32,9 +32,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from lpclip import files
-from lpclip.config import Criterion, SelfTrainingConfig, digest
+from lpclip.config import Criterion, SelfTrainingConfig, UserError, digest
 from lpclip.encoders.head import Head
-from lpclip.errors import UserError
 from lpclip.method.criteria import Yardstick, measure
 from lpclip.method.linear import Linear
 from lpclip.method.neighbours import nearest
