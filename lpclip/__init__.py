@@ -10,8 +10,6 @@ import importlib
 
 TYPE_CHECKING = False  # type checkers take it for True; typing's own would be half of the time of this import
 if TYPE_CHECKING:
-    from typing import Any
-
     from lpclip.config import SelfTrainingConfig as SelfTrainingConfig
     from lpclip.config import UserError as UserError
     from lpclip.encoders.head import Head as Head
@@ -42,13 +40,15 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name from its module (PEP 562)."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'lpclip' has no attribute {name!r}")
-    found = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = found
-    return found
+if not TYPE_CHECKING:  # or type checkers would let any name pass
+
+    def __getattr__(name: str) -> object:
+        """Import a public name from its module (PEP 562)."""
+        if name not in _HOMES:
+            raise AttributeError(f"module 'lpclip' has no attribute {name!r}")
+        found = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = found
+        return found
 
 
 def __dir__() -> list[str]:

@@ -5,7 +5,7 @@ The selftrain job runs the same rounds under Ray Train, with checkpoints. On the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -49,6 +49,10 @@ class SelfTraining:
         return self.prior.trusted
 
 
+def _silent(line: str) -> None:
+    """Show no progress."""
+
+
 def self_train(
     features: np.ndarray | StoredFeatures,
     head: ZeroShotHead,
@@ -56,7 +60,7 @@ def self_train(
     strong: Sequence[np.ndarray] = (),
     config: SelfTrainingConfig | None = None,
     shares: Sequence[float] | np.ndarray | None = None,
-    tell: Callable[[str], None] | None = None,
+    tell: Callable[[str], None] = _silent,
 ) -> Probe:
     """Train a probe on unlabelled features; `fit` explains the arguments and returns more than the probe."""
     return fit(features, head, strong=strong, config=config, shares=shares, tell=tell).probe
@@ -69,7 +73,7 @@ def fit(
     strong: Sequence[np.ndarray] = (),
     config: SelfTrainingConfig | None = None,
     shares: Sequence[float] | np.ndarray | None = None,
-    tell: Callable[[str], None] | None = None,
+    tell: Callable[[str], None] = _silent,
 ) -> SelfTraining:
     """Train a probe on unlabelled features, from the pseudo-labels of a zero-shot head (docs/method.md).
 
@@ -85,12 +89,8 @@ def fit(
     Raises UserError when an array has a wrong shape, a NaN or a row that is not of unit norm, an option is out of
     range, or the features and the head come from two encoders.
     """
-    config = config or SelfTrainingConfig()
-    if shares is not None:
-        config = replace(config, prior="shares")
-    check(config)
-    tell = tell or _silent
     weight, names = check_head(head), tuple(head.class_names)
+    config, prior = _read_options(config, shares, class_names=names)
     rows, views, order = arrange(features, strong, dim=weight.shape[1])
     temperature = head.temperature if config.temperature is None else config.temperature
     origin = join_origins(features, head)
@@ -100,21 +100,13 @@ def fit(
         weight,
         temperature=temperature,
         config=config,
-        prior=_read_prior(config, shares, class_names=names),
+        prior=prior,
         show=lambda name, found: tell(f"prior {name}: halves of the features confirm {found.agreement:.1%}"),
     )
-    tell(f"prior: {chosen.name}")
-    states = []
-    for state, found in _rounds(
-        rows, views, weight, temperature=temperature, config=config, prior=chosen.prior
-    ):
-        tell(round_line(state.round, state.metrics))
-        states.append(state)
-        last = found
-    if not chosen.trusted:
-        tell(
-            "Halves of the features do not confirm the rounds, or there are too few images: the probe is zero-shot."
-        )
+    doubt = "" if chosen.trusted else "; too little confirms the rounds: the probe will be zero-shot"
+    tell(f"prior: {chosen.name}{doubt}")
+    shard = Shard(features=rows, strong=views, num_rows=len(rows))
+    states, last = _run(shard, head=zero_shot.weight, prior=chosen.prior, config=config, tell=tell)
     probe = finish_probe(
         states[-1],
         zero_shot=zero_shot,
@@ -123,18 +115,16 @@ def fit(
         config=config,
         trusted=chosen.trusted,
     )
-    labels, confidence, kept = last.labels, last.confidence, last.kept
-    if not chosen.trusted:
-        labels, confidence, kept = zero_shot_labels(probe, rows)
-    place = np.argsort(order)
+    found = (last.labels, last.confidence, last.kept) if chosen.trusted else zero_shot_labels(probe, rows)
+    labels, confidence, kept = (values[np.argsort(order)] for values in found)
     return SelfTraining(
         probe=probe,
         zero_shot=zero_shot,
         prior=chosen,
         rounds=tuple(states),
-        labels=labels[place],
-        confidence=confidence[place],
-        kept=kept[place],
+        labels=labels,
+        confidence=confidence,
+        kept=kept,
     )
 
 
@@ -180,39 +170,42 @@ def round_line(number: int, metrics: Mapping[str, float]) -> str:
     )
 
 
-def _silent(line: str) -> None:
-    """Show no progress."""
-
-
-def _read_prior(
-    config: SelfTrainingConfig, shares: Sequence[float] | np.ndarray | None, *, class_names: tuple[str, ...]
-) -> Prior | None:
+def _read_options(
+    config: SelfTrainingConfig | None,
+    shares: Sequence[float] | np.ndarray | None,
+    *,
+    class_names: tuple[str, ...],
+) -> tuple[SelfTrainingConfig, Prior | None]:
+    """The configuration, and the prior that it or the shares ask for: None for `auto`."""
+    config = config or SelfTrainingConfig()
+    check(config)
     if shares is not None:
         text = "\n".join(str(float(share)) for share in shares)
-        return read_prior(config.prior, class_names, text=text)
+        return replace(config, prior="shares"), read_prior("shares", class_names, text=text)
     if config.prior != "auto" and config.prior not in PRIORS:
         raise UserError(
             f"prior {config.prior!r} is none of auto, uniform, weak, none; give the classes' shares as shares="
         )
-    return read_prior(config.prior, class_names)
+    return config, read_prior(config.prior, class_names)
 
 
-def _rounds(
-    features: np.ndarray,
-    strong: tuple[np.ndarray, ...],
-    zero_shot: Tensor,
-    *,
-    temperature: float,
-    config: SelfTrainingConfig,
-    prior: Prior,
-) -> Iterator[tuple[State, Pass]]:
-    shard = Shard(features=features, strong=strong, num_rows=len(features))
+def _run(
+    shard: Shard, *, head: Tensor, prior: Prior, config: SelfTrainingConfig, tell: Callable[[str], None]
+) -> tuple[list[State], Pass]:
+    """All rounds' states, and the last round's pass; `head` (K, d) is in units of logits."""
     whitenings = None
     if config.solver == "gaussian":
         whitenings = fit_whitenings(shard)
-        dtype = comparison_dtype()
         shard = with_neighbours(
-            shard, config=config, num_classes=len(zero_shot), whitening=whitenings.base, dtype=dtype
+            shard,
+            config=config,
+            num_classes=len(head),
+            whitening=whitenings.base,
+            dtype=comparison_dtype(),
         )
-    head = zero_shot / temperature
-    yield from Rounds(shard, head=head, prior=prior, config=config, whitenings=whitenings).run()
+    states = []
+    for state, found in Rounds(shard, head=head, prior=prior, config=config, whitenings=whitenings).run():
+        tell(round_line(state.round, state.metrics))
+        states.append(state)
+        last = found
+    return states, last
