@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lpclip import files
-from lpclip.config import EncoderConfig, EvaluateJob, check, to_dict
+from lpclip.config import EncoderConfig, EvaluateJob, check
 from lpclip.evaluation.results import ZERO_SHOT
 from lpclip.features.describe import describe_encoder
 from lpclip.features.find_or_encode import Encoding
@@ -33,6 +33,7 @@ from lpclip.jobs.evaluate_sets import (
     parse_corruptions,
 )
 from lpclip.jobs.inputs import describe_probes_encoder, evaluation_encoding
+from lpclip.jobs.run import job_run
 from lpclip.jobs.runtime import claim, output_folder, start_ray
 from lpclip.method.probe import zero_shot_probe
 
@@ -63,12 +64,8 @@ def evaluate_job(job: EvaluateJob) -> dict[str, Any]:
         inputs = _open(job, probes, corruptions, out=out)
         _print_plan(inputs)
         claim(out, inputs.identity, mark=False)
-        params = {k: v for k, v in to_dict(job).items() if v is not None}
-        with tracking.track(
-            job.tracking, name=files.split(out)[1], params=params, resume_key=f"evaluate {out}"
-        ) as run:
-            first = inputs.subjects.sets[0].name if inputs.subjects else inputs.pairs[0].name
-            run.set_tags({"encoder": inputs.encoding.info.name, "data": first, "out": out})
+        first = inputs.subjects.sets[0].name if inputs.subjects else inputs.pairs[0].name
+        with job_run("evaluate", job, out=out, encoder=inputs.encoding.info.name, data=first) as run:
             return _measure_and_tell(inputs, run)
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import pyarrow as pa
 
 from lpclip import files
-from lpclip.config import EvaluateJob, to_dict
+from lpclip.config import EvaluateJob
 from lpclip.encoders.head import EncoderInfo
 from lpclip.evaluation.results import MEAN, ZERO_SHOT, Result, worse_than_zero_shot
 from lpclip.jobs import tracking
 from lpclip.jobs.evaluate_examples import find_examples
 from lpclip.jobs.evaluate_measure import Measured, MeasuredSet, Subjects
 from lpclip.jobs.evaluate_retrieval import MeasuredPairs
+from lpclip.jobs.run import provenance
 from lpclip.jobs.runtime import versions
 from lpclip.report.evaluation_figures import corruption_figure
 from lpclip.report.evaluation_page import evaluation_page
@@ -40,7 +41,7 @@ def write_evaluation(
     _draw(measured.results, files.join(out, "figures"))
     seconds = {**measured.seconds, "report": time.monotonic() - begin}
     summary = _summary(subjects, measured, seconds)
-    summary |= about_run(subjects.job, run_id)
+    summary |= provenance(subjects.job, run_id)
     summary["retrieval"] = [found.to_json() for found in pairs]
     files.write_json(files.join(out, "summary.json"), summary)
     return summary
@@ -54,19 +55,10 @@ def write_retrieval(
         "retrieval": [found.to_json() for found in pairs],
         "encoder": info.identity,
         "encoder_name": info.name,
-        **about_run(job, run_id),
+        **provenance(job, run_id),
     }
     files.write_json(files.join(out, "summary.json"), summary)
     return summary
-
-
-def about_run(job: EvaluateJob, run_id: str) -> dict[str, Any]:
-    """The entries of a summary that make the run repeatable."""
-    return {
-        "config": {key: list(v) if isinstance(v, tuple) else v for key, v in to_dict(job).items()},
-        "versions": versions(),
-        "mlflow_run": run_id,
-    }
 
 
 def _summary(subjects: Subjects, measured: Measured, seconds: Mapping[str, float]) -> dict[str, Any]:

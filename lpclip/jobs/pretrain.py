@@ -28,7 +28,8 @@ from lpclip.images.source import Source
 from lpclip.jobs import tracking
 from lpclip.jobs.console import command_line, shown
 from lpclip.jobs.inputs import open_pairs
-from lpclip.jobs.runtime import claim, output_folder, start_ray, timed, versions
+from lpclip.jobs.run import job_run, provenance
+from lpclip.jobs.runtime import claim, output_folder, start_ray, timed
 from lpclip.method.contrastive_step import check_num_pairs, num_steps
 from lpclip.progress import Progress, watched
 from lpclip.report.tables import format_table
@@ -57,13 +58,7 @@ def pretrain_job(job: PretrainJob) -> dict[str, Any]:
         claim(out, identity, mark=False, shared="pairs")
         start_ray()
         _print_plan(job, source, trainable, out)
-        with tracking.track(
-            job.tracking,
-            name=files.split(out)[1],
-            params={k: v for k, v in to_dict(job).items() if v is not None},
-            resume_key=f"pretrain {out}",
-        ) as run:
-            run.set_tags({"encoder": trainable.name, "data": source.name, "out": out})
+        with job_run("pretrain", job, out=out, encoder=trainable.name, data=source.name) as run:
             seconds: dict[str, float] = {}
             with timed(seconds, "pairs"):
                 read = _read_pairs(job, source, trainable, out=out, identity=identity)
@@ -78,9 +73,7 @@ def pretrain_job(job: PretrainJob) -> dict[str, Any]:
             summary = {
                 **_summary(job, read, cut, work, trainable),
                 "timings": {name: round(value, 3) for name, value in seconds.items()},
-                "config": to_dict(job),
-                "versions": versions(),
-                "mlflow_run": run.run_id,
+                **provenance(job, run.run_id),
             }
             files.write_json(files.join(out, "summary.json"), summary)
             run.artifact(files.join(out, "summary.json"))

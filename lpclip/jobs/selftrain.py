@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from lpclip import files
-from lpclip.config import SelftrainJob, UserError, check, to_dict
+from lpclip.config import SelftrainJob, UserError, check
 from lpclip.encoders.head import EncoderInfo, Head, make_head
 from lpclip.encoders.prompts import templates
 from lpclip.evaluation.judge import evaluate, probe_curves
@@ -22,7 +22,8 @@ from lpclip.images.views import parse_views
 from lpclip.jobs import tracking
 from lpclip.jobs.console import print_plan, print_result, print_training
 from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
-from lpclip.jobs.runtime import claim, output_folder, start_ray, timed, versions
+from lpclip.jobs.run import job_run, provenance
+from lpclip.jobs.runtime import claim, output_folder, start_ray, timed
 from lpclip.jobs.settle_prior import ChosenPrior, load_prior, settle_prior
 from lpclip.method.fit import finish_probe, zero_shot_labels
 from lpclip.method.priors import Prior
@@ -76,11 +77,7 @@ def selftrain_job(job: SelftrainJob) -> dict[str, Any]:
         inputs, info = opened.inputs, opened.info
         print_plan(inputs.data, inputs.test, info=info, views=job.encode.views, out=out)
         print_training(job, inputs.classes, opened.head)
-        params = {name: value for name, value in to_dict(job).items() if value is not None}
-        with tracking.track(
-            job.tracking, name=files.split(out)[1], params=params, resume_key=f"selftrain {out}"
-        ) as run:
-            run.set_tags({"encoder": info.name, "data": inputs.data.name, "out": out})
+        with job_run("selftrain", job, out=out, encoder=info.name, data=inputs.data.name) as run:
             known = encode_inputs(job, inputs, info=info, head=opened.head, out=out)
             trained = _train(job, opened, known, out=out)
             with timed(known.seconds, "evaluate"):
@@ -93,7 +90,7 @@ def selftrain_job(job: SelftrainJob) -> dict[str, Any]:
                     }
                     for state, probe in zip(trained.rounds, trained.students, strict=True)
                 ]
-            summary = {**results, **_summary(job, opened, known, trained, history), "mlflow_run": run.run_id}
+            summary = {**results, **_summary(opened, known, trained, history), **provenance(job, run.run_id)}
             files.write_json(files.join(out, "summary.json"), summary)
             _draw(trained, known, history, folder=files.join(out, "figures"))
             _track(run, summary, out)
@@ -213,7 +210,6 @@ def _zero_shot_labels(probe: Probe, features: Features) -> pa.Table:
 
 
 def _summary(
-    job: SelftrainJob,
     opened: _Opened,
     known: EncodedInputs,
     trained: _Trained,
@@ -236,8 +232,6 @@ def _summary(
         "features": {"train": encoded.store.path, "eval": tested.store.path if tested else None},
         "timings": {name: round(value, 3) for name, value in known.seconds.items()},
         "rates": {"encode": encoded.rate, "encode_eval": tested.rate if tested else None},
-        "config": to_dict(job),
-        "versions": versions(),
     }
 
 

@@ -32,7 +32,8 @@ from lpclip.images.views import parse_views
 from lpclip.jobs import tracking
 from lpclip.jobs.console import LITE_NOTE, command_line, print_plan, print_sweep, print_sweep_plan
 from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
-from lpclip.jobs.runtime import claim, output_folder, start_ray, versions
+from lpclip.jobs.run import job_run, provenance
+from lpclip.jobs.runtime import claim, output_folder, start_ray
 from lpclip.jobs.settle_prior import load_prior, settle_prior
 from lpclip.method.calibration import label_free_temperature
 from lpclip.method.criteria import CRITERIA, make_yardstick, measure
@@ -103,11 +104,7 @@ def tune_job(job: TuneJob) -> dict[str, Any]:
         concurrent = job.concurrent or max(1, int(ray.cluster_resources().get("CPU", 1)))
         print_plan(inputs.data, inputs.test, info=info, views=job.encode.views, out=out)
         print_sweep_plan(job, space, classes=inputs.classes, count=count, concurrent=concurrent)
-        params = {name: value for name, value in to_dict(job).items() if value is not None}
-        with tracking.track(
-            job.tracking, name=files.split(out)[1], params=params, resume_key=f"tune {out}"
-        ) as run:
-            run.set_tags({"encoder": info.name, "data": inputs.data.name, "out": out})
+        with job_run("tune", job, out=out, encoder=info.name, data=inputs.data.name) as run:
             sweep = _Sweep(job, out, space, inputs, info, head, run)
             return sweep.run(trials, configs, priors, count=count, concurrent=concurrent)
 
@@ -385,9 +382,7 @@ class _Sweep:
                 "encoded": encoded.manifest.num_rows,
                 "quarantined": encoded.manifest.num_quarantined,
             },
-            "config": to_dict(self._job),
-            "versions": versions(),
-            "mlflow_run": self._run.run_id,
+            **provenance(self._job, self._run.run_id),
         }
 
     def _winner(

@@ -1,0 +1,35 @@
+"""The shell that jobs share: one MLflow run around the work, and the part of a summary that is the same for all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from lpclip import files
+from lpclip.config import EvaluateJob, PretrainJob, SelftrainJob, TuneJob, to_dict
+from lpclip.jobs import tracking
+from lpclip.jobs.runtime import versions
+
+Job = SelftrainJob | TuneJob | EvaluateJob | PretrainJob
+
+
+@contextlib.contextmanager
+def job_run(command: str, job: Job, *, out: str, encoder: str, data: str) -> Iterator[tracking.Run]:
+    """The MLflow run of a job: named after OUT, with the job's flags as parameters, and with tags to search by.
+
+    A job that was interrupted finds its unfinished run again by `command` and OUT, and continues it.
+    Raises UserError when the server or the database cannot be used.
+    """
+    params = {name: value for name, value in to_dict(job).items() if value is not None}
+    with tracking.track(
+        job.tracking, name=files.split(out)[1], params=params, resume_key=f"{command} {out}"
+    ) as run:
+        run.set_tags({"encoder": encoder, "data": data, "out": out})
+        yield run
+
+
+def provenance(job: Job, run_id: str) -> dict[str, Any]:
+    """What every summary.json ends with: flags, versions and the id of the MLflow run."""
+    config = {name: list(v) if isinstance(v, tuple) else v for name, v in to_dict(job).items()}
+    return {"config": config, "versions": versions(), "mlflow_run": run_id}
