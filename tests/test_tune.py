@@ -37,6 +37,7 @@ from lpclip.features.describe import describe_encoder
 from lpclip.features.encode_stage import store_identity
 from lpclip.features.store import Store
 from lpclip.features.store_writer import Part, StoreWriter
+from lpclip.images.views import parse_views
 from lpclip.jobs.tracking import track
 from lpclip.jobs.tune import ALIAS
 from lpclip.method.criteria import CRITERIA
@@ -85,7 +86,7 @@ class Work:
 def plant(path: Path, *, info: EncoderInfo, labels: np.ndarray | None, rows: int, views: str) -> np.ndarray:
     """A store of images that zero-shot half understands, and that lie in a cluster for each class. Their classes."""
     assert info.head is not None
-    identity = store_identity(None, info, tuple(views.split(",")), seed=0)
+    identity = store_identity(None, info, parse_views(views), seed=0)
     identity["source"] = {"made": path.name, "label_names": None}
     writer = StoreWriter(str(path), identity)
     writer.begin()
