@@ -59,7 +59,7 @@ ZLAP_STEPS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What a label-free method may see."""
+    """The inputs of a label-free method."""
 
     features: np.ndarray
     """(n, d) float16, unit norm: the unlabelled rows."""
@@ -75,7 +75,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """What a method has learnt."""
+    """The classifier that a method learnt."""
 
     predict: Callable[[np.ndarray | Tensor], Tensor]
     """(m, d) unit-norm features of any float dtype to (m, K) float32 probabilities, each row by itself."""

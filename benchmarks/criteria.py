@@ -1,4 +1,4 @@
-"""What label-free criteria cost: the regret of every criterion on every data set, over one sweep of each.
+"""The cost of label-free criteria: the regret of every criterion on every data set, over one sweep of each.
 
     python benchmarks/criteria.py runs/benchmark/features
     python benchmarks/criteria.py runs/benchmark/features --data pacs-photo --trials 16 --json criteria.json
@@ -68,11 +68,11 @@ class Options:
     trials: int = 64
     """Trials of each sweep."""
     seed: int = 0
-    """Of the sample, the order of the classes and the trials."""
+    """Seed of the sample, the order of the classes and the trials."""
     data: str = ",".join(STORES)
     """Data sets, by comma."""
     ratios: str = ",".join(map(str, RATIOS))
-    """How long-tailed, by comma; 1 is as it is."""
+    """Imbalances, comma-separated: 10 makes a 1:10 long tail, 1 leaves the data as it is."""
     json: str | None = None
     """File to write the rows to."""
 
@@ -91,7 +91,7 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What one criterion's choice was worth in one setting, in fractions."""
+    """The outcome of one criterion's choice in one setting, in fractions."""
 
     setting: str
     criterion: str

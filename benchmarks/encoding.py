@@ -1,4 +1,4 @@
-"""How fast images become features, beside the fastest that this machine's cores allow and beside plain loops.
+"""Speed from images to features, beside the fastest that this machine's cores allow and beside plain loops.
 
     python benchmarks/encoding.py                                        # lite, both kinds of images, one view
     python benchmarks/encoding.py --kinds photo --views weak,strong weak,strong,strong2 --num-images 300
@@ -172,7 +172,7 @@ def make_weights(name: str, *, folder: str) -> str:
 
 @cache
 def image_bytes(data: str) -> Sequence[Callable[[], bytes]]:
-    """What reads each image of generated data: Parquet lies in memory, as CIFAR does in most loops."""
+    """The part that reads each image of generated data: Parquet lies in memory, as CIFAR does in most loops."""
     if data.endswith(".parquet"):
         return [image.as_py for image in pq.read_table(data, columns=["image"])["image"]]
     return [path.read_bytes for path in sorted(Path(data).iterdir())]
@@ -183,7 +183,7 @@ def image_bytes(data: str) -> Sequence[Callable[[], bytes]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all arms of a table encode."""
+    """The work that all arms of a table share."""
 
     data: str
     num_images: int

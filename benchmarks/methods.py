@@ -138,7 +138,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What the methods see, and what they are tested on."""
+    """The images that methods see, and those they are tested on."""
 
     name: str
     seed: int
@@ -169,7 +169,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What criteria chose between the candidates' priors on one sample, and what that was worth."""
+    """The choices of criteria between the candidates' priors on one sample, and what that was worth."""
 
     setting: str
     zero_shot: float
@@ -345,7 +345,7 @@ def temperatures(
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What the rounds learnt with one prior."""
+    """The result of the rounds with one prior."""
 
     probe: Probe
     labels: np.ndarray

@@ -1,4 +1,4 @@
-"""How much noisy captions hurt: InfoNCE, InfoNCE with smoothed labels, and progressive self-distillation (PSD).
+"""The cost of noisy captions: InfoNCE, InfoNCE with smoothed labels, and progressive self-distillation (PSD).
 
     python benchmarks/psd.py                           # cifar10, fetched once; under an hour on two cores
     python benchmarks/psd.py --quick                   # one seed, two shares of noise, under 5 minutes

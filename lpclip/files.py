@@ -110,7 +110,7 @@ def add_suffix(path: str, suffix: str) -> str:
 
 
 def exists(path: str) -> bool:
-    """Whether a file or folder is there."""
+    """True when the file or folder is there."""
     filesystem, inner = resolve(path)
     with _explained("look for", path):
         return filesystem.get_file_info(inner).type != fs.FileType.NotFound
@@ -153,7 +153,7 @@ def write_bytes(path: str, data: bytes | memoryview) -> None:
         with filesystem.open_output_stream(temporary) as stream:
             stream.write(data)
     except OSError as error:
-        # What was written of it would keep a full disk full.
+        # The part that was written would keep a full disk full.
         with contextlib.suppress(OSError):
             filesystem.delete_file(temporary)
         raise UserError(f"cannot write {path}: {error}; what was finished before is kept") from error

@@ -1,4 +1,4 @@
-"""What is worth searching on any data: 64 trials of it.
+"""Parameters worth searching on any data, for 64 trials.
 
 lpclip tune --space default --data photos/ --classes cat,dog
 """

@@ -58,7 +58,7 @@ RIDGE = 0.5
 LOGIT_SCALE = 30.0
 """Minimises the cross-entropy of held-out ImageNet weight rows over held-out class names (grid 20 to 50)."""
 
-# Of the 16 blocks' depthwise convolutions; widths and kernels are the weights' own.
+# Strides of the 16 blocks' depthwise convolutions. Widths and kernels come with the weights.
 STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)
 
 PREPROCESS = Preprocess(size=160, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))

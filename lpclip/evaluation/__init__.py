@@ -1,1 +1,1 @@
-"""What classifiers and encoders are worth, in numbers. Labels are read here alone."""
+"""Accuracy, calibration and robustness of classifiers and encoders, in numbers. Labels are read here alone."""

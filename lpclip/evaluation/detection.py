@@ -42,7 +42,7 @@ def ood_scores(logits: Tensor, *, temperature: float, cosine_temperature: float)
 
 
 def detection_metrics(inside: Tensor, outside: Tensor) -> dict[str, float]:
-    """How well scores tell in-distribution images (N,) from others (M,); larger is more in-distribution.
+    """Metrics of scores that separate in-distribution images (N,) from others (M,); larger is more in-distribution.
 
     auroc: the share of pairs in which the in-distribution image scores higher, ties counting half.
     aupr_in, aupr_out: average precision, in-distribution or the others being positive (no interpolation).

@@ -86,7 +86,7 @@ class Recall(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Direction:
-    """How well the queries of one direction of retrieval find their own candidates."""
+    """Recalls and median rank of one direction of retrieval."""
 
     recalls: tuple[Recall, ...]
     median_rank: float

@@ -57,7 +57,7 @@ class MeasuredSet:
 
 
 class Rates(NamedTuple):
-    """How many were encoded a second; None when nothing was encoded."""
+    """Images and features encoded a second; None when nothing was encoded."""
 
     images: float | None
     features: float | None

@@ -78,7 +78,7 @@ def open_pair_sets(job: EvaluateJob, probe: Probe | None) -> list[PairSet]:
 
 
 def retrieval_identity(sets: list[PairSet]) -> dict[str, Any] | None:
-    """Whatever changes the ranks but the encoder; None without sets."""
+    """Everything that changes the ranks, except the encoder; None without sets."""
     return {
         item.name: {"views": [str(view) for view in item.views], "source": item.data.source.identity}
         for item in sets

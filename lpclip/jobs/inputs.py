@@ -1,4 +1,4 @@
-"""What jobs have in common: the images, classes and image-text pairs that they name, as features and class indices."""
+"""Inputs that jobs share: the images, classes and image-text pairs that they name, as features and class indices."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ class Inputs:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedInputs:
-    """The same as features."""
+    """The inputs of a job as features."""
 
     encoded: Encoded
     tested: Encoded | None
     features: Features
-    """Of the unlabelled images, in row order, the base views alone."""
+    """Base features of the unlabelled images, in row order."""
     raw_labels: np.ndarray
     """(N,) int32 of the unlabelled images as the data tells them, for a supervised ceiling alone."""
     x: np.ndarray
@@ -60,7 +60,7 @@ class EncodedInputs:
     y: np.ndarray
     """(M,) int64 class indices, -1 where there is no label."""
     probe_encoder: dict[str, Any]
-    """What a probe must know to make the same features again."""
+    """Everything a probe needs to compute the same features again."""
     seconds: dict[str, float]
 
 

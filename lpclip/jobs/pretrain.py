@@ -91,7 +91,7 @@ class _Read:
 
 
 class _CutTexts(NamedTuple):
-    """How many of how many different texts fill the model's context, or more than it."""
+    """The number of texts that fill the model's context or are longer, among the different texts counted."""
 
     cut: int
     counted: int
@@ -142,7 +142,7 @@ def _train(job: PretrainJob, read: _Read, *, out: str, run: tracking.Run) -> Pre
 def _summary(
     job: PretrainJob, read: _Read, texts: _CutTexts, work: Pretraining, trainable: Trainable
 ) -> dict[str, Any]:
-    """What OUT/summary.json says of the pairs, the training and the model."""
+    """The part of OUT/summary.json about the pairs, the training and the model."""
     manifest = read.store.manifest
     return {
         "model": files.join(work.model_folder, WEIGHTS),

@@ -30,6 +30,6 @@ def job_run(command: str, job: Job, *, out: str, encoder: str, data: str) -> Ite
 
 
 def provenance(job: Job, run_id: str) -> dict[str, Any]:
-    """What every summary.json ends with: flags, versions and the id of the MLflow run."""
+    """The last entries of every summary.json: flags, versions and the id of the MLflow run."""
     config = {name: list(v) if isinstance(v, tuple) else v for name, v in to_dict(job).items()}
     return {"config": config, "versions": versions(), "mlflow_run": run_id}

@@ -34,7 +34,7 @@ DEFAULT_URI = "sqlite:///mlflow.db"
 KEY_TAG = "lpclip.resume_key"
 PARENT_TAG = "mlflow.parentRunId"
 
-# MLflow's pages open an experiment as traces of language models unless told otherwise.
+# Without this tag MLflow's pages open an experiment as traces of language models.
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
 
@@ -182,7 +182,7 @@ def track(
     beginning: two jobs that may run at once need different keys. Raises UserError, with a sentence for
     the user, when the server or the database cannot be used.
     """
-    # MLflow reports usage to its makers unless told otherwise before it is first imported.
+    # MLflow reports usage to its makers unless this is set before its first import.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     uri = tracking_uri()
     key_tag = {KEY_TAG: digest(resume_key)} if resume_key else {}
@@ -192,7 +192,7 @@ def track(
         experiment_id = _experiment(client, config.experiment, uri)
         run = _resume(client, experiment_id, resume_key, uri, parent=parent) if resume_key else None
         if run is None:
-            # What a resumed job finds the run by is there as soon as the run is: a kill between would leave an orphan.
+            # A resumed job finds the run by this tag. Setting it later would leave an orphan if a kill came between.
             info = client.create_run(
                 experiment_id,
                 run_name=(not parent and config.run_name) or name,

@@ -86,7 +86,7 @@ def tune_job(job: TuneJob) -> dict[str, Any]:
     with output_folder(job.out) as out:
         inputs = open_inputs(job)
         names = inputs.classes.names
-        # With a temperature of 1 in place of the encoder's, which is not known yet: most mistakes are told at once.
+        # The encoder's temperature is not known yet. With 1 in its place most mistakes are reported at once.
         check_space(space, base=job.training, own_temperature=1.0)
         priors = {spec: load_prior(spec, names) for spec in _prior_specs(job, space)}
         start_ray()
@@ -422,7 +422,7 @@ class _Sweep:
         """The selftrain command that trains the same probe."""
         job = self._job
         values = {name: value for name, value in self._training(outcome).items() if name != FACTOR}
-        # Of images: a feature store is the features.
+        # A feature store given as --data holds the features itself, so it needs no folder.
         folder = files.join(job.out, "features") if self._inputs.data.source is not None else None
         again = SelftrainJob(
             data=job.data,
@@ -493,7 +493,7 @@ def _evidence(
     *,
     criterion: Criterion,
 ) -> dict[str, Any] | None:
-    """What the choice was worth, where labels tell: against the best of all candidates, zero-shot among them."""
+    """Regret and rank of the choice among all candidates, zero-shot included; None with too few labels or trials."""
     known = {name: value for name, value in accuracy.items() if value is not None}
     if len(known) < 3:
         return None

@@ -129,7 +129,7 @@ def arrange(
 
 
 def join_origins(features: np.ndarray | StoredFeatures, head: ZeroShotHead) -> dict[str, Any]:
-    """What a probe keeps of its making: all that the head and the features know of it.
+    """Provenance of a probe, joined from what the head and the features know of their encoder.
 
     Raises UserError when they come from two encoders.
     """

@@ -45,7 +45,7 @@ class SelfTraining:
 
     @property
     def trusted(self) -> bool:
-        """Whether the probe is that of the rounds, rather than zero-shot."""
+        """True when the probe comes from the rounds, False when it is zero-shot."""
         return self.prior.trusted
 
 

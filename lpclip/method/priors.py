@@ -44,7 +44,7 @@ def prior_sums(posterior: Tensor, factors: Tensor) -> Tensor:
 def update_factors(sums: Tensor, *, prior: Prior) -> Tensor:
     """A step of v_k <- (q_k / mean_i(p0_ik / sum_j p0_ij v_j))^a, normalised to mean 1; `sums` of all shards.
 
-    Always from the original posteriors p0: iterating on corrected ones would end at q for every strength a > 0.
+    Each step starts from the original posteriors p0. Iterating on corrected ones would end at q for every a > 0.
     """
     counts, ratios = sums
     if prior.strength == 0:

@@ -26,7 +26,7 @@ class ChosenPrior:
 
     @property
     def trusted(self) -> bool:
-        """Whether the rounds are to be used at all."""
+        """True when the rounds are to be used at all."""
         return self.name not in self.tried or self.tried[self.name].trusted
 
     def summary(self) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def ood_figure(
     names: tuple[str, str],
     auroc: Mapping[str, float] | None = None,
 ) -> Figure:
-    """How far the scores of known and of foreign images lie apart: two histograms for each probe.
+    """Histograms of the scores of known and of foreign images, two for each probe.
 
     Each value holds the scores of images inside (N,) and outside (M,); what is not finite is left out. `score`
     says what they are, `names` which images are inside and outside, `auroc` in [0, 1] stands in the titles.

@@ -1,4 +1,4 @@
-"""How every picture looks: colours, sizes, axes; and how it becomes a file."""
+"""The style of all pictures (colours, sizes, axes), and the way to a file."""
 
 from __future__ import annotations
 

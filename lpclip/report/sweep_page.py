@@ -70,7 +70,7 @@ def trials_table(summary: Summary, *, limit: int = 10) -> list[dict[str, Any]]:
 
 
 def status_line(summary: Summary) -> str:
-    """How many trials finished, were stopped and failed, and why the first three of these did."""
+    """A line with the numbers of finished, stopped and failed trials, and why the first three failed."""
     trials = summary["trials"]
     parts = [f"{len(_finished(summary))} of {len(trials)} trial{'s' * (len(trials) != 1)} finished"]
     stopped = sum(trial["status"] == "stopped" for trial in trials)
@@ -289,12 +289,12 @@ def _evidence(summary: Summary) -> str:
 def _marked(
     summary: Summary, rows: Mapping[str, Mapping[str, Any]], labelled: bool
 ) -> dict[str, tuple[str, ...]]:
-    """What is to be marked, by name of a row: "zero-shot", "chosen", "best"."""
+    """Marks of rows by name: "zero-shot", "chosen", "best"."""
     roles: dict[str, list[str]] = {ZERO_SHOT_KEY: ["zero-shot"]}
     chosen = summary["chosen"]["name"]
     roles.setdefault(chosen, []).append("chosen")
     if labelled and rows:
-        # Of several that are equally good the chosen one is the best.
+        # Among equally good ones the chosen one is called the best.
         best = max(rows, key=lambda name: (rows[name]["accuracy"], name == chosen))
         roles.setdefault(best, []).append("best")
     return {name: tuple(found) for name, found in roles.items() if name in rows}

@@ -119,7 +119,7 @@ def reliability_figure(bins_by_name: Mapping[str, Reliability]) -> Figure:
 
 
 def rounds_figure(rounds: Sequence[Mapping[str, Any]]) -> Figure:
-    """How self-training went: a line each for what the rounds know of `LINES`, by `round`.
+    """The course of self-training: a line for each of `LINES` that the rounds have, by `round`.
 
     A key that is missing or None in every round, as accuracy is without labels, has no line.
     """

@@ -213,7 +213,7 @@ def _write_round(folder: str, state: State) -> None:
 
 
 def _told_rounds(folder: str, tell: Callable[[str], None]) -> AbstractContextManager[None]:
-    """Tell of rounds as they come to the folder."""
+    """Report rounds as their files appear in the folder."""
     seen = len(_round_names(folder))
 
     def look() -> None:

@@ -79,7 +79,7 @@ def read_space(path: str) -> SearchSpace:
     try:
         tree = ast.parse(code)
         found = runpy.run_path(str(file)).get("SPACE")
-    # Whatever a file of the user's raises is the user's to mend, and should not look like a fault of ours.
+    # The user can mend whatever the user's file raises, so it must not look like a fault of lpclip.
     except (Exception, SystemExit) as error:
         raise UserError(f"--space {path} does not run: {type(error).__name__}: {error}") from error
     if not isinstance(found, Mapping):
