@@ -404,7 +404,7 @@ def test_a_half_written_store_is_refused_as_data(
         ("--data {tmp}/empty --classes {words}", "{tmp}/empty: the folder holds nothing"),
         (
             "--data {lake}/unlabelled.parquet",
-            "no class names: give --classes with a comma list or a text file",
+            "no class names: give --classes comma-separated names or a text file",
         ),
         ("--data {lake}/unlabelled.parquet --classes cat", "at least two class names are needed, got 1"),
         ("--data {lake}/unlabelled.parquet --classes cat,dog,Cat", "class name 'cat' occurs twice"),
@@ -412,7 +412,7 @@ def test_a_half_written_store_is_refused_as_data(
         ("--data {lake}/unlabelled.parquet --classes {tmp}/none.txt", "no such file: {tmp}/none.txt"),
         ("--data {photos} --rounds 0", "--rounds must be at least 1, not 0"),
         ("--data {photos} --threshold 1", "--threshold must be at least 0 and below 1"),
-        ("--data {photos} --num-workers -1", "--num-workers must not be negative"),
+        ("--data {photos} --num-workers -1", "--num-workers must be at least 0"),
         ("--data {photos} --temperature 0", "--temperature must be above 0"),
         (
             "--data {photos} --prior some",
