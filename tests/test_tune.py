@@ -250,7 +250,7 @@ def test_the_winners_probe_is_its_trials_and_classifies_as_the_summary_says(
     text = " ".join(page.texts("body"))
     assert swept["chosen"]["command"] in text
     assert "structure" in text
-    assert len(page.attributes("img")) == 2
+    assert len(page.attributes("img")) == 1
 
 
 def test_mlflow_holds_the_sweep_and_a_run_for_each_trial(swept: Summary) -> None:
