@@ -115,7 +115,7 @@ class EncodeConfig:
     """Comma-separated views of each image. The mean of weak (always the first view) and mirror is the feature of
     the image. Students are also fitted to the other views: strong, strong2, ..., and corruption:severity.
     VIEW+mirror is the mirrored form of any view but weak."""
-    batch_size: int = 64
+    batch_size: int = 256
     """Images in one forward pass on a GPU. On CPUs a pass always takes 8."""
     num_actors: int | None = None
     """Number of encoder actors (processes). The default is one for each GPU, or one for every eight CPUs."""
@@ -483,7 +483,7 @@ class EvaluateJob:
     pretrained: str | None = None
     """Weights of --encoder: an open_clip tag or a local checkpoint file. With --probe, it is the new place of the
     local checkpoint of their encoder, if the file has moved since training."""
-    batch_size: int = 64
+    batch_size: int = 256
     """Images in one forward pass on a GPU. On CPUs a pass always takes 8."""
     num_actors: int | None = None
     """Number of encoder actors (processes). The default is one for each GPU, or one for every eight CPUs."""
@@ -538,7 +538,7 @@ class PredictJob:
     """Use only this many images. A hash of the ids chooses them."""
     pretrained: str | None = None
     """New place of the local checkpoint of the encoder, if the file has moved since training."""
-    batch_size: int = 64
+    batch_size: int = 256
     """Images in one forward pass on a GPU. On CPUs a pass always takes 8."""
     features: str | None = None
     """Folder of feature stores, in which features are found and kept. By default they are deleted at the end."""

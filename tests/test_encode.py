@@ -31,8 +31,9 @@ from lpclip.encoders.prompts import DEFAULT_TEMPLATES
 from lpclip.features.data import open_data
 from lpclip.features.decode_stage import decode_unit
 from lpclip.features.describe import describe_encoder
-from lpclip.features.encode_stage import CPU_BATCH, EncodeStage, plan_actors
+from lpclip.features.encode_stage import EncodeStage, plan_actors
 from lpclip.features.find_or_encode import Encoding
+from lpclip.features.passes import CPU_BATCH, DevicePasses
 from lpclip.features.store import Manifest, Store, matrix
 from lpclip.features.zero_shot_labels import ZeroShotLabels, pseudo_label
 from lpclip.images.open import open_source
@@ -147,9 +148,9 @@ def test_a_table_is_cut_where_its_pixels_would_be_too_many(
     views = parse_views("weak,gaussian_noise:3")
 
     def decode() -> list[pa.Table]:
-        units = ray.put(pa.table({"unit": [0], "spec": list(source.units)}))
+        unit = pa.table({"unit": [0], "spec": list(source.units)})
         options: dict[str, Any] = {"reader": source.reader, "limits": source.config, "seed": 0}
-        return list(decode_unit({"id": [0]}, units=units, views=views, preprocess=info.preprocess, **options))
+        return list(decode_unit(unit, views=views, preprocess=info.preprocess, **options))
 
     (whole,) = decode()
     assert whole["row"].to_pylist() == list(range(8))
@@ -234,7 +235,8 @@ np.savez(sys.argv[1], features=features, predicted=(features @ head.T).argmax(ax
 def test_batches_run_on_from_view_to_view(info: EncoderInfo, batch_size: int) -> None:
     views = ("weak", "mirror", "gaussian_noise:3", "gaussian_noise:3+mirror")
     stage = EncodeStage(LITE, info.identity, parse_views(",".join(views)), batch_size, 1)
-    stage.batch_size = batch_size  # as on a GPU: a CPU has its own
+    # As on a GPU: a CPU has its own passes.
+    stage.passes = DevicePasses(stage.encoder, batch_size=batch_size, device=torch.device("cpu"))
     sizes: list[int] = []
     encode_image = stage.encoder.encode_image
     size = info.preprocess.size

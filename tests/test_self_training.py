@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,10 +26,6 @@ NUM_CLASSES, DIM = 5, 12
 TEMPERATURE = 0.05
 CONFIG = SelfTrainingConfig(rounds=4)
 GRADIENT = SelfTrainingConfig(solver="gradient", rounds=2)
-
-
-def one_shard(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
 
 
 def planted(num_rows: int, *, num_classes: int = NUM_CLASSES, dim: int = DIM, seed: int = 0):
@@ -126,6 +123,24 @@ def test_gaussian_rounds_do_not_depend_on_the_workers(name: str):
     assert (
         labels_of(workers[0][-1][0], features, head=head) == labels_of(alone[-1][0], features, head=head)
     ).all()
+
+
+class ManyAtOnce(Shard):
+    """A shard that works on several chunks at a time, as on a GPU."""
+
+    def chunks_at_once(self, width: int) -> int:
+        return 2
+
+
+def test_rounds_do_not_depend_on_the_number_of_chunks_at_a_time():
+    features, _, head = planted(2 * CHUNK_ROWS + 500)
+    options: dict[str, Any] = {"head": head / TEMPERATURE, "config": CONFIG, "prior": Prior()}
+    one = Rounds(Shard(features=features, num_rows=len(features)), **options).run()
+    shard = ManyAtOnce(features=features, num_rows=len(features))
+    assert [rows.stop - rows.start for rows, _ in shard.chunks(width=5)] == [2 * CHUNK_ROWS, 500]
+    for (expected, _), (found, own) in zip(one, Rounds(shard, **options).run(), strict=True):
+        assert_same_probe(found, expected, tolerance=1e-6)
+        assert own.labels.tolist() == labels_of(found, features, head=head).tolist()
 
 
 def test_gradient_rounds_do_not_depend_on_the_workers():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from hashlib import blake2b
 from typing import Any, Protocol
 
@@ -48,8 +49,14 @@ def to_input(pixels: Tensor, preprocess: Preprocess, *, dtype: torch.dtype, devi
     """uint8 (B, S, S, 3) to normalised (B, 3, S, S); NHWC bytes seen as NCHW are channels-last already."""
     assert pixels.dtype == torch.uint8, pixels.dtype
     assert pixels.shape[1:] == (preprocess.size, preprocess.size, 3), pixels.shape
-    mean, std = (torch.tensor(values, device=device) for values in (preprocess.mean, preprocess.std))
+    mean, std = _constant(preprocess.mean, device), _constant(preprocess.std, device)
     return (pixels.to(device).float().div_(255).sub_(mean).div_(std)).permute(0, 3, 1, 2).to(dtype)
+
+
+@cache
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """The values on the device, sent there once: each sending would wait until the device has done all its work."""
+    return torch.tensor(values, device=device)
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:

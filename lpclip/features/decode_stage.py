@@ -7,26 +7,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from lpclip.config import SourceConfig
 from lpclip.images.pixels import Preprocess, decode_image
 from lpclip.images.render import render
+from lpclip.images.source import UNIT_ROWS, Reader
 from lpclip.images.views import View
 
 # Largest size of the tables of pixels that travel from the decoding tasks to the encoder: many views make few rows.
-PIXEL_BYTES = 64 << 20
+# It is Ray Data's own size of a block, so that a unit in two views of 224 pixels travels in one.
+PIXEL_BYTES = 128 << 20
 
 
 def decode_unit(
-    index: dict[str, Any],
+    units: pa.Table,
     *,
-    units: Any,
-    reader: Any,
+    reader: Reader,
     limits: SourceConfig,
     views: tuple[View, ...],
     preprocess: Preprocess,
@@ -34,14 +33,13 @@ def decode_unit(
 ) -> Iterator[pa.Table]:
     """Decode a unit to tables with a row an image: id, label, error, place in the unit, digest, a pixel column a view.
 
-    A reader of texts adds a column of them.
+    `units` has one row: the unit's number and what the reader needs to know of it. A reader of texts adds a column of
+    them.
     """
-    (position,) = index["id"]
-    row = ray.get(units).slice(int(position), 1)
-    unit, start = row["unit"][0].as_py(), 0
+    unit, spec, start = units["unit"][0].as_py(), units["spec"][0].as_py(), 0
     step = rows_at_once(views, preprocess)
     held: pa.Table | None = None
-    for rows in _pieces(reader.tables(row["spec"][0].as_py()), step):
+    for rows in _pieces(reader.tables(spec), step):
         if held is not None:
             yield held
         held = _decode_rows(rows, unit, start, limits=limits, views=views, preprocess=preprocess, seed=seed)
@@ -55,6 +53,11 @@ def decode_unit(
 def rows_at_once(views: tuple[View, ...], preprocess: Preprocess) -> int:
     """Number of images that fit, in all these views, into PIXEL_BYTES; one at least."""
     return max(1, PIXEL_BYTES // (len(views) * preprocess.size**2 * 3))
+
+
+def table_bytes(views: tuple[View, ...], preprocess: Preprocess) -> int:
+    """Bytes of a whole table of pixels."""
+    return min(UNIT_ROWS, rows_at_once(views, preprocess)) * len(views) * preprocess.size**2 * 3
 
 
 def _pieces(tables: Iterator[pa.Table], step: int) -> Iterator[pa.Table]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +15,10 @@ from lpclip.encoders.head import EncoderInfo
 from lpclip.encoders.load import load_again, refuse_another
 from lpclip.features.decode_stage import pixel_array
 from lpclip.features.describe import has_gpus
+from lpclip.features.passes import CpuPasses, DevicePasses, Passes
 from lpclip.images.pixels import REDUCING_GAP, preprocess_identity
 from lpclip.images.source import Source
 from lpclip.images.views import STRONG_VERSION, View
-
-# Images in one forward pass on a CPU. Kernels, and so roundings, may differ with the shape of a batch and with the
-# number of threads that share it. So every pass has this shape and one thread, and threads share the passes instead:
-# features are the same bits for any --batch-size and any number of CPUs, and lite is nearly twice as fast.
-CPU_BATCH = 8
 
 # The environment of processes that hold an encoder. glibc gives the large activations of every forward pass back to
 # the kernel and takes them again, page by page: on CPUs that can cost more than the arithmetic. One heap that only
@@ -69,23 +63,27 @@ class EncodeStage:
         batch_size: int,
         num_threads: int,
     ) -> None:
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.batch_size = batch_size
-        self.map: Callable[[Callable[[int], None], Iterable[int]], Iterator[None]] = map
-        if self.device == "cpu":
-            torch.set_num_threads(1)
-            self.batch_size, self.map = CPU_BATCH, ThreadPoolExecutor(num_threads).map
-        self.encoder = load_again(config, identity, device=self.device)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.encoder = load_again(config, identity, device=device)
+        self.passes: Passes
+        if device.type == "cpu":
+            self.passes = CpuPasses(self.encoder, num_threads=num_threads)
+        else:
+            self.passes = DevicePasses(self.encoder, batch_size=batch_size, device=device)
         self.identity = identity
         self.views = views
 
     def __call__(self, table: pa.Table) -> pa.Table:
         # This is not done where the encoder is loaded, because Ray would start a failing actor again.
         refuse_another(self.encoder, self.identity)
-        good = table.filter(table["error"].is_null())
-        kept = table.drop_columns([name for name in table.column_names if name.startswith("pixels:")])
         is_good = table["error"].is_null().to_numpy()
-        features = self._features(good)
+        # A filter copies all pixels.
+        good = table if is_good.all() else table.filter(table["error"].is_null())
+        kept = table.drop_columns([name for name in table.column_names if name.startswith("pixels:")])
+        size = self.encoder.preprocess.size
+        names = {view.pixels: f"pixels:{view.pixels}" for view in self.views}
+        pixels = {view: pixel_array(good[name], size=size) for view, name in names.items()}
+        features = self.passes([pixels[view.pixels] for view in self.views], self.views)
         for place, view in enumerate(self.views):
             found = np.zeros((len(table), self.encoder.dim), np.float16)
             found[is_good] = features[place * len(good) : (place + 1) * len(good)]
@@ -93,39 +91,14 @@ class EncodeStage:
             kept = kept.append_column(str(view), flat)
         return kept
 
-    def _features(self, good: pa.Table) -> np.ndarray:
-        """Features (views x rows, d) float16, one view after the other.
-
-        Batches run on from view to view, and all have one shape.
-        """
-        size = self.encoder.preprocess.size
-        pixels = [pixel_array(good[f"pixels:{view.pixels}"], size=size) for view in self.views]
-        total = len(pixels) * len(good)
-        out = np.empty((total, self.encoder.dim), np.float16)
-
-        def encode_batch(start: int) -> None:
-            batch = np.zeros((self.batch_size, size, size, 3), np.uint8)
-            stop = min(start + self.batch_size, total)
-            place = start
-            while place < stop:
-                number, row = divmod(place, len(good))
-                run = pixels[number][row : row + stop - place]
-                batch[place - start :][: len(run)] = run[:, :, ::-1] if self.views[number].mirrored else run
-                place += len(run)
-            found = self.encoder.encode_image(torch.from_numpy(batch).to(self.device, non_blocking=True))
-            out[start:stop] = found[: stop - start].to(torch.float16).cpu().numpy()
-
-        for _ in self.map(encode_batch, range(0, total, self.batch_size)):
-            pass
-        return out
-
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """The pipeline's share of the machine."""
 
     num_actors: int
-    cpus_per_actor: float
+    cpus_per_actor: float | None
+    """None leaves it to Ray."""
     gpus_per_actor: float
     num_threads: int
 
@@ -141,13 +114,16 @@ def plan_actors(num_actors: int | None) -> Plan:
     into half of the smallest node, even if the other nodes are lost, and hold nothing of a node with a single CPU.
     """
     if has_gpus():
-        count = num_actors or int(ray.cluster_resources()["GPU"])
-        return Plan(num_actors=count, cpus_per_actor=0, gpus_per_actor=1, num_threads=1)
+        found = ray.cluster_resources()
+        count = num_actors or int(found["GPU"])
+        # Ray keeps a CPU for an actor with a GPU, so that it does not wait behind decoders. Few CPUs are better shared.
+        cpus = None if found.get("CPU", 0) >= 4 * count else 0
+        return Plan(num_actors=count, cpus_per_actor=cpus, gpus_per_actor=1, num_threads=1)
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     nodes = [cpus for cpus in nodes if cpus >= 1]
     count = num_actors or sum(max(1, int(cpus) // 8) for cpus in nodes)
     share = min(nodes) / max(1, -(-count // len(nodes)))
-    cpus = 0.45 * min(nodes) / count if min(nodes) >= 2 else 0.0
+    part = 0.45 * min(nodes) / count if min(nodes) >= 2 else 0.0
     # Never a whole CPU: stages with the same request would be fused into one process.
-    cpus = 0.9 if cpus == 1 else cpus
-    return Plan(num_actors=count, cpus_per_actor=cpus, gpus_per_actor=0, num_threads=max(1, int(share)))
+    part = 0.9 if part == 1 else part
+    return Plan(num_actors=count, cpus_per_actor=part, gpus_per_actor=0, num_threads=max(1, int(share)))

@@ -12,6 +12,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import ray
 
@@ -22,7 +23,7 @@ from lpclip.features.commit_stage import commit
 from lpclip.features.data import Data
 from lpclip.features.decode_stage import rows_at_once
 from lpclip.features.encode_stage import ENCODER_ENV, EncodeStage, plan_actors, store_identity
-from lpclip.features.pipeline import TABLES_AHEAD, check_quarantine, decode_units, fill_store
+from lpclip.features.pipeline import check_quarantine, decode_units, fill_store
 from lpclip.features.store import Store, fingerprint
 from lpclip.features.store_writer import StoreWriter
 from lpclip.features.stored_views import Encoded, Views
@@ -139,17 +140,21 @@ class Encoding:
                 views=pixels,
                 preprocess=info.preprocess,
                 seed=self.seed,
-                tables_ahead=plan.num_actors * TABLES_AHEAD,
+                num_consumers=plan.num_actors,
             )
             # Ray Data insists on a number of rows where GPUs are asked for. It puts tables of small units together
             # to reach it.
             rows = min(self.batch_size, rows_at_once(pixels, info.preprocess))
+            at_once: dict[str, Any] = {}
+            if plan.gpus_per_actor:
+                # While a thread waits for the GPU, another prepares the next table.
+                at_once = {"max_concurrent_calls_per_actor": 2, "enable_true_multi_threading": True}
             encoded = decoded.map_batches(
                 EncodeStage,
                 batch_size=rows if plan.gpus_per_actor else None,
                 batch_format="pyarrow",
                 fn_constructor_args=(self.encoder, info.identity, views, self.batch_size, plan.num_threads),
-                compute=ray.data.ActorPoolStrategy(size=min(plan.num_actors, len(todo))),
+                compute=ray.data.ActorPoolStrategy(size=min(plan.num_actors, len(todo)), **at_once),
                 num_cpus=plan.cpus_per_actor,
                 num_gpus=plan.gpus_per_actor,
                 max_restarts=0,

@@ -24,7 +24,7 @@ from lpclip import files
 from lpclip.config import UserError
 from lpclip.features.commit_stage import commit
 from lpclip.features.decode_stage import pixel_array
-from lpclip.features.pipeline import TABLES_AHEAD, decode_units, fill_store
+from lpclip.features.pipeline import decode_units, fill_store
 from lpclip.features.store import Store, row_order
 from lpclip.features.store_writer import Part, StoreWriter
 from lpclip.images.pixels import REDUCING_GAP, Pixels, Preprocess, preprocess_identity
@@ -56,9 +56,7 @@ def prepare_pairs(source: Source, *, preprocess: Preprocess, path: str) -> Store
     writer = StoreWriter(path, pairs_identity(source, preprocess))
 
     def stages(todo: list[int], name: str) -> ray.data.Dataset:
-        decoded = decode_units(
-            source, todo, views=(WEAK,), preprocess=preprocess, seed=0, tables_ahead=TABLES_AHEAD
-        )
+        decoded = decode_units(source, todo, views=(WEAK,), preprocess=preprocess, seed=0, num_consumers=1)
         pixels = partial(_write_pixels, path=path, size=preprocess.size)
         write = partial(commit, writer=writer, columns=("id", "label", "texts"), beside=pixels)
         return decoded.map_batches(write, batch_size=None, batch_format="pyarrow", num_cpus=0)

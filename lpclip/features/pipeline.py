@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as Nod
 
 from lpclip import files
 from lpclip.config import UserError
-from lpclip.features.decode_stage import PIXEL_BYTES, decode_unit
+from lpclip.features.decode_stage import PIXEL_BYTES, decode_unit, table_bytes
 from lpclip.features.store import Store
 from lpclip.features.store_writer import StoreWriter, write_quarantine
 from lpclip.images.pixels import Preprocess
@@ -40,8 +40,11 @@ LOSSES = (
     ray.exceptions.ObjectLostError,
 )
 
-# So many tables of pixels may wait for each consumer, or be on their way to it.
-TABLES_AHEAD = 8
+# So many tables of pixels may wait for each consumer, beside the one that each CPU is decoding.
+TABLES_AHEAD = 4
+# Ray Data keeps half of its memory limit for each stage's own needs, and shares the rest. With this factor, all CPUs
+# decode: with less, Ray would hold decoding back long before the tables fill the limit.
+SHARING = 2.5
 # A decoding process takes at most three tables of pixels and the interpreter, except for huge images.
 DECODE_MEMORY = 4 * PIXEL_BYTES
 
@@ -106,31 +109,46 @@ def decode_units(
     views: tuple[View, ...],
     preprocess: Preprocess,
     seed: int,
-    tables_ahead: int,
+    num_consumers: int,
 ) -> ray.data.Dataset:
     """The first stage: units of a source to tables of uint8 pixels, one column a view.
 
-    At most `tables_ahead` tables wait for the next stage.
+    All CPUs that are free decode, until some tables wait for each of the next stage's `num_consumers`.
     """
-    units = ray.put(pa.table({"unit": todo, "spec": [source.units[i] for i in todo]}))
     decode = partial(
         decode_unit,
-        units=units,
         reader=source.reader,
         limits=source.config,
         views=views,
         preprocess=preprocess,
         seed=seed,
     )
-    blocks = ray.data.range(len(todo), override_num_blocks=len(todo))
-    # Decoded images wait in shared memory: enough to keep the next stage busy, however many are to come.
-    blocks.context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
-        object_store_memory=tables_ahead * PIXEL_BYTES
+    units = ray.data.from_blocks([pa.table({"unit": [i], "spec": [source.units[i]]}) for i in todo])
+    limit = _memory_limit(num_consumers, table_bytes(views, preprocess))
+    units.context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
+        object_store_memory=limit
     )
     # Without a limit, Ray Data would forever try a unit again whose images bring the decoder down.
-    return blocks.map_batches(
-        decode, batch_size=1, num_cpus=1, memory=DECODE_MEMORY, max_retries=MAX_LOSSES - 1
+    return units.map_batches(
+        decode,
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=1,
+        memory=DECODE_MEMORY,
+        max_retries=MAX_LOSSES - 1,
     )
+
+
+def _memory_limit(num_consumers: int, num_bytes: int) -> float | None:
+    """Bytes of shared memory for tables of this size that wait or are being made.
+
+    Without a limit, decoding would fill half of Ray's shared memory ahead of a slower encoder. That is right on a
+    cluster, which may also grow, and too much on somebody's own machine.
+    """
+    cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    if sum(count >= 1 for count in cpus) > 1:
+        return None
+    return SHARING * num_bytes * (sum(cpus) + TABLES_AHEAD * num_consumers)
 
 
 def _follow(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:

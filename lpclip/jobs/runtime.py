@@ -14,6 +14,7 @@ from typing import Any
 
 import filelock
 import ray
+import ray.data
 
 import lpclip
 from lpclip import files

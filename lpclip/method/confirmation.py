@@ -24,7 +24,7 @@ from lpclip.method.neighbours import nearest
 from lpclip.method.priors import PRIORS, Prior
 from lpclip.method.recipe import RECIPE, Recipe
 from lpclip.method.self_training import Rounds
-from lpclip.method.shard import Shard, fit_whitening
+from lpclip.method.shard import Shard, compute_device, fit_whitening
 
 SAMPLE_ROWS = 10_000
 HALF_ROWS = 6_000
@@ -76,7 +76,7 @@ class Sample:
         self._head, self._config = zero_shot / temperature, config
         self._images_per_class = len(features) / len(zero_shot)
         rows = features[:SAMPLE_ROWS]
-        shard = Shard(features=rows, num_rows=len(rows))
+        shard = Shard(features=rows, num_rows=len(rows), device=compute_device())
         whitening = fit_whitening(shard)
         options: dict[str, Any] = {"config": config, "num_classes": len(zero_shot), "dtype": dtype}
         self._whole = with_neighbours(shard, whitening=whitening, **options)
@@ -88,7 +88,9 @@ class Sample:
             order = torch.randperm(whitened.shape[1], generator=torch.Generator().manual_seed(seed))
             for half in order.chunk(2):
                 directions = torch.nn.functional.normalize(whitened[:, half], dim=1).numpy()
-                part = Shard(features=directions, num_rows=len(directions), zero_shot=logits)
+                part = Shard(
+                    features=directions, num_rows=len(directions), zero_shot=logits, device=shard.device
+                )
                 self._halves.append(with_neighbours(part, whitening=None, **options))
 
     def confirm(self, prior: Prior) -> Confirmation:
@@ -128,7 +130,9 @@ def with_neighbours(
     if count == 0:
         return shard
     rows = shard.features
-    found = nearest(rows, among=rows, first_row=0, whitening=whitening, count=count, dtype=dtype)
+    found = nearest(
+        rows, among=rows, first_row=0, whitening=whitening, count=count, dtype=dtype, device=shard.device
+    )
     return replace(shard, neighbours=found)
 
 

@@ -19,7 +19,7 @@ from lpclip.method.neighbours import comparison_dtype
 from lpclip.method.priors import PRIORS, Prior, read_prior
 from lpclip.method.probe import Probe, zero_shot_probe
 from lpclip.method.self_training import Rounds
-from lpclip.method.shard import Shard, fit_whitenings
+from lpclip.method.shard import Shard, compute_device, fit_whitenings
 from lpclip.method.state import Pass, State
 from lpclip.method.trial import ChosenPrior, try_priors
 
@@ -105,7 +105,7 @@ def fit(
     )
     doubt = "" if chosen.trusted else "; too little confirms the rounds: the probe will be zero-shot"
     tell(f"prior: {chosen.name}{doubt}")
-    shard = Shard(features=rows, strong=views, num_rows=len(rows))
+    shard = Shard(features=rows, strong=views, num_rows=len(rows), device=compute_device())
     states, last = _run(shard, head=zero_shot.weight, prior=chosen.prior, config=config, tell=tell)
     probe = finish_probe(
         states[-1],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ class Whitening:
     """(d,) float64: what is left of each whitened direction's variance, at most about 1."""
     shrinkage: float
     num_rows: float
+
+    def to(self, device: torch.device) -> Whitening:
+        """The same on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("mean", "whitener", "variance")}
+        return replace(self, **moved)
 
 
 def make_whitening(moments: Tensor) -> Whitening:
@@ -49,7 +54,7 @@ def make_whitening(moments: Tensor) -> Whitening:
 
 def row_moments(features: Tensor) -> Tensor:
     """Sum of [1 f]'[1 f] over rows (N, d), float64 (d + 1, d + 1)."""
-    rows = torch.cat([torch.ones(len(features), 1), features.float()], dim=1)
+    rows = torch.nn.functional.pad(features.float(), (1, 0), value=1.0)
     return (rows.T @ rows).double()
 
 

@@ -20,6 +20,10 @@ class Linear:
     bias: Tensor
     """(K,) float32."""
 
+    def to(self, device: torch.device) -> Linear:
+        """The same on another device."""
+        return Linear(weight=self.weight.to(device), bias=self.bias.to(device))
+
     def logits(self, features: Tensor | np.ndarray) -> Tensor:
         """(N, d) features of any float dtype to (N, K) float32 logits."""
         rows = torch.as_tensor(features)

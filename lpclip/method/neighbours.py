@@ -9,6 +9,7 @@ from torch import Tensor
 from lpclip.method.gaussian import Whitening
 
 BLOCK_ROWS = 1024
+CPU = torch.device("cpu")
 
 
 def comparison_dtype() -> torch.dtype:
@@ -25,6 +26,7 @@ def nearest(
     whitening: Whitening | None,
     count: int,
     dtype: torch.dtype,
+    device: torch.device = CPU,
 ) -> Tensor:
     """Places (n, count) int64, among all rows, of the nearest neighbours by cosine in the whitened space.
 
@@ -34,22 +36,24 @@ def nearest(
     n N d products; memory is N d elements of `dtype` beside blocks.
     """
     assert count < len(among)
-    everything = torch.cat([_whitened(block, whitening).to(dtype) for block in _blocks(among)])
+    whitening = whitening.to(device) if whitening is not None else None
+    everything = torch.cat([_whitened(block, whitening, device).to(dtype) for block in _blocks(among)])
     found = []
     for start in range(0, len(rows), BLOCK_ROWS):
-        place = torch.arange(first_row + start, first_row + min(start + BLOCK_ROWS, len(rows)))
+        last = min(start + BLOCK_ROWS, len(rows))
+        place = torch.arange(first_row + start, first_row + last, device=device)
         similarity = (everything[place] @ everything.T).float()
-        similarity[torch.arange(len(place)), place] = -torch.inf
+        similarity[torch.arange(len(place), device=device), place] = -torch.inf
         found.append(similarity.topk(count, dim=1).indices)
-    return torch.cat(found) if found else torch.empty(0, count, dtype=torch.int64)
+    return torch.cat(found) if found else torch.empty(0, count, dtype=torch.int64, device=device)
 
 
 def _blocks(features: np.ndarray) -> list[np.ndarray]:
     return [features[start : start + BLOCK_ROWS] for start in range(0, len(features), BLOCK_ROWS)]
 
 
-def _whitened(block: np.ndarray, whitening: Whitening | None) -> Tensor:
-    z = torch.from_numpy(block).float()
+def _whitened(block: np.ndarray, whitening: Whitening | None, device: torch.device) -> Tensor:
+    z = torch.from_numpy(block).to(device).float()
     if whitening is not None:
         z = (z - whitening.mean.float()) @ whitening.whitener.float()
     return torch.nn.functional.normalize(z, dim=1)

@@ -34,7 +34,7 @@ def scale_to_confidence(logits: Tensor, target: float, *, all_reduce: AllReduce)
     """The factor on logits (N, K) that gives them this mean maximal probability, over all shards' rows."""
 
     def too_unsure(factor: float) -> bool:
-        total, rows = all_reduce(confidence_sums(logits * factor))
+        total, rows = all_reduce(confidence_sums(logits * factor).cpu())
         return bool(total < target * rows)
 
     return bisect_factor(too_unsure, octaves=12, steps=24)
@@ -53,4 +53,5 @@ def confidence_sums(logits: Tensor) -> Tensor:
     """(2,) float64: the sum of maximal probabilities, and the number of rows."""
     # torch.softmax takes ten times as long for few classes, and only its largest value is wanted.
     top = 1 / torch.exp(logits - logits.amax(dim=1, keepdim=True)).sum(dim=1)
-    return torch.stack([top.double().sum(), torch.tensor(float(len(logits)), dtype=torch.float64)])
+    rows = torch.full((), len(logits), dtype=torch.float64, device=logits.device)
+    return torch.stack([top.double().sum(), rows])

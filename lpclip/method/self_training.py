@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from lpclip.config import SelfTrainingConfig, UserError
 from lpclip.method.priors import Prior, prior_sums, update_factors
 from lpclip.method.pseudo_labels import AllReduce, alone, soft_targets
 from lpclip.method.recipe import RECIPE, Recipe
-from lpclip.method.shard import Shard, Whitenings, fit_whitenings
+from lpclip.method.shard import Shard, Whitenings, fit_whitenings, product_sum
 from lpclip.method.solvers import GaussianSolver, GradientSolver, Solver
 from lpclip.method.state import Pass, State, Tally, zero_shot_state
 
@@ -63,13 +63,16 @@ class Rounds:
         The sums are those of the base features, or of their mean with the `strong` views.
         """
         shard, (num_classes, dim) = self.shard, teacher.weight.shape
-        sums, counts = torch.zeros(num_classes, dim).double(), torch.zeros(num_classes).double()
-        prior, tally = torch.zeros(2, num_classes).double(), Tally()
-        labels = np.empty(len(shard.features), np.int32)
-        confidence, kept = np.empty(len(labels), np.float32), np.empty(len(labels), bool)
-        shared = torch.zeros(shard.num_rows, num_classes) if shard.neighbours is not None else None
-        for rows, features in shard.chunks():
-            zero_shot = shard.zero_shot_logits(rows, features, head=self.head)
+        teacher, head = teacher.to(shard.device), self.head.to(shard.device)
+        zeros, float64 = partial(torch.zeros, device=shard.device), torch.float64
+        sums, counts = zeros(num_classes, dim, dtype=float64), zeros(num_classes, dtype=float64)
+        prior, tally = zeros(2, num_classes, dtype=float64), zeros(len(Tally._fields), dtype=float64)
+        labels, kept = zeros(len(shard.features), dtype=torch.int32), zeros(len(shard.features), dtype=bool)
+        confidence = zeros(len(labels))
+        earlier = None if before is None else torch.from_numpy(before.labels).to(shard.device)
+        shared = zeros(shard.num_rows, num_classes) if shard.neighbours is not None else None
+        for rows, features in shard.chunks(width=num_classes):
+            zero_shot = shard.zero_shot_logits(rows, features, head=head)
             logits = features @ teacher.weight.T + teacher.bias + teacher.zero_shot_share * zero_shot
             logits = self._with_neighbours(logits, rows, before=before)
             posterior, targets = soft_targets(logits, teacher.factors)
@@ -79,27 +82,22 @@ class Rounds:
                 shared[shard.first_row + rows.start : shard.first_row + rows.stop] = targets
             targets = targets * keep[:, None]
             seen = torch.stack(shard.views(rows, features, strong=True)).mean(dim=0) if strong else features
-            sums += (targets.T @ seen).double()
-            counts += targets.sum(dim=0, dtype=torch.float64)
+            sums += product_sum(targets, seen)
+            counts += targets.sum(dim=0, dtype=float64)
             prior += prior_sums(posterior, teacher.factors)
-            labels[rows], confidence[rows], kept[rows] = label.numpy(), top.numpy(), keep.numpy()
-            tally = tally.plus(
-                Tally(
-                    rows=float(len(label)),
-                    kept=float(keep.sum()),
-                    confidence=float(top.sum()),
-                    flips=0.0 if before is None else float((before.labels[rows] != labels[rows]).sum()),
-                    agreement=float((zero_shot.argmax(dim=1) == label).sum()),
-                )
-            )
+            labels[rows], confidence[rows], kept[rows] = label.int(), top, keep
+            flips = keep.new_zeros(1) if earlier is None else earlier[rows] != labels[rows]
+            # In the order of Tally's fields.
+            found = (torch.ones_like(keep), keep, top, flips, zero_shot.argmax(dim=1) == label)
+            tally += torch.stack([rows.sum().double() for rows in found])
         own = Pass(
             sums=sums,
             counts=counts,
             prior=prior,
-            tally=tally,
-            labels=labels,
-            confidence=confidence,
-            kept=kept,
+            tally=Tally(*tally.tolist()),
+            labels=labels.cpu().numpy(),
+            confidence=confidence.cpu().numpy(),
+            kept=kept.cpu().numpy(),
             targets=shared,
         )
         return own.over_shards(self.all_reduce)
@@ -108,7 +106,8 @@ class Rounds:
         """Logits (m, K) of a chunk with the log of the neighbours' mean target, where there are neighbours."""
         if before is None or before.targets is None or self.shard.neighbours is None:
             return logits
-        around = torch.nn.functional.embedding_bag(self.shard.neighbours[rows], before.targets, mode="mean")
+        places, targets = self.shard.neighbours[rows].to(logits.device), before.targets.to(logits.device)
+        around = torch.nn.functional.embedding_bag(places, targets, mode="mean")
         return logits + self.recipe.neighbour_weight * torch.log(around + self.recipe.neighbour_floor)
 
     def _graduate(
@@ -159,13 +158,14 @@ class Rounds:
     def _zero_shot(self) -> State:
         """Zero-shot as the first teacher, its factors at their fixed point; later rounds make half a step each."""
         teacher = zero_shot_state(len(self.head), self.shard.features.shape[1])
+        device, head = self.shard.device, self.head.to(self.shard.device)
         for _ in range(self.recipe.first_prior_steps if self.prior.strength else 0):
-            sums = torch.zeros(2, len(teacher.bias)).double()
+            factors, sums = teacher.factors.to(device), torch.zeros(2, len(head), device=device).double()
             for rows, features in self.shard.chunks():
                 if self.shard.first_row + rows.start >= self.recipe.first_prior_rows:
                     break
-                logits = self.shard.zero_shot_logits(rows, features, head=self.head)
-                sums += prior_sums(torch.softmax(logits, dim=1), teacher.factors)
-            factors = update_factors(self.all_reduce(sums), prior=self.prior)
+                logits = self.shard.zero_shot_logits(rows, features, head=head)
+                sums += prior_sums(torch.softmax(logits, dim=1), factors)
+            factors = update_factors(self.all_reduce(sums.cpu()), prior=self.prior)
             teacher = replace(teacher, factors=factors)
         return teacher

@@ -13,7 +13,7 @@ from lpclip.method.gaussian import Whitening, gaussian_probe
 from lpclip.method.linear import Linear
 from lpclip.method.pseudo_labels import AllReduce, scale_to_confidence
 from lpclip.method.recipe import Recipe
-from lpclip.method.shard import Shard
+from lpclip.method.shard import CPU, Shard
 from lpclip.method.state import Pass, State
 
 
@@ -40,11 +40,13 @@ class GaussianSolver:
 
     def fit(self, teacher: State, found: Pass) -> Linear:
         """Fit the classes. Nothing of the teacher is needed but its labels' sums."""
-        fitted = gaussian_probe(found.sums, found.counts, whitening=self.whitening)
+        device = self.shard.device
+        sums, counts = found.sums.to(device), found.counts.to(device)
+        fitted = gaussian_probe(sums, counts, whitening=self.whitening.to(device))
         rows = max(0, min(self.recipe.scale_rows, self.shard.num_rows) - self.shard.first_row)
-        logits = fitted.logits(self.shard.features[:rows])
+        logits = fitted.logits(torch.from_numpy(self.shard.features[:rows]).to(device))
         scale = scale_to_confidence(logits, self.recipe.confidence, all_reduce=self.all_reduce)
-        return Linear(weight=scale * fitted.weight, bias=scale * fitted.bias)
+        return Linear(weight=scale * fitted.weight, bias=scale * fitted.bias).to(CPU)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +67,8 @@ class GradientSolver:
 
     def fit(self, teacher: State, found: Pass) -> Linear:
         """Fit by steps from the teacher's own weights."""
-        weight = teacher.weight + teacher.zero_shot_share * self.head
-        parameters = torch.cat([weight, teacher.bias[:, None]], dim=1)
+        weight, device = teacher.weight + teacher.zero_shot_share * self.head, self.shard.device
+        parameters = torch.cat([weight, teacher.bias[:, None]], dim=1).to(device)
         optimiser = torch.optim.Adam([parameters], lr=self.recipe.gradient_rate)
         views = self.shard.strong or (self.shard.features,)
         weights = torch.from_numpy(np.where(found.kept, found.confidence, 0).astype(np.float32))
@@ -77,17 +79,17 @@ class GradientSolver:
                     batch[(batch >= self.shard.first_row) & (batch < self.shard.first_row + len(weights))]
                 )
                 mine = mine - self.shard.first_row
-                labels = torch.from_numpy(found.labels[mine]).long()
+                labels = torch.from_numpy(found.labels[mine]).long().to(device)
                 gradient = weighted_cross_entropy_gradient(
-                    torch.from_numpy(view[mine]).float(),
+                    torch.from_numpy(view[mine]).to(device).float(),
                     torch.nn.functional.one_hot(labels, len(teacher.bias)).float(),
-                    weights[mine],
+                    weights[mine].to(device),
                     weight=parameters[:, :-1],
                     bias=parameters[:, -1],
                 )
-                parameters.grad = (self.all_reduce(gradient) / len(batch)).float()
+                parameters.grad = (self.all_reduce(gradient.cpu()) / len(batch)).float().to(device)
                 optimiser.step()
-        return Linear(weight=parameters[:, :-1].contiguous(), bias=parameters[:, -1])
+        return Linear(weight=parameters[:, :-1].contiguous(), bias=parameters[:, -1]).to(CPU)
 
     def _batches(self, round_number: int, epoch: int) -> list[np.ndarray]:
         """Places among all rows of each batch of an epoch."""

@@ -29,6 +29,11 @@ class State:
     """Share of the zero-shot logits that is added."""
     metrics: dict[str, float] = field(default_factory=dict)
 
+    def to(self, device: torch.device) -> State:
+        """The same with its tensors on another device."""
+        moved = {name: tensor.to(device) for name, tensor in self.to_tensors().items()}
+        return replace(self, weight=moved["weight"], bias=moved["bias"], factors=moved["factors"])
+
     def classifier(self, head: Tensor) -> Linear:
         """The state as a linear classifier, given the zero-shot `head` (K, d) in units of logits."""
         return Linear(
@@ -65,17 +70,13 @@ class Tally(NamedTuple):
     agreement: float = 0.0
     """Rows whose label is zero-shot's."""
 
-    def plus(self, other: Tally) -> Tally:
-        """Both tallies together."""
-        return Tally(*(a + b for a, b in zip(self, other, strict=True)))
-
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
     """A teacher's labels of a shard's rows, with the sums of all shards."""
 
     sums: Tensor
-    """(K, d) float64: targets' sums of features, over rows that are kept."""
+    """(K, d) float64: targets' sums of features, over rows that are kept. All sums are on the CPU."""
     counts: Tensor
     """(K,) float64: targets' sums over rows that are kept."""
     prior: Tensor
@@ -94,7 +95,7 @@ class Pass:
         """The pass with the sums and the targets of all shards, from one with its own shard's."""
         tally = torch.tensor(self.tally, dtype=torch.float64)
         parts = (self.sums, self.counts, self.prior, tally)
-        flat = all_reduce(torch.cat([part.flatten() for part in parts]))
+        flat = all_reduce(torch.cat([part.flatten().cpu() for part in parts]))
         pieces = flat.split([part.numel() for part in parts])
         sums, counts, prior, tally = (p.reshape(o.shape) for p, o in zip(pieces, parts, strict=True))
         targets = None if self.targets is None else all_reduce(self.targets)

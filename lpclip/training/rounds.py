@@ -29,6 +29,7 @@ from torch import Tensor
 from lpclip import files
 from lpclip.config import SelfTrainingConfig, UserError, config_identity
 from lpclip.encoders.head import Head
+from lpclip.features.describe import has_gpus
 from lpclip.features.store import Store
 from lpclip.method.fit import round_line
 from lpclip.method.gaussian import Whitening
@@ -36,7 +37,7 @@ from lpclip.method.neighbours import comparison_dtype, nearest
 from lpclip.method.priors import Prior
 from lpclip.method.recipe import RECIPE
 from lpclip.method.self_training import Rounds
-from lpclip.method.shard import CHUNK_ROWS, Shard, fit_whitenings
+from lpclip.method.shard import CHUNK_ROWS, Shard, compute_device, fit_whitenings
 from lpclip.method.state import Pass, State
 from lpclip.progress import watched
 
@@ -93,17 +94,18 @@ def fit(work: Work, *, storage: str, tell: Callable[[str], None] = lambda line: 
         files.write_json(mark, work.identity)
     if files.exists(files.join(work.folder, "finished.json")):
         return read_rounds(work.folder)
+    workers = work.config.num_workers
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"work": work},
-        # Sums are float64 tensors on the CPU, whatever encoded the images: gloo, not NCCL.
+        # What is added up are a few float64 sums a round, on the CPU: gloo, not NCCL.
         torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ray.train.ScalingConfig(num_workers=work.config.num_workers),
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=workers > 0 and has_gpus()),
         # A run name that was used before would return its old result; resuming is the rounds' own affair.
         run_config=ray.train.RunConfig(
             name=f"rounds-{uuid.uuid4().hex[:12]}",
             storage_path=storage,
-            failure_config=ray.train.FailureConfig(max_failures=0 if work.config.num_workers == 0 else 2),
+            failure_config=ray.train.FailureConfig(max_failures=0 if workers == 0 else 2),
         ),
     )
     with _told_rounds(work.folder, tell):
@@ -140,9 +142,12 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     distributed = size > 1 and dist.is_initialized()
 
     def all_reduce(tensor: Tensor) -> Tensor:
-        if distributed:
-            dist.all_reduce(tensor)
-        return tensor
+        if not distributed:
+            return tensor
+        # gloo adds on the CPU.
+        total = tensor.cpu()
+        dist.all_reduce(total)
+        return total.to(tensor.device)
 
     shard, ids = load_shard(work, part=rank, num_parts=size)
     # The last round is done again: its pass over the rows, with the labels, was not kept. With neighbours all
@@ -188,6 +193,7 @@ def _find_neighbours(work: Work, shard: Shard, *, count: int, whitening: Whiteni
         whitening=whitening,
         count=count,
         dtype=comparison_dtype(),
+        device=shard.device,
     )
 
 
@@ -195,7 +201,9 @@ def load_shard(work: Work, *, part: int, num_parts: int) -> tuple[Shard, np.ndar
     """A worker's rows, a run of whole chunks of the row order, and their ids. Labels stay in the store."""
     store = Store.open(work.store_path)
     found = store.features(part=part, num_parts=num_parts, chunk=CHUNK_ROWS, with_labels=False)
+    # A worker of Ray Train sees the GPU that it was given, and none if it was given none.
     shard = Shard(
+        device=compute_device(),
         features=found.base,
         strong=tuple(found.strong.values()),
         first_row=found.first_row,
