@@ -163,11 +163,29 @@ def write_bytes(path: str, data: bytes | memoryview) -> None:
         filesystem.move(temporary, inner)
 
 
-def write_parquet(path: str, table: pa.Table) -> None:
-    """Write a table as Parquet, atomically."""
+def write_parquet(
+    path: str, table: pa.Table, *, compression: str = "snappy", dictionary: bool | list[str] = True
+) -> None:
+    """Write a table as Parquet, atomically, with a checksum of each page. `dictionary` names columns that repeat."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
+    pq.write_table(table, sink, compression=compression, use_dictionary=dictionary, write_page_checksum=True)
     write_bytes(path, sink.getvalue())
+
+
+@contextlib.contextmanager
+def open_parquet(path: str, *, remedy: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file that lpclip wrote, to be read in the block; the checksums of the pages that are read are verified.
+
+    Raises UserError, which ends with the remedy, when it is damaged, and FileNotFoundError when it is not there.
+    """
+    filesystem, inner = resolve(path)
+    try:
+        with filesystem.open_input_file(inner) as stream:
+            yield pq.ParquetFile(stream, page_checksum_verification=True)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from error
 
 
 def read_bytes(path: str) -> bytes:

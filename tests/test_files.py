@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from lpclip import files
+from lpclip.config import UserError
 
 
 @pytest.fixture(params=["path", "uri"])
@@ -94,6 +97,22 @@ def test_a_folder_that_cannot_be_made_is_refused_by_name(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write to the output folder .*file/below"):
         files.make_folder(str(tmp_path / "file" / "below"))
+
+
+def test_a_changed_byte_in_a_table_is_a_sentence_with_the_way_out(folder: str):
+    path = files.join(folder, "table.parquet")
+    table = pa.table({"confidence": np.random.default_rng(0).random(1000)})
+    files.write_parquet(path, table)
+    with files.open_parquet(path, remedy="remove it") as found:
+        assert found.read() == table
+    data = bytearray(files.read_bytes(path))
+    data[len(data) // 2] ^= 1
+    files.write_bytes(path, bytes(data))
+    with (
+        pytest.raises(UserError, match=r"table\.parquet is damaged \(.*CRC.*\): remove it"),
+        files.open_parquet(path, remedy="remove it") as found,
+    ):
+        found.read()
 
 
 def test_an_unknown_scheme_is_refused():

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lpclip.features.store import Store, fingerprint, matrix, mean_view, row_order
+from lpclip.features.store import CHECKSUMS, Store, fingerprint, matrix, mean_view, row_order
 from lpclip.features.store_writer import DIGEST_MODULUS, Part, StoreWriter, list_parts
 
 DIM = 8
@@ -277,9 +277,9 @@ def test_a_lost_part_is_noticed(tmp_path: Path) -> None:
     path = make(tmp_path)
     (Path(path) / part(0, 0, 5).name).unlink()
     with pytest.raises(
-        ValueError, match=r"has lost part-000000-000000-000005-last\.parquet; remove the store"
+        ValueError, match=r"has lost part-000000-000000-000005-last\.parquet: run the command that made"
     ):
-        Store.open(path).features()
+        Store.open(path)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.99])
@@ -287,8 +287,60 @@ def test_a_truncated_part_is_noticed(tmp_path: Path, keep: float) -> None:
     path = make(tmp_path)
     file = Path(path) / part(1, 3, 8).name
     file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
-    with pytest.raises(ValueError, match=rf"{file.name} is damaged .* remove the store"):
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged .* remove this file"):
         Store.open(path).features()
+
+
+@pytest.mark.parametrize("column", ["id", "label", "weak", "strong"])
+@pytest.mark.parametrize("last", [True, False])
+def test_a_changed_byte_is_noticed_by_whoever_reads_it(tmp_path: Path, column: str, last: bool) -> None:
+    """The last byte of the data, or the last byte of the dictionary (labels alone have one)."""
+    path = make(tmp_path)
+    file = Path(path) / part(1, 3, 8).name
+    group = pq.read_metadata(file).row_group(0)
+    place = next(
+        c for c in map(group.column, range(group.num_columns)) if c.path_in_schema.startswith(column)
+    )
+    data = bytearray(file.read_bytes())
+    start = place.dictionary_page_offset or place.data_page_offset
+    end = start + place.total_compressed_size if last else place.data_page_offset
+    data[end - 1 if end > start else end + place.total_compressed_size - 1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged .*CRC.*: remove this file and run"):
+        Store.open(path).features()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.5])
+def test_without_checksums_features_that_no_encoder_makes_are_refused(tmp_path: Path, value: float) -> None:
+    path = make(tmp_path)
+    expected = Store.open(path).features()
+    for file in Path(path).glob("part-*.parquet"):
+        table = pq.read_table(file)
+        meta = {key: text for key, text in table.schema.metadata.items() if key != CHECKSUMS}
+        pq.write_table(table.replace_schema_metadata(meta), file)
+    assert np.array_equal(bits(Store.open(path).features().base), bits(expected.base))
+    table = pq.read_table(file := Path(path) / part(1, 3, 8).name)
+    damaged = matrix(table, "strong", DIM).copy()
+    damaged[2, 3] = value
+    column = pa.FixedSizeListArray.from_arrays(pa.array(damaged.reshape(-1)), DIM)
+    pq.write_table(table.set_column(table.column_names.index("strong"), "strong", column), file)
+    with pytest.raises(
+        ValueError, match=rf"{file.name} is damaged \(a feature is not of unit norm\): remove"
+    ):
+        Store.open(path).features()
+
+
+def test_a_removed_part_alone_is_made_again(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    before, manifest = Store.open(path).features(), Store.open(path).manifest
+    (Path(path) / part(1, 3, 8).name).unlink()
+    assert Store.find(path) is None
+    writer = StoreWriter(path, IDENTITY)
+    assert writer.begin() == {0: 5, 2: 1}
+    write(writer, part(1, 0, 8), rows(5, 12), bad=("x",), digest=2)
+    after = writer.finish(num_units=3, rate=1.0)
+    assert after.manifest.content_digest == manifest.content_digest
+    assert np.array_equal(bits(after.features().base), bits(before.base))
 
 
 def test_a_store_of_bad_images_alone_is_empty(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
       identity.json        written first: what the features are made of
       part-*.parquet       id, label, texts of pairs, one fixed-size list<float16> column a view
       quarantine.parquet   id, stage, error: every row that could not be encoded, with the reason
-      manifest.json        written last: its existence means the store is complete
+      manifest.json        written last: the store is complete when it and the parts that it names are there
 
 This module reads complete stores; lpclip/features/store_writer.py writes them. The fingerprint covers everything that
 changes a feature.
@@ -12,6 +12,7 @@ changes a feature.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,6 +28,11 @@ from lpclip.config import UserError, digest
 from lpclip.images.views import BASE_VIEWS
 
 FORMAT = 1
+CHECKSUMS = b"checksums"
+"""Key in a part's metadata: its pages have checksums, which are verified whenever they are read."""
+NORM_TOLERANCE = 0.01
+_ENCODE_AGAIN = "run the command that made the store again, it encodes the images of this part alone"
+_MEND_PART = f"remove this file and {_ENCODE_AGAIN}"
 
 
 def fingerprint(identity: dict[str, Any]) -> str:
@@ -130,18 +136,23 @@ class Store:
     @classmethod
     def open(cls, path: str) -> Store:
         """The store at `path`. Raises UserError when it is not complete, damaged or of an unknown format."""
-        found = cls.find(path)
-        if found is None:
+        manifest = Manifest.read(path)
+        if manifest is None:
             raise UserError(
                 f"{path} is not a complete feature store: it has no manifest.json; encode it again"
             )
-        return found
+        for name in _lost_parts(path, manifest):
+            raise UserError(f"the feature store {path} has lost {name}: {_ENCODE_AGAIN}")
+        return cls(path, manifest)
 
     @classmethod
     def find(cls, path: str) -> Store | None:
-        """The store at `path`, None when there is no complete one. Raises UserError when it is damaged."""
+        """The store at `path`, None when there is no complete one: parts may be lost, a writer goes on from the others.
+
+        Raises UserError when the manifest is damaged.
+        """
         manifest = Manifest.read(path)
-        return None if manifest is None else cls(path, manifest)
+        return None if manifest is None or _lost_parts(path, manifest) else cls(path, manifest)
 
     def require(self, identity: dict[str, Any]) -> None:
         """Raise UserError unless the store has this identity, as far as `identity` goes."""
@@ -150,7 +161,11 @@ class Store:
     def tables(self, columns: list[str]) -> Iterator[pa.Table]:
         """These columns of each part, in the manifest's order."""
         for name in self.manifest.parts:
-            yield open_part(self.path, name).read(columns=columns)
+            with open_part(self.path, name) as part:
+                table = part.read(columns=columns)
+                if CHECKSUMS not in part.metadata.metadata:
+                    _refuse_damage(table, files.join(self.path, name))
+            yield table
 
     def ids(self) -> np.ndarray:
         """Ids (N,) str."""
@@ -261,19 +276,31 @@ def refuse_other(path: str, found: dict[str, Any], wanted: dict[str, Any]) -> No
     )
 
 
-def open_part(path: str, name: str) -> pq.ParquetFile:
-    """A part of the store at `path`. Raises UserError when it is lost or damaged."""
-    filesystem, inner = files.resolve(files.join(path, name))
+@contextlib.contextmanager
+def open_part(path: str, name: str) -> Iterator[pq.ParquetFile]:
+    """A part of the store at `path`, to be read in the block. Raises UserError when it is lost or damaged."""
     try:
-        return pq.ParquetFile(filesystem.open_input_file(inner))
+        with files.open_parquet(files.join(path, name), remedy=_MEND_PART) as part:
+            yield part
     except FileNotFoundError as error:
-        raise UserError(
-            f"the feature store {path} has lost {name}; remove the store, it is encoded again"
-        ) from error
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(
-            f"{files.join(path, name)} is damaged ({error}); remove the store, it is encoded again"
-        ) from error
+        raise UserError(f"the feature store {path} has lost {name}: {_ENCODE_AGAIN}") from error
+
+
+def _lost_parts(path: str, manifest: Manifest) -> list[str]:
+    there = set(files.list_names(path))
+    return [name for name in manifest.parts if name not in there]
+
+
+def _refuse_damage(table: pa.Table, path: str) -> None:
+    """Raise UserError for features that no encoder makes: parts of earlier versions have no checksums."""
+    for name in table.column_names:
+        if not pa.types.is_fixed_size_list(table[name].type):
+            continue
+        rows = matrix(table, name, table[name].type.list_size).astype(np.float32)
+        norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+        # Float16 keeps the norm within 0.001. Without the negation, NaN would pass.
+        if not (np.abs(norms - 1) < NORM_TOLERANCE).all():
+            raise UserError(f"{path} is damaged (a feature is not of unit norm): {_MEND_PART}")
 
 
 def mean_view(views: list[np.ndarray]) -> np.ndarray:

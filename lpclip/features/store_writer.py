@@ -8,7 +8,6 @@ from the units that are there, and the names alone say which these are.
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import json
 import re
@@ -16,11 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lpclip import files
 from lpclip.config import UserError
-from lpclip.features.store import Manifest, Store, fingerprint, open_part, refuse_other
+from lpclip.features.store import CHECKSUMS, Manifest, Store, fingerprint, open_part, refuse_other
 
 DIGEST_MODULUS = 1 << 128
 QUARANTINE = pa.schema([("id", pa.string()), ("stage", pa.string()), ("error", pa.string())])
@@ -102,11 +100,18 @@ class StoreWriter:
         self, part: Part, *, rows: pa.Table, quarantine: list[dict[str, str]], content_digest: int
     ) -> None:
         """Commit a part: its encoded rows, its quarantined rows and the digest of their ids and image bytes."""
-        meta = {b"quarantine": json.dumps(quarantine).encode(), b"digest": b"%x" % content_digest}
-        sink = io.BytesIO()
+        meta = {
+            b"quarantine": json.dumps(quarantine).encode(),
+            b"digest": b"%x" % content_digest,
+            CHECKSUMS: b"1",
+        }
         # Random mantissas do not compress: an attempt would cost time and gain nothing.
-        pq.write_table(rows.replace_schema_metadata(meta), sink, compression="none", use_dictionary=["label"])
-        files.write_bytes(files.join(self.path, part.name), sink.getbuffer())
+        files.write_parquet(
+            files.join(self.path, part.name),
+            rows.replace_schema_metadata(meta),
+            compression="none",
+            dictionary=["label"],
+        )
 
     def finish(self, *, num_units: int, rate: float | None) -> Store:
         """Check that every unit is there, gather the quarantine and write the manifest. Returns the complete store.
@@ -120,7 +125,8 @@ class StoreWriter:
         assert whole == set(range(num_units)), f"{num_units - len(whole)} units are missing in {self.path}"
         rows, total = 0, 0
         for part in parts:
-            meta = open_part(self.path, part.name).metadata
+            with open_part(self.path, part.name) as opened:
+                meta = opened.metadata
             rows += meta.num_rows
             total = (total + int(meta.metadata[b"digest"], 16)) % DIGEST_MODULUS
         manifest = Manifest(
@@ -140,8 +146,9 @@ def write_quarantine(path: str) -> list[dict[str, str]]:
     """Gather the quarantined rows of all parts in quarantine.parquet. Returns them."""
     found: list[dict[str, str]] = []
     for part in list_parts(path):
-        found += json.loads(open_part(path, part.name).metadata.metadata[b"quarantine"])
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(found, schema=QUARANTINE), sink)
-    files.write_bytes(files.join(path, "quarantine.parquet"), sink.getbuffer())
+        with open_part(path, part.name) as opened:
+            found += json.loads(opened.metadata.metadata[b"quarantine"])
+    files.write_parquet(
+        files.join(path, "quarantine.parquet"), pa.Table.from_pylist(found, schema=QUARANTINE)
+    )
     return found

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.train
 import torch
 import torch.distributed as dist
@@ -129,8 +128,9 @@ def read_labels(folder: str) -> pa.Table:
     finished = files.read_json(files.join(folder, "finished.json"))
     tables = []
     for worker in range(finished["num_workers"]):
-        data = files.read_bytes(files.join(folder, f"labels-{worker}.parquet"))
-        tables.append(pq.read_table(pa.BufferReader(data)))
+        path = files.join(folder, f"labels-{worker}.parquet")
+        with files.open_parquet(path, remedy=f"remove the folder {folder}, its rounds run again") as found:
+            tables.append(found.read())
     table = pa.concat_tables(tables)
     return table.append_column("round", pa.array(np.full(len(table), finished["round"], np.int32)))
 
@@ -242,6 +242,4 @@ def _round_names(folder: str) -> list[str]:
 
 def _write_labels(folder: str, rank: int, *, ids: np.ndarray, found: Pass) -> None:
     columns = [pa.array(ids), pa.array(found.labels), pa.array(found.confidence), pa.array(found.kept)]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, schema=LABELS), sink)
-    files.write_bytes(files.join(folder, f"labels-{rank}.parquet"), sink.getvalue())
+    files.write_parquet(files.join(folder, f"labels-{rank}.parquet"), pa.table(columns, schema=LABELS))
