@@ -62,8 +62,8 @@ class SourceConfig:
     """Column with image bytes, URIs or bytes/path structs. By default it is the first of image, img, jpg, bytes,
     uri, url and path that exists."""
     label_column: str | None = None
-    """Column with labels, which are read for evaluation only. By default it is the first of label, labels and cls
-    that exists."""
+    """Column with labels. Self-training does not read them: they are for evaluation, for --supervised, and for the
+    captions of `lpclip pretrain`. By default it is the first of label, labels and cls that exists."""
     max_bad_fraction: float = 0.5
     """The job stops if more than this share of the images cannot be read."""
     max_pixels: int = 100_000_000
@@ -153,9 +153,9 @@ class SelfTrainingConfig:
     threshold: float = 0.0
     """Pseudo-labels with a confidence below this are left out of the fit."""
     prior: str = "auto"
-    """Class shares that the pseudo-labels are pulled toward: uniform (equal shares), weak (a third of that pull),
-    none, or a text file with one weight, or `name<TAB>weight`, per line. auto chooses uniform if the two halves of
-    the features confirm it, else weak."""
+    """Class shares that the pseudo-labels are pulled toward: uniform (equal shares), weak (equal shares at strength
+    0.3), none, or a text file with one weight, or `name<TAB>weight`, per line. auto tries uniform and weak on a sample
+    and takes uniform if rounds in random halves of the features' directions repeat its labels, else weak."""
     neighbours: int | None = None
     """Number of nearest neighbours whose labels influence each pseudo-label (gaussian solver only); 0 turns this
     off. The default is half the mean number of images per class, between 3 and 30, and 0 above 100,000 images."""
@@ -210,18 +210,17 @@ class PretrainConfig:
     share_end: float = 0.5
     """Share of each batch that psd distils in the last step; it grows along a cosine. The paper uses 0.8."""
     targets: Literal["images", "swapped", "own"] = "images"
-    """Source of the soft targets of psd. images takes the texts of similar images; swapped takes the alignments of
-    the other direction, as in the paper; own takes those of the same direction."""
+    """Source of the soft targets of psd. images takes the similarities among the images; swapped gives each direction
+    (image to text, text to image) the other one's similarities, as in the paper; own gives it its own."""
     teacher_sharpness: float = 3.0
-    """Factor on the scale of the model in the targets of psd. Above 1, targets are sharper than the alignments of
-    the model."""
+    """How much sharper the targets of psd are than the similarities of the model itself; 1 is equally sharp."""
     label_smoothing: float = 0.0
-    """Label smoothing of the infonce loss, spread over the batch."""
+    """Label smoothing of the infonce loss: this share of each target is divided equally among the batch."""
     mirror: bool = False
     """Mirror half of the images. This harms if the texts mention left and right."""
     accumulate: int = 1
-    """Number of parts in which each worker computes its share of a batch. More parts need less memory and a second
-    forward pass; the step is the same."""
+    """Number of parts in which each worker computes its share of a batch. Above 1, a step needs less memory and runs
+    the forward pass twice; its result is the same."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the computation; the weights are float32 in any case. auto is bfloat16 on GPUs, else
     float32."""
@@ -414,7 +413,7 @@ class TuneJob:
     trials: int = 64
     """Number of trials. A space with fewer combinations gives fewer trials."""
     criterion: Criterion = "structure"
-    """Criterion that chooses the winner without labels. docs/tuning.md compares the six criteria."""
+    """Criterion that chooses the winner without labels. docs/tuning.md compares them."""
     search: Literal["random", "optuna"] = "random"
     """Way of drawing the trials. random draws all of them before the first one runs; optuna (TPE) learns from the
     criterion of finished trials."""

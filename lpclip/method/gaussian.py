@@ -71,15 +71,15 @@ def gaussian_probe(sums: Tensor, counts: Tensor, *, whitening: Whitening) -> Lin
     Logits: z . S^-1 mu_k - mu_k' S^-1 mu_k / 2 (linear discriminant analysis, equal priors).
     """
     seen = counts.clamp_min(1e-3)
-    share = seen / whitening.num_rows
-    means = (sums / seen[:, None] - whitening.mean) @ whitening.whitener
-    shrinkage = max(0.3, whitening.shrinkage)
+    share = seen / whitening.num_rows  # P
+    means = (sums / seen[:, None] - whitening.mean) @ whitening.whitener  # M
+    shrinkage = max(0.3, whitening.shrinkage)  # L
     within = (whitening.variance.sum() - (share[:, None] * means**2).sum()) / len(whitening.variance)
-    diagonal = (1 - shrinkage) * whitening.variance + shrinkage * within.clamp_min(1e-6)
-    scaled = means / diagonal
-    gram = scaled @ means.T
+    diagonal = (1 - shrinkage) * whitening.variance + shrinkage * within.clamp_min(1e-6)  # E, with t = within
+    scaled = means / diagonal  # M E^-1
+    gram = scaled @ means.T  # G
     inner = torch.diag(1 / (share * (1 - shrinkage))) - gram
-    directions = scaled + torch.linalg.solve(inner, gram).T @ scaled
+    directions = scaled + torch.linalg.solve(inner, gram).T @ scaled  # M S^-1, S shrunk
     weight = directions @ whitening.whitener.T
     bias = -(directions * means).sum(dim=1) / 2 - weight @ whitening.mean
     return Linear(weight=weight.float(), bias=bias.float())

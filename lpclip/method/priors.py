@@ -1,4 +1,4 @@
-"""The class prior: shares that the pseudo-labels are drawn to, and how strongly."""
+"""The class prior: shares that the pseudo-labels are pulled to, and how strongly."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ MAX_FACTOR = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Prior:
-    """The class shares that targets are drawn to, by the same amount however long it iterates: the strength."""
+    """The class shares q that targets are pulled to, and the strength of the pull."""
 
     shares: Tensor | None = None
     """(K,), summing to 1; uniform when None."""
     strength: float = 1.0
-    """0 leaves the targets alone."""
+    """The exponent a in (0, 1]: 1 is the full correction. 0 leaves the targets alone."""
 
     def target(self, counts: Tensor) -> Tensor:
         """The shares (K,) float64 to ask for, given the posteriors' class counts (K,): halfway to the prior.
@@ -42,9 +42,10 @@ def prior_sums(posterior: Tensor, factors: Tensor) -> Tensor:
 
 
 def update_factors(sums: Tensor, *, prior: Prior) -> Tensor:
-    """A step of v_k <- (q_k / mean_i(p0_ik / sum_j p0_ij v_j))^a, normalised to mean 1; `sums` of all shards.
+    """A step of v_k <- (r_k / mean_i(p0_ik / sum_j p0_ij v_j))^a, normalised to mean 1; `sums` of all shards.
 
-    Each step starts from the original posteriors p0. Iterating on corrected ones would end at q for every a > 0.
+    r is `prior.target`, halfway to the prior q; a is the prior's strength. Each step starts from the original
+    posteriors p0. Iterating on corrected ones would end at r for every a > 0.
     """
     counts, ratios = sums
     if prior.strength == 0:

@@ -1,5 +1,15 @@
 """The rounds: pseudo-label with the teacher, fit the student, let it teach; under Ray Train or in this process.
 
+    teacher = zero-shot
+    repeat                                                          # the numbers are those of docs/method.md, "A round"
+        logits  = features . teacher + 2 log(mean target of the neighbours)         1
+        targets = softmax(logits), times the prior's factors                        2
+        targets = 0 where the largest is below the threshold                        3
+        student = Gaussian classes from the targets' sums, or gradient steps        4, 5
+        teacher = student                                                           6
+    until fewer than 0.2% of the labels change, or `rounds` are done
+    last student = Gaussian classes of base features and strong views               7
+
 A round is one pass over a worker's rows. Rows stand in the order of a hash of their ids and are cut into fixed
 chunks; chunks are dealt to workers in runs, their sums are taken in float64 and added over workers. So the
 probe does not depend on the number of workers beyond float64's rounding. Labels are not even loaded.
