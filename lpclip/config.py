@@ -213,7 +213,7 @@ class PretrainConfig:
     """Source of the soft targets of psd. images takes the similarities among the images; swapped gives each direction
     (image to text, text to image) the other one's similarities, as in the paper; own gives it its own."""
     teacher_sharpness: float = 3.0
-    """How much sharper the targets of psd are than the similarities of the model itself; 1 is equally sharp."""
+    """Sharpness of the targets of psd, relative to the similarities of the model itself: 1 is equally sharp."""
     label_smoothing: float = 0.0
     """Label smoothing of the infonce loss: this share of each target is divided equally among the batch."""
     mirror: bool = False
