@@ -39,7 +39,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -57,9 +57,10 @@ from lpclip.images.render import weak_view
 from lpclip.images.views import parse_views, pixel_views
 from lpclip.report.tables import format_table
 
+Part = Literal["prepare", "machine", "forward", "decode", "agreement", "rounds", "psd", "pipeline"]
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
-PARTS = {
+PARTS: dict[Part, int] = {
     "prepare": 90,
     "machine": 40,
     "forward": 150,
@@ -78,7 +79,7 @@ PHOTOS = 2048 if HAS_GPU else 64
 class Options:
     """Measure the parts on this machine's GPU."""
 
-    parts: tuple[str, ...] = tuple(PARTS)
+    parts: tuple[Part, ...] = tuple(PARTS)
     """Parts to run, in this order."""
     json: str | None = None
     """File to write the rows to, part by part."""
@@ -478,7 +479,7 @@ def _encoder(options: Options, name: str, *, precision: Any, device: str) -> Enc
 # The parts, one after the other
 
 
-def run_part(part: str, options: Options, rows: list[Row]) -> None:
+def run_part(part: Part, options: Options, rows: list[Row]) -> None:
     """Run a part in a process of its own, and add its rows as they come."""
     command = [sys.executable, __file__, "--parts", part, "--folder", options.folder]
     for flag, value in (("--images", options.images), ("--head", options.head)):
