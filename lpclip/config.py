@@ -31,6 +31,30 @@ def _refuse(config: Any, name: str, rule: str) -> None:
     raise UserError(f"--{name.replace('_', '-')} must be {rule}, not {getattr(config, name)}")
 
 
+# Where an empty text has a meaning: no such column, no scheme but the list's own.
+_MAY_BE_EMPTY = ("id_column", "image_column", "label_column", "text_column", "schemes")
+MAX_SEED = 2**32 - 1
+
+
+def _refuse_empty(config: Any) -> None:
+    """Refuse empty texts: from a shell variable that is not set, a path would be the current folder."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        texts = value if isinstance(value, tuple) else (value,)
+        if item.name not in _MAY_BE_EMPTY and any(
+            isinstance(text, str) and not text.strip() for text in texts
+        ):
+            raise UserError(
+                f"--{item.name.replace('_', '-')} is empty: give it a value or leave the flag out (a shell variable "
+                "may not be set)"
+            )
+
+
+def _check_seed(config: Any) -> None:
+    if not 0 <= config.seed <= MAX_SEED:
+        _refuse(config, "seed", f"between 0 and {MAX_SEED}")
+
+
 def _at_least(config: Any, lowest: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
@@ -170,6 +194,7 @@ class SelfTrainingConfig:
         _at_least(self, 1, "rounds")
         _below_one(self, "threshold")
         _at_least(self, 0, "neighbours", "num_workers")
+        _check_seed(self)
         if self.neighbours and self.solver == "gradient":
             raise UserError("--neighbours is for the gaussian solver: the gradient solver uses none")
 
@@ -235,6 +260,7 @@ class PretrainConfig:
         """Raise UserError for values that are out of range or do not go together."""
         _at_least(self, 1, "epochs", "batch_size", "accumulate")
         _at_least(self, 0, "num_workers", "checkpoint_minutes", "weight_decay")
+        _check_seed(self)
         _above_zero(self, "learning_rate", "teacher_sharpness")
         _below_one(self, "label_smoothing", "warmup")
         if self.method == "psd" and self.batch_size < 2:
@@ -277,7 +303,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def check(config: Any) -> None:
-    """Call `check` of a configuration and of all that are nested in it. Raises UserError for the first mistake."""
+    """Refuse empty texts, and call `check` of a configuration and of all that are nested in it.
+
+    Raises UserError for the first mistake.
+    """
+    _refuse_empty(config)
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
@@ -336,6 +366,7 @@ class EncodeJob:
     def check(self) -> None:
         """Raise UserError for values out of range."""
         _at_least(self, 1, "limit")
+        _check_seed(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -496,6 +527,7 @@ class EvaluateJob:
     def check(self) -> None:
         """Raise UserError for values that are out of range or do not go together."""
         _at_least(self, 1, "limit", "batch_size", "num_actors")
+        _check_seed(self)
         if self.probe and self.encoder is not None:
             raise UserError(
                 "--encoder is for --retrieval without --probe: with --probe, the encoder is the one of the probes"
@@ -530,7 +562,8 @@ class PredictJob:
     """Images to label: a folder, Parquet, a WebDataset tar, a CSV/JSONL manifest, a named data set or a feature
     store."""
     out: str
-    """Parquet file to write, with the columns id, label, probability, top_labels and top_probabilities."""
+    """Parquet file to write, with the columns id, label, probability, top_labels and top_probabilities. Images that
+    cannot be read are listed beside it, for labels.parquet in labels.quarantine.parquet."""
     top_k: int = 5
     """Number of most probable labels to keep for each image."""
     limit: int | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,49 @@ def test_a_job_refuses_what_is_out_of_range_before_it_starts(job: Any, sentence:
     with pytest.raises(UserError, match=re.escape(sentence)):
         runs[type(job)](job)
     assert ray.is_initialized() == started
+
+
+def _variants(job: Any, name: str, value: object) -> Any:
+    """The job with another value of a flag, wherever it is nested."""
+    for item in fields(job):
+        inner = getattr(job, item.name)
+        if item.name == name:
+            return replace(job, **{name: value})
+        if is_dataclass(inner) and name in to_dict(inner):
+            return replace(job, **{item.name: _variants(inner, name, value)})
+    raise AssertionError(name)
+
+
+def _hints(job: Any) -> dict[str, str]:
+    """The type of every flag."""
+    found: dict[str, str] = {}
+    for item in fields(job):
+        inner = getattr(job, item.name)
+        found |= _hints(inner) if is_dataclass(inner) else {item.name: str(item.type)}
+    return found
+
+
+@pytest.mark.parametrize("job", DEFAULTS, ids=lambda job: type(job).__name__)
+def test_every_number_has_a_range(job: Any) -> None:
+    for name, hint in _hints(job).items():
+        if re.match("(int|float)", hint):
+            for value in (-1, float("nan")) if hint.startswith("float") else (-1,):
+                with pytest.raises(UserError, match=f"--{name.replace('_', '-')} "):
+                    check(_variants(job, name, value))
+        if name == "seed":
+            check(_variants(job, name, 2**32 - 1))
+            with pytest.raises(UserError, match="--seed must be between 0 and 4294967295, not 4294967296"):
+                check(_variants(job, name, 2**32))
+
+
+@pytest.mark.parametrize("job", DEFAULTS, ids=lambda job: type(job).__name__)
+def test_an_unset_shell_variable_is_refused_by_its_flag(job: Any) -> None:
+    for name, hint in _hints(job).items():
+        if not hint.startswith(("str", "tuple")) or name.endswith("_column") or name == "schemes":
+            continue
+        for value in ("", " "):
+            with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is empty"):
+                check(_variants(job, name, (value,) if hint.startswith("tuple") else value))
 
 
 def test_two_stages_with_a_flag_of_one_name_are_a_fault() -> None:

@@ -610,7 +610,7 @@ def strange(work: Work) -> Path:
         ({"shift": ("photos={photos}",)}, "--shift photos={photos}: another set is called photos"),
         ({"corruptions": "fog,rain"}, "--corruptions: 'rain' is no corruption; there are gaussian_noise, "),
         ({"corruptions": "fog,fog"}, "--corruptions or --severities name one of them twice"),
-        ({"corruptions": ""}, "--corruptions: '' is no corruption"),
+        ({"corruptions": ""}, "--corruptions is empty: give it a value"),
         ({"corruptions": "fog", "severities": "0"}, "--severities: '0' is not a whole number from 1 to 5"),
         ({"corruptions": "fog", "severities": "1,6"}, "--severities: '6' is not a whole number"),
         ({"corruptions": "fog", "severities": "2.5"}, "--severities: '2.5' is not a whole number"),
