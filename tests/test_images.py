@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import re
 import tarfile
@@ -20,11 +21,12 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import read_unit
 from PIL import Image
+from pyarrow import csv, fs
 
-from lpclip.config import SourceConfig
+from lpclip.config import SourceConfig, UserError
 from lpclip.images.fetch import fetch_all, followed
 from lpclip.images.open import open_source
-from lpclip.images.source import ROWS, UNIT_ROWS, Source
+from lpclip.images.source import ROWS, UNIT_ROWS, File, Source, make_identity
 from lpclip.images.tars import MAX_HEADER_BYTES, MAX_MEMBERS
 
 CONFIG = SourceConfig()
@@ -97,6 +99,45 @@ class TestFolder:
             assert (source.has_labels, source.label_names) == (False, None)
             assert by_id(source)["a b%20?x=1.jpg"]["image"] == png(1)
         assert source.name == "My-photos"
+
+    def test_links_are_followed_once_and_a_link_to_nothing_is_a_missing_image(self, tmp_path: Path) -> None:
+        write(tmp_path / "elsewhere" / "2.png", png(2))
+        folder = tmp_path / "pets"
+        write(folder / "cat" / "1.png", png(1))
+        (folder / "dog").symlink_to(tmp_path / "elsewhere")
+        (folder / "cat" / "all").symlink_to(folder)
+        (folder / "cat" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+        (folder / "cat" / "itself.png").symlink_to("itself.png")
+        (folder / ".hidden").symlink_to(tmp_path / "nowhere")
+        source = open_source(str(folder), config=CONFIG)
+        read = by_id(source)
+        assert set(read) == {"cat/1.png", "cat/gone.png", "cat/itself.png", "dog/2.png"}
+        assert {name for name, row in read.items() if row["image"] is None} == {
+            "cat/gone.png",
+            "cat/itself.png",
+        }
+        assert "No such file" in read["cat/gone.png"]["error"]
+        assert "symbolic links" in read["cat/itself.png"]["error"]
+        write(tmp_path / "nowhere.png", png(3))
+        assert open_source(str(folder), config=CONFIG).identity != source.identity
+
+    def test_files_are_listed_as_before_so_that_stores_are_found_again(self, tmp_path: Path) -> None:
+        for name in ("b/1.jpg", "a/2.jpg", "a/c/3.jpg", "4.jpg"):
+            write(tmp_path / name, png(0))
+        infos = fs.LocalFileSystem().get_file_info(fs.FileSelector(str(tmp_path), recursive=True))
+        listed = sorted(
+            File(str(Path(info.path).relative_to(tmp_path)), info.size, info.mtime_ns)
+            for info in infos
+            if info.is_file
+        )
+        identity = make_identity("folder", listed, config=CONFIG, limit=None)
+        assert open_source(str(tmp_path), config=CONFIG).identity == identity
+
+    def test_a_name_that_is_not_utf8_is_refused_in_a_sentence(self, tmp_path: Path) -> None:
+        write(tmp_path / "1.jpg", png(0))
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9.jpg")).write_bytes(png(1))
+        with pytest.raises(UserError, match=r"the file name b'\\xe9.jpg' is not UTF-8"):
+            open_source(str(tmp_path), config=CONFIG)
 
     def test_other_files_are_counted_and_hidden_ones_passed_by(self, tmp_path: Path) -> None:
         for name in ("1.jpg", "2.jpg", "notes.txt", "movie.mp4", ".DS_Store", ".thumbs/1.jpg"):
@@ -642,3 +683,18 @@ class TestNamed:
         with pytest.raises(ValueError, match=f"{name} cannot be downloaded .*refused.* copy train.parquet"):
             open_source(name, config=CONFIG)
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_the_labels_that_are_there_are_known_before_reading(tmp_path: Path, limit: int | None) -> None:
+    words, numbers = ["dog", None, "cat", "dog", "eel"], [3, -1, 0, 3, 7]
+    ids, images = list("abcde"), [png(n) for n in range(5)]
+    for name, label in ("words", words), ("numbers", numbers):
+        write_parquet(tmp_path / f"{name}.parquet", {"id": ids, "image": images, "label": label})
+        table = pa.table({"id": ids, "path": [f"{i}.png" for i in ids], "label": label})
+        csv.write_csv(table, tmp_path / f"{name}.csv")
+    for name in ("cat/1.png", "dog/2.png", "eel/3.png", "4.png"):
+        write(tmp_path / "folder" / name, png(0))
+    for name in ("words.parquet", "numbers.parquet", "words.csv", "numbers.csv", "folder"):
+        source = open_source(str(tmp_path / name), config=CONFIG, limit=limit)
+        assert source.labels_there == tuple(sorted({row["label"] for row in rows(source)} - {None})), name

@@ -35,6 +35,7 @@ from lpclip.images.source import (
     Row,
     Source,
     choose,
+    different,
     make_identity,
     make_pair,
     make_row,
@@ -116,6 +117,7 @@ def open_folder(listing: Listing, *, config: SourceConfig, limit: int | None, te
         label_names=tuple(names) or None,
         identity=make_identity("folder", listing.files, config=config, limit=limit),
         config=config,
+        labels_there=different(work["labels"] or ()),
     )
 
 
@@ -155,7 +157,7 @@ def open_manifest(
     schemes = followed(config.schemes, root=listing.root)
     notes = _refused(paths, schemes, listing.root, file.path)
     chosen = choose(ids, limit)
-    work = {
+    work: dict[str, list[Any] | None] = {
         "paths": [paths[row] for row in chosen],
         "ids": None if ids == paths else [ids[row] for row in chosen],
         "labels": [labels[row] for row in chosen] if labels else None,
@@ -186,6 +188,7 @@ def open_manifest(
         label_names=label_names,
         identity=identity,
         config=config,
+        labels_there=different(work["labels"] or ()),
         notes=notes,
     )
 

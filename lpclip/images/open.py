@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,15 +94,17 @@ def _list(data: str) -> tuple[Listing, bool]:
         if info.type == fs.FileType.NotFound:
             raise UserError(f"{data}: no such path")
         is_file = info.is_file
-        infos = [info] if is_file else filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+        if is_file:
+            files = [File(path.rpartition("/")[2], info.size, info.mtime_ns)]
+        elif isinstance(filesystem, fs.LocalFileSystem):
+            files = list(_walk(path, above=()))
+        else:
+            selector = fs.FileSelector(path, recursive=True)
+            infos = [i for i in filesystem.get_file_info(selector) if i.type != fs.FileType.Directory]
+            start = path.rstrip("/")
+            files = [File(i.path[len(start) :].lstrip("/"), i.size, i.mtime_ns) for i in infos]
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{data}: cannot be listed ({reason(error)})") from error
-    start = path.rpartition("/")[0] if is_file else path.rstrip("/")
-    files = [
-        File(entry.path[len(start) :].lstrip("/"), entry.size, entry.mtime_ns)
-        for entry in infos
-        if entry.type != fs.FileType.Directory
-    ]
     files = sorted(file for file in files if not any(part.startswith(".") for part in file.path.split("/")))
     folder, name = split_uri(uri)
     if is_file:
@@ -107,6 +112,33 @@ def _list(data: str) -> tuple[Listing, bool]:
         name = f"{split_uri(folder)[1]}-{name.partition('.')[0]}"
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "images"
     return Listing(name, folder if is_file else uri, files), is_file
+
+
+def _walk(folder: str, *, above: tuple[tuple[int, int], ...]) -> Iterator[File]:
+    """The files below a local folder, their paths relative to it; hidden folders are left out.
+
+    Links are followed, except those to one of the folders `above`, which would have no end. A link to nothing is a
+    file without size and time: whoever reads it has the reason. pyarrow would go in circles and pass over it.
+    Raises OSError when a folder cannot be read, UserError when a name is not UTF-8.
+    """
+    status = os.stat(folder)
+    above = (*above, (status.st_dev, status.st_ino))
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name != os.fsencode(entry.name).decode(errors="replace"):
+                raise UserError(
+                    f"{folder}: the file name {os.fsencode(entry.name)!r} is not UTF-8: rename the file"
+                )
+            try:
+                status = entry.stat()
+            except OSError:
+                yield File(entry.name, None, None)
+                continue
+            if not stat.S_ISDIR(status.st_mode):
+                yield File(entry.name, status.st_size, status.st_mtime_ns)
+            elif not entry.name.startswith(".") and (status.st_dev, status.st_ino) not in above:
+                for file in _walk(entry.path, above=above):
+                    yield file._replace(path=f"{entry.name}/{file.path}")
 
 
 def _kind(path: str) -> str | None:

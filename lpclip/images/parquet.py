@@ -24,12 +24,13 @@ from lpclip.images.columns import (
     text_column,
 )
 from lpclip.images.fetch import followed, reason, retry, under
-from lpclip.images.parquet_reader import ParquetReader, row_id
+from lpclip.images.parquet_reader import ParquetReader, label_indices, row_id
 from lpclip.images.source import (
     UNIT_ROWS,
     Listing,
     Source,
     choose,
+    different,
     make_identity,
 )
 
@@ -78,6 +79,7 @@ def open_parquet(listing: Listing, *, config: SourceConfig, limit: int | None, t
         label_names=label_names,
         identity=identity,
         config=config,
+        labels_there=_labels_there(listing, label_column, label_names, chosen) if label_column else (),
     )
 
 
@@ -186,6 +188,15 @@ def _label_names(listing: Listing, schemas: Sequence[pa.Schema], column: str) ->
     if len(names) > 1:
         raise UserError(f"{listing.name}: the files disagree on the names of the classes")
     return names.pop()
+
+
+def _labels_there(
+    listing: Listing, column: str, names: tuple[str, ...] | None, chosen: np.ndarray | None
+) -> tuple[int, ...]:
+    """The different labels of the chosen rows, as the reader tells them."""
+    values = _read_column(listing, column)
+    values = (values if chosen is None else values.take(pa.array(chosen))).unique()
+    return different(label_indices(pa.chunked_array([values]), names).to_pylist())
 
 
 def _names_in_metadata(schema: pa.Schema, column: str) -> tuple[str, ...] | None:

@@ -94,6 +94,8 @@ class Source:
     identity: dict[str, Any]
     """Everything that changes the rows, but not the place they are read from; JSON-able."""
     config: SourceConfig
+    labels_there: tuple[int, ...] | None = None
+    """The different labels of the rows, None where they are not known before reading (webdataset)."""
     notes: tuple[str, ...] = ()
     """Sentences that the user should read, for example about files that were skipped."""
 
@@ -154,6 +156,11 @@ def choose(ids: Sequence[str], limit: int | None) -> list[int]:
         return list(range(len(ids)))
     keys = b"".join(blake2b(name.encode(), digest_size=8).digest() for name in ids)
     return sorted(np.argsort(np.frombuffer(keys, ">u8"), kind="stable")[:limit].tolist())
+
+
+def different(labels: Sequence[int | None]) -> tuple[int, ...]:
+    """The different labels among these, sorted."""
+    return tuple(sorted({label for label in labels if label is not None}))
 
 
 def make_row(name: str, image: bytes | Exception, label: int | None, texts: Sequence[str] = ()) -> Row:
