@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -242,6 +243,34 @@ def test_predict_labels_images_as_the_probe_does(
         assert (row["top_labels"][0], row["top_probabilities"][0]) == (row["label"], row["probability"])
         assert sorted(row["top_labels"]) == sorted(CLASSES)
         assert sum(row["top_probabilities"]) == pytest.approx(1, abs=1e-5)
+    assert not list(work.glob("*.quarantine.parquet"))
+
+
+def test_predict_keeps_the_list_of_the_images_that_it_left_out(
+    base: dict[str, Any],
+    work: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(photos / "stop_sign", tmp_path / "some")
+    (folder / "100.png").write_bytes(b"no image")
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    command = f"predict.py --probe {work}/base/probe --data {folder} --out {tmp_path}/labels.parquet"
+    assert run(command, monkeypatch) == {"images": 9, "quarantined": 2}
+    assert f"2 quarantined, listed in {tmp_path}/labels.quarantine.parquet" in capsys.readouterr().out
+    rows = pq.read_table(tmp_path / "labels.quarantine.parquet").to_pylist()
+    assert {(row["id"], row["stage"]) for row in rows} == {("100.png", "decode"), ("gone.png", "read")}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "some",
+        "labels.parquet",
+        "labels.quarantine.parquet",
+    }
+    for name in ("100.png", "gone.png"):
+        (folder / name).unlink()
+    assert run(command, monkeypatch) == {"images": 9, "quarantined": 0}
+    assert not (tmp_path / "labels.quarantine.parquet").exists()
 
 
 @pytest.fixture(scope="module")
@@ -476,6 +505,28 @@ def test_labels_outside_the_class_list_are_refused_and_nothing_is_lost(
     )
     assert "3 labels of photos are not in the class list (stop_sign, tennis_ball, traffic_cone)" in message
     assert Store.find(base["features"]["train"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--data {lake}/labelled.parquet",
+        "--data {lake}/unlabelled.parquet --eval-data {lake}/labelled.parquet",
+        "--data {lake}/labelled.parquet --eval-data {two} --supervised",
+    ],
+)
+def test_a_label_that_is_no_class_stops_the_job_before_any_work(
+    flags: str,
+    lake: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    table = pq.read_table(lake / "labelled.parquet")
+    pq.write_table(table.filter(pa.compute.less(table["label"], 2)), two := tmp_path / "two.parquet")
+    command = f"selftrain.py {flags.format(lake=lake, two=two)} --classes apple,pear --out {tmp_path}/out"
+    assert "labelled are not in the class list (2)" in refusal(command, monkeypatch, capsys)
+    assert not list(tmp_path.glob("out/*"))
 
 
 def test_predict_refuses_what_it_cannot_do(

@@ -142,13 +142,12 @@ class StoreWriter:
         return Store(self.path, manifest)
 
 
-def write_quarantine(path: str) -> list[dict[str, str]]:
-    """Gather the quarantined rows of all parts in quarantine.parquet. Returns them."""
+def write_quarantine(path: str, *, to: str | None = None) -> list[dict[str, str]]:
+    """Gather the quarantined rows of all parts in the file `to`, by default quarantine.parquet. Returns them."""
     found: list[dict[str, str]] = []
     for part in list_parts(path):
         with open_part(path, part.name) as opened:
             found += json.loads(opened.metadata.metadata[b"quarantine"])
-    files.write_parquet(
-        files.join(path, "quarantine.parquet"), pa.Table.from_pylist(found, schema=QUARANTINE)
-    )
+    table = pa.Table.from_pylist(found, schema=QUARANTINE)
+    files.write_parquet(to or files.join(path, "quarantine.parquet"), table)
     return found

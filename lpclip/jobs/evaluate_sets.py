@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -127,22 +128,20 @@ def evaluation_classes(job: EvaluateJob, probe: Probe) -> ClassList:
 
 
 def check_label_names(item: EvaluationSet, classes: ClassList) -> None:
-    """Refuse a labelled set that knows none of the classes before it is encoded."""
-    names = item.data.label_names
-    if item.kind == "ood" or names is None:
+    """Refuse a labelled set before it is encoded: for a foreign label, or where its names alone are known, for all."""
+    names, source = item.data.label_names, item.data.source
+    if item.kind == "ood":
         return
-    whole = item.data.source is not None and item.data.source.kind == "folder"
-    for chosen in [list(range(len(names)))] if whole else [[place] for place in range(len(names))]:
-        try:
-            map_labels(
-                np.array(chosen, dtype=np.int32), label_names=names, classes=classes, data=item.data.name
-            )
-        except UserError:
-            if whole:
-                raise
-        else:
+    if source is not None and source.labels_there is not None:
+        there = np.array(source.labels_there, dtype=np.int64)
+        map_labels(there, label_names=names, classes=classes, data=item.data.name)
+        return
+    for place in range(len(names or ())):
+        with contextlib.suppress(UserError):
+            map_labels(np.array([place]), label_names=names, classes=classes, data=item.data.name)
             return
-    raise UserError(
-        f"none of {item.data.name}'s labels ({', '.join(names[:5])}) is a class of the probe "
-        f"({', '.join(classes.names[:5])})"
-    )
+    if names is not None:
+        raise UserError(
+            f"none of {item.data.name}'s labels ({', '.join(names[:5])}) is a class of the probe "
+            f"({', '.join(classes.names[:5])})"
+        )

@@ -69,7 +69,8 @@ def open_inputs(job: SelftrainJob | TuneJob) -> Inputs:
     data = open_data(job.data, config=job.source, split="train", limit=job.limit)
     classes = resolve_classes(job.names, label_names=data.label_names)
     test = _open_test(job)
-    _check_label_names(data, test, classes)
+    supervised = isinstance(job, SelftrainJob) and job.supervised
+    _check_label_names(data, test, classes, supervised=supervised)
     return Inputs(data=data, test=test, classes=classes)
 
 
@@ -177,12 +178,12 @@ def _open_test(job: SelftrainJob | TuneJob) -> Data | None:
     return test
 
 
-def _check_label_names(data: Data, test: Data | None, classes: ClassList) -> None:
-    """Refuse foreign labels before the work begins, where all names that the data tells do occur: in folders."""
-    for item in (data, test):
-        if item is not None and item.source is not None and item.source.kind == "folder" and item.label_names:
-            places = np.arange(len(item.label_names), dtype=np.int32)
-            map_labels(places, label_names=item.label_names, classes=classes, data=item.name)
+def _check_label_names(data: Data, test: Data | None, classes: ClassList, *, supervised: bool) -> None:
+    """Refuse foreign labels before the work begins, of the images whose labels will be read."""
+    for item in (test or data, data if supervised else None):
+        if item is not None and item.source is not None and item.source.labels_there is not None:
+            there = np.array(item.source.labels_there, dtype=np.int64)
+            map_labels(there, label_names=item.label_names, classes=classes, data=item.name)
 
 
 def describe_probes_encoder(

@@ -11,8 +11,10 @@ from lpclip import files
 from lpclip.config import PredictJob, check
 from lpclip.features.data import open_data
 from lpclip.features.find_or_encode import Encoding
+from lpclip.features.store import Store
+from lpclip.features.store_writer import write_quarantine
 from lpclip.images.views import base_views
-from lpclip.jobs.console import print_plan
+from lpclip.jobs.console import print_plan, shown
 from lpclip.jobs.inputs import describe_probes_encoder
 from lpclip.jobs.runtime import output_folder, start_ray
 from lpclip.method.probe import load_probe
@@ -20,7 +22,10 @@ from lpclip.report.tables import format_table
 
 
 def predict_job(job: PredictJob) -> dict[str, Any]:
-    """Label images with a saved probe: id, label, probability and the top k, one Parquet file."""
+    """Label images with a saved probe: id, label, probability and the top k, one Parquet file.
+
+    Images that cannot be read are listed in a second file beside it.
+    """
     check(job)
     probe = load_probe(job.probe)
     data = open_data(job.data, config=job.source, split="test", limit=job.limit)
@@ -45,12 +50,28 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
             }
         )
         files.write_parquet(job.out, table)
+        quarantine = _keep_quarantine(found.latest.store, job.out)
     if job.features is None:
         files.delete_folder(folder)
     counts = np.bincount(places[:, 0].numpy(), minlength=p.shape[1])
     order = np.argsort(-counts)[:20]
     print(format_table([{"label": probe.class_names[i], "images": int(counts[i])} for i in order]))
-    print(
-        f"{len(table):,} images labelled, {found.latest.store.manifest.num_quarantined:,} quarantined: {job.out}"
-    )
-    return {"images": len(table), "quarantined": found.latest.store.manifest.num_quarantined}
+    num_quarantined = found.latest.store.manifest.num_quarantined
+    listed = f", listed in {shown(quarantine)}" if quarantine else ""
+    print(f"{len(table):,} images labelled: {shown(job.out)}; {num_quarantined:,} quarantined{listed}")
+    return {"images": len(table), "quarantined": num_quarantined}
+
+
+def _keep_quarantine(store: Store, out: str) -> str | None:
+    """Write the quarantined rows of the store beside the labels; its own list may be deleted with it.
+
+    Returns the path, None when there are none; then a list of an earlier run is deleted.
+    """
+    base, options = files.split_options(out)
+    path = f"{base.removesuffix('.parquet')}.quarantine.parquet{options}"
+    if store.manifest.num_quarantined:
+        write_quarantine(store.path, to=path)
+        return path
+    if files.exists(path):
+        files.delete(path)
+    return None
