@@ -115,6 +115,8 @@ def run(job):
         # A process that was started in the background may have been told to ignore it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.kill(os.getpid(), signal.SIGINT)
+    if job.end == "terminate":
+        os.kill(os.getpid(), signal.SIGTERM)
 
 main(run, Job)
 """
@@ -129,6 +131,7 @@ REPORT_IT = "This is a fault of lpclip. Please report it with the traceback and 
         ("file", 1, ["FileNotFoundError: [Errno 2] No such file or directory: 'photos/missing'", REPORT_IT]),
         ("bug", 1, ["KeyError: 'bug'", REPORT_IT]),
         ("interrupt", 130, ["interrupted: finished work is kept, and the same command resumes from there"]),
+        ("terminate", 143, ["terminated: finished work is kept, and the same command resumes from there"]),
     ],
 )
 def test_how_a_job_ends(end: str, code: int, last_lines: list[str]) -> None:
@@ -142,6 +145,41 @@ def test_how_a_job_ends(end: str, code: int, last_lines: list[str]) -> None:
         command, env={**environment, "LPCLIP_TRACEBACK": "1"}, capture_output=True, text=True, check=False
     )
     assert ("Traceback" in traced.stderr) == (end in ("value", "file", "bug"))
+
+
+WITH_RAY = """
+import os, signal, threading
+from dataclasses import dataclass
+from lpclip.jobs.cli import main
+from lpclip.jobs.runtime import start_ray
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    end: str
+
+def run(job):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    start_ray()
+    if job.end == "terminated":
+        os.kill(os.getpid(), signal.SIGTERM)
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()  # while Ray is shut down
+
+main(run, Job)
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("interrupted", 130), ("terminated", 143)])
+def test_a_signal_ends_a_job_with_ray_in_one_sentence(end: str, code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_RAY, "--end", end],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code
+    sentence = f"{end}: finished work is kept, and the same command resumes from there"
+    assert done.stderr.strip().splitlines() == [sentence]
 
 
 @ray.remote(max_retries=0, num_cpus=0)

@@ -5,10 +5,12 @@ Flags are parsed before any heavy library is imported, so that --help and wrong 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -50,6 +52,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 OPTIONS = (conf.OmitArgPrefixes, conf.OmitSubcommandPrefixes, conf.FlagCreatePairsOff, conf.DisallowNone)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers and `kill` send it: the work ends as with Ctrl-C."""
+
+
 def entry() -> None:
     """Run the command line of `lpclip`: a command's name, then its flags."""
     words = sys.argv[1:]
@@ -75,6 +81,8 @@ def run_command(name: str, *, prog: str | None = None, args: Sequence[str] | Non
         getattr(module, f"{name}_job")(job)
 
     main(run, COMMANDS[name], prog=prog, args=args)
+    # Nothing is left to keep: without this, Ctrl-C while libraries say goodbye would show their tracebacks.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def main(
@@ -87,19 +95,21 @@ def main(
     """Parse the flags into `config_type` and run the job with them.
 
     The flags are the dataclass's fields, nested stages merged. The process exits with 2 on wrong flags, with
-    1 and `error: ...` on a UserError or a full disk, here or in a Ray worker, with 130 on Ctrl-C. Anything else is
-    a fault of the program: it keeps its traceback and asks to be reported. LPCLIP_TRACEBACK=1 shows the tracebacks
-    of UserErrors too.
+    1 and `error: ...` on a UserError or a full disk, here or in a Ray worker, with 130 on Ctrl-C and 143 on SIGTERM.
+    Anything else is a fault of the program: it keeps its traceback and asks to be reported. LPCLIP_TRACEBACK=1 shows
+    the tracebacks of UserErrors too.
     """
     config = tyro.cli(config_type, prog=prog, args=args, config=OPTIONS)
     try:
-        _refuse_secrets(config)
-        run(config)
-    except KeyboardInterrupt:
-        print(
-            "\ninterrupted: finished work is kept, and the same command resumes from there", file=sys.stderr
-        )
-        sys.exit(130)
+        with _ended_whole():
+            _refuse_secrets(config)
+            run(config)
+    except KeyboardInterrupt as stop:
+        # A second one ends the process at once.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        what, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        print(f"\n{what}: finished work is kept, and the same command resumes from there", file=sys.stderr)
+        sys.exit(code)
     except Exception as error:
         mistake = users_mistake(error)
         if mistake is None:
@@ -108,6 +118,27 @@ def main(
             raise
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(1)
+
+
+@contextlib.contextmanager
+def _ended_whole() -> Iterator[None]:
+    """Turn SIGTERM into Terminated, and end the Ray that the block starts before the process ends."""
+    before = signal.signal(signal.SIGTERM, _terminate)
+    had_ray = _ray_runs()
+    try:
+        yield
+        if _ray_runs() and not had_ray:
+            sys.modules["ray"].shutdown()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated
+
+
+def _ray_runs() -> bool:
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
 
 
 def _refuse_secrets(config: object) -> None:

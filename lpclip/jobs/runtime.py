@@ -7,6 +7,8 @@ import importlib.metadata
 import logging
 import os
 import platform
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +29,7 @@ def start_ray() -> None:
     """Join the cluster that RAY_ADDRESS names, as in a submitted job, or start a private one on this machine."""
     if ray.is_initialized():
         return
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
     # An error that ends an execution is raised as well, and main prints it in one sentence.
@@ -36,6 +39,9 @@ def start_ray() -> None:
     else:
         # "auto" would wait minutes for a dead cluster whose files are still there.
         ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own answer to SIGTERM is a list of C++ addresses.
+        signal.signal(signal.SIGTERM, on_sigterm)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -65,6 +71,7 @@ def output_folder(out: str) -> Iterator[str]:
             "path, or a URI that all nodes reach"
         )
     path = files.absolute(out)
+    is_new = not Path(path).exists()
     files.make_folder(path)
     lock = filelock.FileLock(Path(path) / ".lock")
     try:
@@ -74,7 +81,13 @@ def output_folder(out: str) -> Iterator[str]:
     try:
         yield path
     finally:
+        # A command that is refused leaves nothing behind.
+        is_empty = [entry.name for entry in Path(path).iterdir()] == [".lock"]
+        if is_empty:
+            Path(lock.lock_file).unlink()
         lock.release()
+        if is_empty and is_new:
+            Path(path).rmdir()
 
 
 def claim(out: str, identity: dict[str, Any], *, mark: bool = True, shared: str = "features") -> None:
