@@ -40,7 +40,7 @@ from torchmetrics.functional import spearman_corrcoef
 from lpclip.config import ClassConfig, SelfTrainingConfig, digest
 from lpclip.encoders.encoder import resolve_precision
 from lpclip.encoders.head import Head
-from lpclip.encoders.prompts import DEFAULT_TEMPLATES, zero_shot_head
+from lpclip.encoders.prompts import DEFAULT_TEMPLATES, zero_shot_weights
 from lpclip.images.classes import map_labels, resolve_classes
 from lpclip.jobs.cli import OPTIONS
 from lpclip.jobs.runtime import start_ray
@@ -122,7 +122,7 @@ def settings(options: Options) -> Iterator[Setting]:
             map_labels(found.labels, label_names=own, classes=classes, data=name)
             for found, own in zip((train, test), names, strict=True)
         )
-        head = zero_shot_head(encoder, classes.names, templates=DEFAULT_TEMPLATES)
+        head = zero_shot_weights(encoder, classes.names, templates=DEFAULT_TEMPLATES)
         rows, test_rows = np.arange(len(y)), np.arange(len(test_y))
         if paths[0] == paths[1]:
             rows, test_rows = np.array_split(rows, 2)

@@ -66,7 +66,7 @@ from torch.utils.data import DataLoader, Dataset
 from lpclip.config import ClassConfig, EncoderConfig, SourceConfig
 from lpclip.encoders.encoder import Encoder
 from lpclip.encoders.load import load_encoder
-from lpclip.encoders.prompts import templates, zero_shot_head
+from lpclip.encoders.prompts import templates, zero_shot_weights
 from lpclip.features import find_or_encode as pipeline
 from lpclip.features.describe import describe_encoder
 from lpclip.features.encode_stage import ENCODER_ENV
@@ -651,7 +651,7 @@ def check_precision(config: EncoderConfig, options: Options) -> list[dict[str, A
         if options.classes
         else tuple(open_clip.IMAGENET_CLASSNAMES)
     )
-    head = zero_shot_head(reference, names, templates=templates("default")[:2])
+    head = zero_shot_weights(reference, names, templates=templates("default")[:2])
     rows = []
     for kind in [options.images] if options.images else options.kinds:
         data = kind if options.images else make_images(kind, options.num_images, folder=options.folder)

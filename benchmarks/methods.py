@@ -48,7 +48,7 @@ from torch import Tensor
 from lpclip.config import ClassConfig, EncoderConfig, SelfTrainingConfig
 from lpclip.encoders.encoder import Encoder
 from lpclip.encoders.load import load_encoder
-from lpclip.encoders.prompts import DEFAULT_TEMPLATES, zero_shot_head
+from lpclip.encoders.prompts import DEFAULT_TEMPLATES, zero_shot_weights
 from lpclip.evaluation.metrics import classification_metrics
 from lpclip.features.store import Store
 from lpclip.images.classes import map_labels, resolve_classes
@@ -280,8 +280,8 @@ def load_data(stores: dict[str, Store], name: str, *, encoder: Encoder) -> Data 
     corrupted = {v: (load(a, view=v), load(b, view=v)) for v, (a, b) in seen.items() if a and b}
     return Data(
         name=name,
-        head=zero_shot_head(encoder, classes.names, templates=DEFAULT_TEMPLATES),
-        single_head=zero_shot_head(encoder, classes.names, templates=SINGLE_PROMPT),
+        head=zero_shot_weights(encoder, classes.names, templates=DEFAULT_TEMPLATES),
+        single_head=zero_shot_weights(encoder, classes.names, templates=SINGLE_PROMPT),
         temperature=1 / encoder.logit_scale,
         train=train,
         test=test,

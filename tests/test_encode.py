@@ -206,7 +206,7 @@ import sys, numpy as np, torch
 from conftest import CLASSES, draw
 from lpclip.config import EncoderConfig
 from lpclip.encoders.load import load_encoder
-from lpclip.encoders.prompts import DEFAULT_TEMPLATES, zero_shot_head
+from lpclip.encoders.prompts import DEFAULT_TEMPLATES, zero_shot_weights
 from lpclip.images.render import weak_view
 from lpclip.images.pixels import decode_image
 encoder = load_encoder(EncoderConfig(precision="float32"))
@@ -214,7 +214,7 @@ options = dict(max_pixels=10**6, max_bytes=10**6, size=encoder.preprocess.size)
 images = [weak_view(decode_image(draw(i % 3, i), **options), encoder.preprocess) for i in range({CPU_BATCH})]
 torch.set_num_threads(1)
 features = encoder.encode_image(torch.from_numpy(np.stack(images))).numpy()
-head = zero_shot_head(encoder, CLASSES, templates=DEFAULT_TEMPLATES).numpy()
+head = zero_shot_weights(encoder, CLASSES, templates=DEFAULT_TEMPLATES).numpy()
 np.savez(sys.argv[1], features=features, predicted=(features @ head.T).argmax(axis=1))
 """
     found = []

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lpclip.encoders.prompts import templates, zero_shot_head
+from lpclip.encoders.prompts import templates, zero_shot_weights
 from lpclip.images.classes import ClassList, read_classes
 
 
@@ -26,7 +26,9 @@ class LetterEncoder:
 
 def test_a_row_of_the_head_is_the_normalised_mean_of_its_prompts():
     encoder = LetterEncoder()
-    head = zero_shot_head(encoder, ["cat", "zebra_fish"], templates=("a {}", "big {}, the {}"), batch_size=3)
+    head = zero_shot_weights(
+        encoder, ["cat", "zebra_fish"], templates=("a {}", "big {}, the {}"), batch_size=3
+    )
     prompts = [["a cat", "big cat, the cat"], ["a zebra fish", "big zebra fish, the zebra fish"]]
     rows = [F.normalize(LetterEncoder().encode_text(own).mean(0), dim=0) for own in prompts]
     assert [len(batch) for batch in encoder.batches] == [3, 1]
@@ -35,7 +37,7 @@ def test_a_row_of_the_head_is_the_normalised_mean_of_its_prompts():
 
 
 def test_the_head_can_be_trained_further():
-    head = zero_shot_head(LetterEncoder(), ["cat", "dog"], templates=("{}",)).requires_grad_()
+    head = zero_shot_weights(LetterEncoder(), ["cat", "dog"], templates=("{}",)).requires_grad_()
     head.square().sum().backward()
     assert head.grad is not None
 

@@ -47,7 +47,7 @@ def templates(spec: str) -> tuple[str, ...]:
     return lines
 
 
-def zero_shot_head(
+def zero_shot_weights(
     encoder: Encoder, class_names: Sequence[str], *, templates: Sequence[str], batch_size: int = 256
 ) -> Tensor:
     """The zero-shot head, float32 (K, d) on the CPU, rows of unit norm.

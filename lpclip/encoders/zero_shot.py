@@ -26,7 +26,7 @@ def describe(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         encoder = load_encoder(config, device=device)
-    head = prompts.zero_shot_head(encoder, names, templates=templates).numpy() if names else None
+    head = prompts.zero_shot_weights(encoder, names, templates=templates).numpy() if names else None
     return EncoderInfo(
         name=encoder.name,
         identity=full_identity(encoder),

@@ -93,7 +93,7 @@ class EncodeStage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ActorPlan:
     """The pipeline's share of the machine."""
 
     num_actors: int
@@ -107,7 +107,7 @@ class Plan:
         return f"{self.num_actors} encoder actor{'s' * (self.num_actors != 1)}, {place}"
 
 
-def plan_actors(num_actors: int | None) -> Plan:
+def plan_actors(num_actors: int | None) -> ActorPlan:
     """One actor for each GPU, else one for every eight CPUs of a node. Half of a node's CPUs stay for decoding.
 
     If actors held every CPU, no CPU would be left to decode, and the pipeline would wait forever. So all of them fit
@@ -118,7 +118,7 @@ def plan_actors(num_actors: int | None) -> Plan:
         count = num_actors or int(found["GPU"])
         # Ray keeps a CPU for an actor with a GPU, so that it does not wait behind decoders. Few CPUs are better shared.
         cpus = None if found.get("CPU", 0) >= 4 * count else 0
-        return Plan(num_actors=count, cpus_per_actor=cpus, gpus_per_actor=1, num_threads=1)
+        return ActorPlan(num_actors=count, cpus_per_actor=cpus, gpus_per_actor=1, num_threads=1)
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     nodes = [cpus for cpus in nodes if cpus >= 1]
     count = num_actors or sum(max(1, int(cpus) // 8) for cpus in nodes)
@@ -126,4 +126,4 @@ def plan_actors(num_actors: int | None) -> Plan:
     part = 0.45 * min(nodes) / count if min(nodes) >= 2 else 0.0
     # Never a whole CPU: stages with the same request would be fused into one process.
     part = 0.9 if part == 1 else part
-    return Plan(num_actors=count, cpus_per_actor=part, gpus_per_actor=0, num_threads=max(1, int(share)))
+    return ActorPlan(num_actors=count, cpus_per_actor=part, gpus_per_actor=0, num_threads=max(1, int(share)))

@@ -14,7 +14,7 @@ from lpclip.evaluation.results import ZERO_SHOT
 from lpclip.features.describe import describe_encoder
 from lpclip.features.find_or_encode import Encoding
 from lpclip.jobs import tracking
-from lpclip.jobs.evaluate_measure import Subjects, measure
+from lpclip.jobs.evaluate_measure import Subjects, measure_sets
 from lpclip.jobs.evaluate_outputs import track_evaluation, write_evaluation, write_retrieval
 from lpclip.jobs.evaluate_print import print_evaluation, print_evaluation_plan, print_retrieval
 from lpclip.jobs.evaluate_probes import Probes, load_probes
@@ -39,7 +39,7 @@ from lpclip.method.probe import zero_shot_probe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs:
+class _Opened:
     """Everything that is measured, opened and checked, before any image is encoded."""
 
     job: EvaluateJob
@@ -61,15 +61,15 @@ def evaluate_job(job: EvaluateJob) -> dict[str, Any]:
     probes = load_probes(job.probe)
     corruptions = parse_corruptions(job) if job.data is not None else []
     with output_folder(job.out) as out:
-        inputs = _open(job, probes, corruptions, out=out)
-        _print_plan(inputs)
-        claim(out, inputs.identity, mark=False)
-        first = inputs.subjects.sets[0].name if inputs.subjects else inputs.pairs[0].name
-        with job_run("evaluate", job, out=out, encoder=inputs.encoding.info.name, data=first) as run:
-            return _measure_and_tell(inputs, run)
+        opened = _open(job, probes, corruptions, out=out)
+        _print_plan(opened)
+        claim(out, opened.identity, mark=False)
+        first = opened.subjects.sets[0].name if opened.subjects else opened.pairs[0].name
+        with job_run("evaluate", job, out=out, encoder=opened.encoding.info.name, data=first) as run:
+            return _measure_and_tell(opened, run)
 
 
-def _open(job: EvaluateJob, probes: Probes, corruptions: list[tuple[str, int]], *, out: str) -> Inputs:
+def _open(job: EvaluateJob, probes: Probes, corruptions: list[tuple[str, int]], *, out: str) -> _Opened:
     """Open all sets, then start Ray and describe the encoder."""
     reference = probes.reference
     sets: list[EvaluationSet] = []
@@ -109,7 +109,7 @@ def _open(job: EvaluateJob, probes: Probes, corruptions: list[tuple[str, int]], 
         )
         identity = _identity(job, probes, sets)
     identity |= {"retrieval": retrieval_identity(list(pairs))}
-    return Inputs(
+    return _Opened(
         job=job,
         out=out,
         subjects=subjects,
@@ -134,24 +134,24 @@ def _identity(job: EvaluateJob, probes: Probes, sets: Sequence[EvaluationSet]) -
     }
 
 
-def _print_plan(inputs: Inputs) -> None:
-    sets = inputs.subjects.sets if inputs.subjects else ()
+def _print_plan(opened: _Opened) -> None:
+    sets = opened.subjects.sets if opened.subjects else ()
     plan = [
         *((str(item.kind), item.data, len(item.views)) for item in sets),
-        *(("retrieval", item.data, len(item.views)) for item in inputs.pairs),
+        *(("retrieval", item.data, len(item.views)) for item in opened.pairs),
     ]
-    probes = inputs.subjects.classifiers if inputs.subjects else {}
-    print_evaluation_plan(plan, probes, info=inputs.encoding.info, out=inputs.out)
+    probes = opened.subjects.classifiers if opened.subjects else {}
+    print_evaluation_plan(plan, probes, info=opened.encoding.info, out=opened.out)
 
 
-def _measure_and_tell(inputs: Inputs, run: tracking.Run) -> dict[str, Any]:
+def _measure_and_tell(opened: _Opened, run: tracking.Run) -> dict[str, Any]:
     """Measure, write, track and print. Returns the summary."""
-    job, out, subjects, info = inputs.job, inputs.out, inputs.subjects, inputs.encoding.info
-    measured = measure(subjects) if subjects else None
-    pairs = measure_retrieval(inputs.pairs, inputs.encoding)
+    job, out, subjects, info = opened.job, opened.out, opened.subjects, opened.encoding.info
+    measured = measure_sets(subjects) if subjects else None
+    pairs = measure_retrieval(opened.pairs, opened.encoding)
     run.log(retrieval_metrics_of(pairs), step=0)
     retrieval = [found.result for found in pairs]
-    claim(out, inputs.identity)
+    claim(out, opened.identity)
     if subjects is None or measured is None:
         summary = write_retrieval(job, out, pairs, info=info, run_id=run.run_id)
         run.artifact(files.join(out, "summary.json"))

@@ -98,7 +98,7 @@ class Measured:
         )
 
 
-def measure(subjects: Subjects) -> Measured:
+def measure_sets(subjects: Subjects) -> Measured:
     """Encode and judge all sets. Raises UserError when too many images are bad, or none has a label."""
     job = subjects.job
     sets: list[MeasuredSet] = []

@@ -33,7 +33,7 @@ from lpclip.jobs.runtime import claim, output_folder, start_ray, timed
 from lpclip.method.contrastive_step import check_num_pairs, num_steps
 from lpclip.progress import Progress, watched
 from lpclip.report.tables import format_table
-from lpclip.training.contrastive import WEIGHTS, Pretraining, go_on, is_finished, pretrain, read_metrics
+from lpclip.training.contrastive import WEIGHTS, Pretraining, is_finished, pretrain, read_metrics, resume_step
 
 # At most this many different texts are tokenized to count the cut ones: more would take over a minute.
 COUNTED_TEXTS = 200_000
@@ -127,7 +127,7 @@ def _train(job: PretrainJob, read: _Read, *, out: str, run: tracking.Run) -> Pre
         folder=files.join(out, "training"),
         model_folder=files.join(out, "model"),
     )
-    done = go_on(work.folder)
+    done = resume_step(work.folder)
     if is_finished(work):
         print("training: finished before, nothing is left to do", flush=True)
     elif done:

@@ -33,7 +33,7 @@ from lpclip.method.state import State
 from lpclip.method.supervised import supervised_probe
 from lpclip.report.style import save
 from lpclip.report.training_figures import confusion_matrix_figure, reliability_figure, rounds_figure
-from lpclip.training.rounds import fit, make_work, read_labels
+from lpclip.training.rounds import make_work, read_pseudo_labels, run_rounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +152,8 @@ def _run_rounds(
         )
         if count:
             print(f"rounds: first the {count} nearest neighbours of {manifest.num_rows:,} images", flush=True)
-        rounds = fit(work, storage=files.join(out, "ray"), tell=partial(print, flush=True))
-    return rounds, read_labels(work.folder)
+        rounds = run_rounds(work, storage=files.join(out, "ray"), tell=partial(print, flush=True))
+    return rounds, read_pseudo_labels(work.folder)
 
 
 def _make_probes(

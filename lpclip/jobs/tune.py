@@ -127,7 +127,7 @@ class _Choice:
     """The winner, with its temperature."""
     best: str
     """The winner's name: a trial's, or ZERO_SHOT_KEY."""
-    outcome: TrialRecord | None
+    record: TrialRecord | None
     """The winner's trial; None for zero-shot."""
     worth: dict[str, dict[Criterion, float]]
     """By candidate and criterion."""
@@ -205,11 +205,11 @@ class _Sweep:
         material = self._prepare(known, configs, priors)
         seconds["prepare"] = time.monotonic() - begin
         begin = time.monotonic()
-        outcomes = self._run_trials(material, trials, count=count, concurrent=concurrent)
+        records = self._run_trials(material, trials, count=count, concurrent=concurrent)
         seconds["trials"] = time.monotonic() - begin
         begin = time.monotonic()
-        choice = self._choose(known, outcomes, material)
-        summary = self._summary(known, outcomes, choice)
+        choice = self._choose(known, records, material)
+        summary = self._summary(known, records, choice)
         seconds["choose"] = time.monotonic() - begin
         summary["timings"] = {name: round(value, 3) for name, value in seconds.items()}
         self._tell_all(summary)
@@ -269,12 +269,12 @@ class _Sweep:
         files.make_folder(self._folder)
         there = read_records(self._folder)
         wanted = {trial_name(parameters) for parameters in trials}
-        done = {name: outcome for name, outcome in there.items() if not trials or name in wanted}
+        done = {name: record for name, record in there.items() if not trials or name in wanted}
         if done:
             print(f"trials: {len(done)} of {count} are there already", flush=True)
         self._progress = TrialProgress(total=count, done=len(done))
-        for outcome in done.values():
-            self._track_trial(outcome)
+        for record in done.values():
+            self._track_trial(record)
         plan = Plan(
             space=self._space,
             trials=[parameters for parameters in trials if trial_name(parameters) not in done],
@@ -290,45 +290,45 @@ class _Sweep:
             done=done,
             tell=self._tell,
         )
-        return sorted({o.name: o for o in (*done.values(), *now)}.values(), key=lambda outcome: outcome.name)
+        return sorted({o.name: o for o in (*done.values(), *now)}.values(), key=lambda record: record.name)
 
-    def _tell(self, outcome: TrialRecord) -> None:
-        last = outcome.rounds[-1] if outcome.rounds else {}
-        text = f"{outcome.status}, {len(outcome.rounds)} rounds in {outcome.seconds:.1f} s"
-        if outcome.error:
-            text += f": {outcome.error}"
+    def _tell(self, record: TrialRecord) -> None:
+        last = record.rounds[-1] if record.rounds else {}
+        text = f"{record.status}, {len(record.rounds)} rounds in {record.seconds:.1f} s"
+        if record.error:
+            text += f": {record.error}"
         elif "criterion" in last:
             text += f", {self._job.criterion} {last['criterion']:.3f}"
         self._progress.advance(text)
-        self._track_trial(outcome)
+        self._track_trial(record)
 
-    def _track_trial(self, outcome: TrialRecord) -> None:
+    def _track_trial(self, record: TrialRecord) -> None:
         """A nested run of the trial, with all of its rounds; written once, at its end."""
         with tracking.track(
             self._job.tracking,
-            name=_title(outcome),
-            params=self._training(outcome),
-            tags={"status": outcome.status, **({"error": outcome.error} if outcome.error else {})},
-            resume_key=f"tune {self._out} {outcome.name}",
+            name=_title(record),
+            params=self._training(record),
+            tags={"status": record.status, **({"error": record.error} if record.error else {})},
+            resume_key=f"tune {self._out} {record.name}",
             parent=self._run,
         ) as run:
-            if outcome.status == "finished":
+            if record.status == "finished":
                 # Under selftrain's two names, and first: MLflow's comparison draws the first metric of a run.
-                accuracy = _accuracy(read_classifier(self._folder, outcome.name), self._x, self._y)
-                run.log(dict.fromkeys(("accuracy", "probe_accuracy"), accuracy), step=len(outcome.rounds))
-            for metrics in outcome.rounds:
+                accuracy = _accuracy(read_classifier(self._folder, record.name), self._x, self._y)
+                run.log(dict.fromkeys(("accuracy", "probe_accuracy"), accuracy), step=len(record.rounds))
+            for metrics in record.rounds:
                 named = {k: v for k, v in metrics.items() if k not in ("round", "criterion")}
                 reported = {f"round_{self._job.criterion}": metrics["criterion"]}
                 run.log({**named, **reported}, step=int(metrics["round"]))
-            run.log({"seconds": outcome.seconds}, step=len(outcome.rounds))
-        self._children[outcome.name] = run
+            run.log({"seconds": record.seconds}, step=len(record.rounds))
+        self._children[record.name] = run
 
-    def _choose(self, known: EncodedInputs, outcomes: list[TrialRecord], material: Material) -> _Choice:
+    def _choose(self, known: EncodedInputs, records: list[TrialRecord], material: Material) -> _Choice:
         """Compare all candidates by every criterion; the winner's probe goes to OUT/probe."""
         head, prior = self._head, self._prior
         about: dict[str, Any] = {"class_names": head.class_names, "encoder": known.probe_encoder}
         zero_shot = zero_shot_probe(torch.tensor(head.weight), temperature=head.temperature, **about)
-        finished = {outcome.name: outcome for outcome in outcomes if outcome.status == "finished"}
+        finished = {record.name: record for record in records if record.status == "finished"}
         # Zero-shot comes first, so that a tie is decided for it.
         candidates: dict[str, Linear] = {ZERO_SHOT_KEY: zero_shot}
         candidates |= {name: read_classifier(self._folder, name) for name in finished}
@@ -343,17 +343,17 @@ class _Sweep:
             zero_shot=zero_shot,
             probe=self._winner(zero_shot, candidates[best], finished.get(best), known),
             best=best,
-            outcome=finished.get(best),
+            record=finished.get(best),
             worth=worth,
             accuracy={name: _accuracy(one, self._x, self._y) for name, one in candidates.items()},
             trusted=trusted,
         )
 
-    def _summary(self, known: EncodedInputs, outcomes: list[TrialRecord], choice: _Choice) -> dict[str, Any]:
+    def _summary(self, known: EncodedInputs, records: list[TrialRecord], choice: _Choice) -> dict[str, Any]:
         """OUT/summary.json but for the timings."""
         criterion = self._job.criterion
         found = evaluate(choice.probe, self._x, self._y)
-        trials = [_trial_row(one, choice, criterion=criterion, ece=found["ece"]) for one in outcomes]
+        trials = [_trial_row(one, choice, criterion=criterion, ece=found["ece"]) for one in records]
         encoded, tested = known.encoded.store, known.tested.store if known.tested else None
         return {
             "criterion": criterion,
@@ -366,9 +366,9 @@ class _Sweep:
             },
             "chosen": {
                 "name": choice.best,
-                "parameters": choice.outcome.parameters if choice.outcome else {},
+                "parameters": choice.record.parameters if choice.record else {},
                 "criterion": choice.worth[choice.best][criterion],
-                "command": self._command(choice.outcome) if choice.outcome else None,
+                "command": self._command(choice.record) if choice.record else None,
                 **found,
             },
             "trusted": choice.trusted,
@@ -386,20 +386,20 @@ class _Sweep:
         }
 
     def _winner(
-        self, zero_shot: Probe, candidate: Linear, outcome: TrialRecord | None, known: EncodedInputs
+        self, zero_shot: Probe, candidate: Linear, record: TrialRecord | None, known: EncodedInputs
     ) -> Probe:
         """The winner as a probe with a label-free temperature, saved."""
         probe = zero_shot
-        if outcome is not None:
+        if record is not None:
             probe = replace(zero_shot, weight=candidate.weight, bias=candidate.bias)
             probe = replace(
                 probe,
                 temperature=label_free_temperature(probe, zero_shot=zero_shot, features=known.features.base),
             )
         summary = {
-            "method": "self-trained, chosen by a sweep" if outcome else "zero-shot (chosen by a sweep)",
-            "training": {**to_dict(self._job.training), **(outcome.parameters if outcome else {})},
-            "rounds": len(outcome.rounds) if outcome else 0,
+            "method": "self-trained, chosen by a sweep" if record else "zero-shot (chosen by a sweep)",
+            "training": {**to_dict(self._job.training), **(record.parameters if record else {})},
+            "rounds": len(record.rounds) if record else 0,
             "images": len(known.features.ids),
             "criterion": self._job.criterion,
         }
@@ -408,20 +408,20 @@ class _Sweep:
         probe.save(files.join(self._out, "probe"))
         return probe
 
-    def _training(self, outcome: TrialRecord) -> dict[str, Any]:
+    def _training(self, record: TrialRecord) -> dict[str, Any]:
         """A trial's whole configuration, with the parameters as they were searched."""
         temperature = self._head.temperature
-        values = {**to_dict(self._job.training), "temperature": temperature, **outcome.parameters}
+        values = {**to_dict(self._job.training), "temperature": temperature, **record.parameters}
         if FACTOR in values:
             values["temperature"] = temperature * values[FACTOR]
         if values["prior"] == "auto" and self._prior is not None:
             values["prior"] = self._prior.name
         return values
 
-    def _command(self, outcome: TrialRecord) -> str:
+    def _command(self, record: TrialRecord) -> str:
         """The selftrain command that trains the same probe."""
         job = self._job
-        values = {name: value for name, value in self._training(outcome).items() if name != FACTOR}
+        values = {name: value for name, value in self._training(record).items() if name != FACTOR}
         # A feature store given as --data holds the features itself, so it needs no folder.
         folder = files.join(job.out, "features") if self._inputs.data.source is not None else None
         again = SelftrainJob(
@@ -476,9 +476,9 @@ class _Sweep:
             print(f"registry  {model} version {version}, alias {ALIAS}", flush=True)
 
 
-def _title(outcome: TrialRecord) -> str:
-    values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in outcome.parameters.values()]
-    return f"{outcome.name[:6]} {' '.join(values)}"[:80]
+def _title(record: TrialRecord) -> str:
+    values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in record.parameters.values()]
+    return f"{record.name[:6]} {' '.join(values)}"[:80]
 
 
 def _accuracy(candidate: Linear, x: np.ndarray, y: np.ndarray) -> float | None:

@@ -108,7 +108,7 @@ def read_metrics(folder: str) -> list[dict[str, float]]:
         return []
 
 
-def go_on(folder: str) -> int:
+def resume_step(folder: str) -> int:
     """Steps of the last checkpoint, 0 without one; what was measured beyond it is dropped, to be measured again."""
     try:
         step = int(_read_metadata(files.join(folder, STATE))["step"])

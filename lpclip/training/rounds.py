@@ -77,7 +77,7 @@ def make_work(
     )
 
 
-def fit(work: Work, *, storage: str, tell: Callable[[str], None] = lambda line: None) -> list[State]:
+def run_rounds(work: Work, *, storage: str, tell: Callable[[str], None] = lambda line: None) -> list[State]:
     """Train, going on after the last round that is there. Returns all rounds, oldest first.
 
     `tell` is called with a line about each round when the round is there.
@@ -123,7 +123,7 @@ def read_rounds(folder: str) -> list[State]:
     return states
 
 
-def read_labels(folder: str) -> pa.Table:
+def read_pseudo_labels(folder: str) -> pa.Table:
     """The last round's pseudo-labels in row order: id, label, confidence, kept, round."""
     finished = files.read_json(files.join(folder, "finished.json"))
     tables = []

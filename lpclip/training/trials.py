@@ -218,14 +218,14 @@ def run_trials(
             failure_config=tune.FailureConfig(max_failures=1),
         ),
     ).fit()
-    return watch.outcomes
+    return watch.records
 
 
 def read_records(folder: str) -> dict[str, TrialRecord]:
     """The trials that are there, by name."""
     names = [name for name in files.list_names(folder) if name.endswith(".json")]
     found = [TrialRecord(**files.read_json(files.join(folder, name))) for name in names]
-    return {outcome.name: outcome for outcome in found}
+    return {record.name: record for record in found}
 
 
 def read_classifier(folder: str, name: str) -> Linear:
@@ -247,9 +247,9 @@ def _run_trial(config: dict[str, Any], *, shared: list[ray.ObjectRef]) -> None:
     task = material.task
     parameters = _parameters(config, fixed=task.fixed)
     name = trial_name(parameters)
-    record = files.join(task.folder, f"{name}.json")
-    if files.exists(record):  # a search algorithm may ask twice for the same
-        tune.report(_last_word(TrialRecord(**files.read_json(record))))
+    path = files.join(task.folder, f"{name}.json")
+    if files.exists(path):  # a search algorithm may ask twice for the same
+        tune.report(_last_word(TrialRecord(**files.read_json(path))))
         return
     begin, rounds, error = time.monotonic(), list[dict[str, float]](), None
     try:
@@ -263,7 +263,7 @@ def _run_trial(config: dict[str, Any], *, shared: list[ray.ObjectRef]) -> None:
     if error is None:
         tensors = {"weight": classifier.weight.contiguous(), "bias": classifier.bias.contiguous()}
         files.write_bytes(files.join(task.folder, f"{name}.safetensors"), save_tensors(tensors))
-    outcome = TrialRecord(
+    record = TrialRecord(
         name=name,
         parameters=parameters,
         status="finished" if error is None else "failed",
@@ -271,9 +271,9 @@ def _run_trial(config: dict[str, Any], *, shared: list[ray.ObjectRef]) -> None:
         seconds=time.monotonic() - begin,
         error=error,
     )
-    files.write_json(record, vars(outcome))
+    files.write_json(path, vars(record))
     if error is not None:
-        tune.report(_last_word(outcome))
+        tune.report(_last_word(record))
 
 
 def _give_back_memory() -> None:
@@ -315,10 +315,10 @@ def _train(training: SelfTrainingConfig, *, material: Material) -> Iterator[tupl
         yield classifier, {"round": state.round, **state.metrics, "criterion": criterion}
 
 
-def _last_word(outcome: TrialRecord) -> dict[str, float]:
+def _last_word(record: TrialRecord) -> dict[str, float]:
     """The last report to schedulers and search algorithms of a trial that is over."""
-    last = outcome.rounds[-1] if outcome.rounds else {"round": 0.0}
-    return last if outcome.status == "finished" else {**last, "criterion": FAILED}
+    last = record.rounds[-1] if record.rounds else {"round": 0.0}
+    return last if record.status == "finished" else {**last, "criterion": FAILED}
 
 
 def _parameters(config: dict[str, Any], *, fixed: Parameters) -> Parameters:
@@ -326,10 +326,10 @@ def _parameters(config: dict[str, Any], *, fixed: Parameters) -> Parameters:
 
 
 class _Watch(tune.Callback):
-    """Turns what Tune says of trials, in the driver, into outcomes."""
+    """Turns what Tune says of trials, in the driver, into records."""
 
     def __init__(self, folder: str, fixed: Parameters, tell: Callable[[TrialRecord], None]) -> None:
-        self.outcomes: list[TrialRecord] = []
+        self.records: list[TrialRecord] = []
         self._folder, self._fixed, self._tell = folder, fixed, tell
         self._rounds: dict[str, list[dict[str, float]]] = {}
 
@@ -352,9 +352,9 @@ class _Watch(tune.Callback):
         path = files.join(self._folder, f"{name}.json")
         rounds = self._rounds.pop(trial.trial_id, [])
         if files.exists(path):
-            outcome = TrialRecord(**files.read_json(path))
+            record = TrialRecord(**files.read_json(path))
         else:
-            outcome = TrialRecord(
+            record = TrialRecord(
                 name=name,
                 parameters=parameters,
                 status=status,
@@ -363,9 +363,9 @@ class _Watch(tune.Callback):
                 error=error,
             )
             if status == "stopped":  # what a process took with it may be tried again
-                files.write_json(path, vars(outcome))
-        self.outcomes.append(outcome)
-        self._tell(outcome)
+                files.write_json(path, vars(record))
+        self.records.append(record)
+        self._tell(record)
 
 
 def _scheduler(name: Literal["none", "asha"]) -> TrialScheduler:
@@ -376,11 +376,9 @@ def _scheduler(name: Literal["none", "asha"]) -> TrialScheduler:
 
 def _optuna(space: SearchSpace, done: Mapping[str, TrialRecord], *, seed: int) -> Searcher:
     """Optuna's TPE, which starts from the trials that are there already."""
-    told = [outcome for outcome in done.values() if outcome.status != "stopped"]
-    points = [{name: outcome.parameters[name] for name in space.searched} for outcome in told]
-    rewards = [
-        outcome.rounds[-1]["criterion"] if outcome.status == "finished" else FAILED for outcome in told
-    ]
+    told = [record for record in done.values() if record.status != "stopped"]
+    points = [{name: record.parameters[name] for name in space.searched} for record in told]
+    rewards = [record.rounds[-1]["criterion"] if record.status == "finished" else FAILED for record in told]
     logging.getLogger("optuna").setLevel(logging.WARNING)
     return OptunaSearch(
         OptunaSearch.convert_search_space(space.searched),
