@@ -312,15 +312,15 @@ def test_the_page_says_what_was_chosen_and_how_to_get_it() -> None:
         "Failed trials",
     ]
     paragraphs = texts(html, "p")
-    assert paragraphs[:3] == [
+    assert texts(html, "pre") == ["python jobs/selftrain.py --a 1"]
+    assert paragraphs[:2] == [
         "Trial a was chosen by consensus (0.800; zero-shot has 0.500), which is computed without labels. Its "
         "accuracy is 72.0%, +15.0 points from zero-shot&#39;s 57.0%. Accuracies are of the 10,000 images of "
         "cifar10-test, which no trial was trained on.",
         "This command reproduces it:",
-        "python jobs/selftrain.py --a 1",
     ]
-    assert paragraphs[3].startswith("3 of 5 trials finished")
-    assert "never sees labels" in paragraphs[4]
+    assert paragraphs[2].startswith("3 of 5 trials finished")
+    assert "never sees labels" in paragraphs[3]
     assert texts(html, "dd") == ["17"]
     assert texts(html, "tr")[-1] == "e factor 3, prior weak ValueError: no image"
     assert html.count("<img") == 1

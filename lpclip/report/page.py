@@ -46,12 +46,13 @@ class Example:
 class Section:
     """A chapter of the page, shown in this order; what is empty is left out.
 
-    `text` is plain, an empty line parts paragraphs. `tables` and `examples` are pairs of a caption and rows, as
-    for `table`, or images. `legend` says once for all pictures which name has which colour, as from `colours`.
+    `text` is plain, an empty line parts paragraphs. `command` is a line for the shell, to be copied. `tables` and
+    `examples` are pairs of a caption and rows, as for `table`, or images. `legend` says once for all pictures which name has which colour, as from `colours`.
     """
 
     title: str
     text: str = ""
+    command: str = ""
     tables: Sequence[tuple[str, Sequence[Mapping[str, Any]]]] = ()
     legend: Mapping[str, str] = field(default_factory=dict)
     pictures: Sequence[Picture] = ()

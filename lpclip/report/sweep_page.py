@@ -163,12 +163,8 @@ def _choice_section(summary: Summary) -> Section:
             gain = 100 * (chosen["accuracy"] - zero_shot["accuracy"])
             what += f", {gain:+.1f} points from zero-shot's {100 * zero_shot['accuracy']:.1f}%"
         what += f". {_measured_on(summary)}"
-    again = (
-        f"This command reproduces it:\n\n{chosen['command']}"
-        if chosen["command"]
-        else "It needs no training."
-    )
-    return Section(title="What was chosen", text=f"{what}\n\n{again}")
+    again = "This command reproduces it:" if chosen["command"] else "It needs no training."
+    return Section(title="What was chosen", text=f"{what}\n\n{again}", command=chosen["command"] or "")
 
 
 def _measured_on(summary: Summary) -> str:
