@@ -27,7 +27,7 @@ help:
 $(INSTALLED): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "lpclip needs Python 3.11 or newer, and $(PYTHON) is not: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "Making .venv from requirements.lock: a few minutes and about 7 GB, most of it PyTorch."
+	@echo "Making .venv from requirements.lock: a few minutes and about 7.5 GB, most of it PyTorch."
 	@$(PYTHON) -m venv --clear .venv
 	@$(PIP) install --progress-bar off -r requirements.lock 2>&1 | tee .venv/install.log | $(PROGRESS) || { \
 		grep '^ERROR' .venv/install.log >&2; echo "The rest is in .venv/install.log." >&2; exit 1; }

@@ -375,7 +375,7 @@ class SelftrainJob:
 
     data: str = "fashion-mnist"
     """Unlabelled images: a folder, Parquet, a WebDataset tar, a CSV/JSONL manifest, a feature store, or one of
-    fashion-mnist, cifar10, cifar100. Training never reads labels, even if the data has them."""
+    fashion-mnist, cifar10, cifar100. Self-training reads no labels, even if the data has them."""
     eval_data: str | None = None
     """Labelled images to evaluate on. The default for a named data set is its test part."""
     out: str = "runs/selftrain"

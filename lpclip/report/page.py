@@ -47,7 +47,8 @@ class Section:
     """A chapter of the page, shown in this order; what is empty is left out.
 
     `text` is plain, an empty line parts paragraphs. `command` is a line for the shell, to be copied. `tables` and
-    `examples` are pairs of a caption and rows, as for `table`, or images. `legend` says once for all pictures which name has which colour, as from `colours`.
+    `examples` are pairs of a caption and rows, as for `table`, or images. `legend` says once for all pictures which
+    name has which colour, as from `colours`.
     """
 
     title: str
