@@ -55,20 +55,20 @@ class Rounds:
         the last round of an interrupted run. Raises UserError when no row is left to fit.
         """
         teacher = start or self._zero_shot()
-        before, found = None, self._pass(teacher, before=None)
+        previous, labelled = None, self._pass(teacher, previous=None)
         solver, last_solver = self._solvers()
         while teacher.round < self.config.rounds and not self._settled(teacher):
-            before, (teacher, found) = found, self._graduate(solver, teacher, found)
-            yield teacher, found
+            previous, (teacher, labelled) = labelled, self._graduate(solver, teacher, labelled)
+            yield teacher, labelled
         if last_solver is None:
             return
         # One more student, of the same labels, sees the strong views as well: what they change lies within a class, so
         # that its boundaries turn away from it. Earlier, it would cost the rounds what they know of clean images.
-        seen = self._pass(teacher, before=before, strong=True)
-        yield self._graduate(last_solver, teacher, found, seen=seen)
+        with_strong = self._pass(teacher, previous=previous, strong=True)  # step 7
+        yield self._graduate(last_solver, teacher, labelled, with_strong=with_strong)
 
-    def _pass(self, teacher: State, *, before: Pass | None, strong: bool = False) -> Pass:
-        """Label all rows with the teacher, helped by what the pass `before` found for their neighbours.
+    def _pass(self, teacher: State, *, previous: Pass | None, strong: bool = False) -> Pass:
+        """Label all rows with the teacher, helped by what the pass `previous` labelled for their neighbours.
 
         The sums are those of the base features, or of their mean with the `strong` views.
         """
@@ -79,15 +79,15 @@ class Rounds:
         prior, tally = zeros(2, num_classes, dtype=float64), zeros(len(Tally._fields), dtype=float64)
         labels, kept = zeros(len(shard.features), dtype=torch.int32), zeros(len(shard.features), dtype=bool)
         confidence = zeros(len(labels))
-        earlier = None if before is None else torch.from_numpy(before.labels).to(shard.device)
+        earlier = None if previous is None else torch.from_numpy(previous.labels).to(shard.device)
         shared = zeros(shard.num_rows, num_classes) if shard.neighbours is not None else None
         for rows, features in shard.chunks(width=num_classes):
             zero_shot = shard.zero_shot_logits(rows, features, head=head)
             logits = features @ teacher.weight.T + teacher.bias + teacher.zero_shot_share * zero_shot
-            logits = self._with_neighbours(logits, rows, before=before)
-            posterior, targets = soft_targets(logits, teacher.factors)
+            logits = self._with_neighbours(logits, rows, previous=previous)  # step 1
+            posterior, targets = soft_targets(logits, teacher.factors)  # step 2
             top, label = targets.max(dim=1)
-            keep = top >= self.config.threshold
+            keep = top >= self.config.threshold  # step 3
             if shared is not None:
                 shared[shard.first_row + rows.start : shard.first_row + rows.stop] = targets
             targets = targets * keep[:, None]
@@ -98,8 +98,8 @@ class Rounds:
             labels[rows], confidence[rows], kept[rows] = label.int(), top, keep
             flips = keep.new_zeros(1) if earlier is None else earlier[rows] != labels[rows]
             # In the order of Tally's fields.
-            found = (torch.ones_like(keep), keep, top, flips, zero_shot.argmax(dim=1) == label)
-            tally += torch.stack([rows.sum().double() for rows in found])
+            counted = (torch.ones_like(keep), keep, top, flips, zero_shot.argmax(dim=1) == label)
+            tally += torch.stack([each.sum().double() for each in counted])
         own = Pass(
             sums=sums,
             counts=counts,
@@ -112,34 +112,34 @@ class Rounds:
         )
         return own.over_shards(self.all_reduce)
 
-    def _with_neighbours(self, logits: Tensor, rows: slice, *, before: Pass | None) -> Tensor:
+    def _with_neighbours(self, logits: Tensor, rows: slice, *, previous: Pass | None) -> Tensor:
         """Logits (m, K) of a chunk with the log of the neighbours' mean target, where there are neighbours."""
-        if before is None or before.targets is None or self.shard.neighbours is None:
+        if previous is None or previous.targets is None or self.shard.neighbours is None:
             return logits
-        places, targets = self.shard.neighbours[rows].to(logits.device), before.targets.to(logits.device)
+        places, targets = self.shard.neighbours[rows].to(logits.device), previous.targets.to(logits.device)
         around = torch.nn.functional.embedding_bag(places, targets, mode="mean")
         return logits + self.recipe.neighbour_weight * torch.log(around + self.recipe.neighbour_floor)
 
     def _graduate(
-        self, solver: Solver, teacher: State, found: Pass, *, seen: Pass | None = None
+        self, solver: Solver, teacher: State, labelled: Pass, *, with_strong: Pass | None = None
     ) -> tuple[State, Pass]:
-        """Fit a student to the teacher's labels (to those of the pass `seen`, if given) and let it label the rows."""
-        if found.tally.kept == 0:
+        """Fit a student to the teacher's labels (to those of `with_strong`, if given) and let it label the rows."""
+        if labelled.tally.kept == 0:
             raise UserError(
                 f"no pseudo-label has a confidence of at least {self.config.threshold:g} (--threshold) in round "
                 f"{teacher.round + 1}; lower the threshold or the temperature"
             )
-        learnt = solver.fit(teacher, found if seen is None else seen)
+        learnt = solver.fit(teacher, labelled if with_strong is None else with_strong)  # step 4 or 5
         student = State(
             round=teacher.round + 1,
             weight=learnt.weight,
             bias=learnt.bias,
             # Halfway in the logarithm: a full step from the last teacher's sums to this student's can oscillate.
-            factors=(teacher.factors * update_factors(found.prior, prior=self.prior)).sqrt(),
+            factors=(teacher.factors * update_factors(labelled.prior, prior=self.prior)).sqrt(),
             zero_shot_share=solver.zero_shot_share,
         )
-        own = self._pass(student, before=found)
-        return replace(student, metrics=own.metrics()), own
+        student_pass = self._pass(student, previous=labelled)
+        return replace(student, metrics=student_pass.metrics()), student_pass
 
     def _settled(self, teacher: State) -> bool:
         return teacher.round > 0 and teacher.metrics["flip_rate"] < self.recipe.stop_flip_rate

@@ -24,8 +24,8 @@ class Solver(Protocol):
     def zero_shot_share(self) -> float:
         """Share of the zero-shot logits that the student needs beside what was fitted."""
 
-    def fit(self, teacher: State, found: Pass) -> Linear:
-        """Fit a student to the labels that the teacher's pass `found`; in units of logits."""
+    def fit(self, teacher: State, labelled: Pass) -> Linear:
+        """Fit a student to the labels that the teacher's pass `labelled`; in units of logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +38,10 @@ class GaussianSolver:
     recipe: Recipe
     all_reduce: AllReduce
 
-    def fit(self, teacher: State, found: Pass) -> Linear:
+    def fit(self, teacher: State, labelled: Pass) -> Linear:
         """Fit the classes. Nothing of the teacher is needed but its labels' sums."""
         device = self.shard.device
-        sums, counts = found.sums.to(device), found.counts.to(device)
+        sums, counts = labelled.sums.to(device), labelled.counts.to(device)
         fitted = gaussian_probe(sums, counts, whitening=self.whitening.to(device))
         rows = max(0, min(self.recipe.scale_rows, self.shard.num_rows) - self.shard.first_row)
         logits = fitted.logits(torch.from_numpy(self.shard.features[:rows]).to(device))
@@ -65,13 +65,13 @@ class GradientSolver:
     all_reduce: AllReduce
     zero_shot_share: float = 0.0
 
-    def fit(self, teacher: State, found: Pass) -> Linear:
+    def fit(self, teacher: State, labelled: Pass) -> Linear:
         """Fit by steps from the teacher's own weights."""
         weight, device = teacher.weight + teacher.zero_shot_share * self.head, self.shard.device
         parameters = torch.cat([weight, teacher.bias[:, None]], dim=1).to(device)
         optimiser = torch.optim.Adam([parameters], lr=self.recipe.gradient_rate)
         views = self.shard.strong or (self.shard.features,)
-        weights = torch.from_numpy(np.where(found.kept, found.confidence, 0).astype(np.float32))
+        weights = torch.from_numpy(np.where(labelled.kept, labelled.confidence, 0).astype(np.float32))
         for epoch in range(self.recipe.gradient_epochs):
             view = views[(epoch + teacher.round) % len(views)]
             for batch in self._batches(teacher.round, epoch):
@@ -79,7 +79,7 @@ class GradientSolver:
                     batch[(batch >= self.shard.first_row) & (batch < self.shard.first_row + len(weights))]
                 )
                 mine = mine - self.shard.first_row
-                labels = torch.from_numpy(found.labels[mine]).long().to(device)
+                labels = torch.from_numpy(labelled.labels[mine]).long().to(device)
                 gradient = weighted_cross_entropy_gradient(
                     torch.from_numpy(view[mine]).to(device).float(),
                     torch.nn.functional.one_hot(labels, len(teacher.bias)).float(),
