@@ -119,6 +119,18 @@ def test_a_probe_trained_without_labels_beats_zero_shot(plain: lpclip.SelfTraini
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("rounds", [1, 50])
+def test_the_last_student_is_told_as_what_it_is_and_not_as_a_round(rounds: int) -> None:
+    features, _, head = planted()
+    lines: list[str] = []
+    config = lpclip.SelfTrainingConfig(rounds=rounds)
+    found = lpclip.fit(features, head, strong=[features], config=config, tell=lines.append)
+    told = [line.partition(":")[0] for line in lines if line.startswith(("round ", "last "))]
+    numbers = range(1, len(found.rounds))
+    assert told == [*(f"round {number}" for number in numbers), "last student, with the strong views"]
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_pseudo_labels_come_in_the_order_of_the_features(plain: lpclip.SelfTraining) -> None:
     features, labels, _ = planted()
     assert (plain.labels == labels).mean() > 0.9

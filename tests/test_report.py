@@ -122,6 +122,10 @@ def test_rounds_without_labels_have_no_accuracy_line(tmp_path: Path) -> None:
     saved(figure, tmp_path)
     saved(rounds_figure(rounds[:1]), tmp_path)
     saved(rounds_figure([]), tmp_path)
+    assert figure.axes[0].get_xlabel() == "round"
+    marked = rounds_figure(rounds, with_last_student=True)
+    assert "last student" in marked.axes[0].get_xlabel()
+    assert len(marked.axes[0].lines) == len(figure.axes[0].lines) + 1
 
 
 def test_bars_carry_their_accuracy_in_per_cent(tmp_path: Path) -> None:

@@ -133,7 +133,8 @@ def print_result(
     print(f"\n{format_table(rows)}\n")
     where = summary["evaluated_on"]
     if where["setting"] is None:
-        print("there are no labels to evaluate on: look at OUT/pseudo_labels.parquet")
+        labels = shown(files.join(out, "pseudo_labels.parquet"))
+        print(f"there are no labels to evaluate on: look at {labels}")
     else:
         print(f"{where['data']}, {where['images']:,} labelled images, {where['setting']}:")
         trusted = summary["prior"]["trusted"]

@@ -25,7 +25,7 @@ from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_o
 from lpclip.jobs.run import job_run, provenance
 from lpclip.jobs.runtime import claim, output_folder, start_ray, timed
 from lpclip.jobs.settle_prior import ChosenPrior, load_prior, settle_prior
-from lpclip.method.fit import finish_probe, zero_shot_labels
+from lpclip.method.fit import finish_probe, is_last_student, zero_shot_labels
 from lpclip.method.priors import Prior
 from lpclip.method.probe import Probe, zero_shot_probe
 from lpclip.method.recipe import RECIPE
@@ -92,7 +92,7 @@ def selftrain_job(job: SelftrainJob) -> dict[str, Any]:
                 ]
             summary = {**results, **_summary(opened, known, trained, history), **provenance(job, run.run_id)}
             files.write_json(files.join(out, "summary.json"), summary)
-            _draw(trained, known, history, folder=files.join(out, "figures"))
+            _draw(job, trained, known, history, folder=files.join(out, "figures"))
             _track(run, summary, out)
             print_result(summary, inputs.data, known.encoded, inputs.test, known.tested, out, run)
             return summary
@@ -235,10 +235,20 @@ def _summary(
     }
 
 
-def _draw(trained: _Trained, known: EncodedInputs, history: list[dict[str, Any]], *, folder: str) -> None:
+def _draw(
+    job: SelftrainJob,
+    trained: _Trained,
+    known: EncodedInputs,
+    history: list[dict[str, Any]],
+    *,
+    folder: str,
+) -> None:
     """Draw the rounds and, where labels exist, the confusion matrix and the reliability diagram."""
+    *_, before, last = [None, *trained.rounds]
+    assert last is not None
+    is_extra = is_last_student(last.round, before=before.metrics if before else None, config=job.training)
     files.make_folder(folder)
-    save(rounds_figure(history), files.join(folder, "rounds.png"))
+    save(rounds_figure(history, with_last_student=is_extra), files.join(folder, "rounds.png"))
     if not (known.y >= 0).any():
         return
     drawn = {

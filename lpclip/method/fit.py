@@ -18,6 +18,7 @@ from lpclip.method.confirmation import with_neighbours
 from lpclip.method.neighbours import comparison_dtype
 from lpclip.method.priors import PRIORS, Prior, read_prior
 from lpclip.method.probe import Probe, zero_shot_probe
+from lpclip.method.recipe import RECIPE
 from lpclip.method.self_training import Rounds
 from lpclip.method.shard import Shard, compute_device, fit_whitenings
 from lpclip.method.state import Pass, State
@@ -162,10 +163,20 @@ def zero_shot_labels(probe: Probe, features: np.ndarray) -> tuple[np.ndarray, np
     return label.numpy().astype(np.int32), confidence.numpy(), np.ones(len(features), bool)
 
 
-def round_line(number: int, metrics: Mapping[str, float]) -> str:
-    """One line about a round, from its metrics."""
+def is_last_student(number: int, *, before: Mapping[str, float] | None, config: SelfTrainingConfig) -> bool:
+    """Whether this round's student is the one beyond the rounds, who has seen the strong views.
+
+    `before` are the metrics of the round before it, None for the first round: a round that ends the rounds is followed
+    by this student alone.
+    """
+    return number > config.rounds or (before is not None and before["flip_rate"] < RECIPE.stop_flip_rate)
+
+
+def round_line(number: int, metrics: Mapping[str, float], *, is_last: bool = False) -> str:
+    """One line about a round, or about the last student, from its metrics."""
     return (
-        f"round {number}: {metrics['flip_rate']:.1%} of the labels changed, {metrics['coverage']:.1%} kept, "
+        f"{'last student, with the strong views' if is_last else f'round {number}'}: "
+        f"{metrics['flip_rate']:.1%} of the labels changed, {metrics['coverage']:.1%} kept, "
         f"mean confidence {metrics['mean_confidence']:.3f}, {metrics['zero_shot_agreement']:.1%} as zero-shot"
     )
 
@@ -203,9 +214,11 @@ def _run(
             whitening=whitenings.base,
             dtype=comparison_dtype(),
         )
-    states = []
+    states: list[State] = []
     for state, found in Rounds(shard, head=head, prior=prior, config=config, whitenings=whitenings).run():
-        tell(round_line(state.round, state.metrics))
+        before = states[-1].metrics if states else None
+        is_last = is_last_student(state.round, before=before, config=config)
+        tell(round_line(state.round, state.metrics, is_last=is_last))
         states.append(state)
         last = found
     return states, last

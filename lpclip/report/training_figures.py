@@ -118,10 +118,11 @@ def reliability_figure(bins_by_name: Mapping[str, Reliability]) -> Figure:
     return figure
 
 
-def rounds_figure(rounds: Sequence[Mapping[str, Any]]) -> Figure:
+def rounds_figure(rounds: Sequence[Mapping[str, Any]], *, with_last_student: bool = False) -> Figure:
     """The course of self-training: a line for each of `LINES` that the rounds have, by `round`.
 
-    A key that is missing or None in every round, as accuracy is without labels, has no line.
+    A key that is missing or None in every round, as accuracy is without labels, has no line. `with_last_student` marks
+    the last entry as the student beyond the rounds, who has seen the strong views.
     """
     figure = new_figure(6.4, 4.2)
     axes = figure.subplots()
@@ -135,6 +136,9 @@ def rounds_figure(rounds: Sequence[Mapping[str, Any]]) -> Figure:
             steps, numbers, color=colour, linewidth=2, marker="o", markersize=4, label=label, clip_on=False
         )
     axes.set(ylim=(0, 1), xlabel="round", xlim=(min(steps, default=0) - 0.4, max(steps, default=0) + 0.4))
+    if with_last_student:
+        axes.axvline(steps[-1] - 0.5, color=FAINT, linewidth=1.5, zorder=1)
+        axes.set_xlabel("round; right of the line the last student, with the strong views")
     axes.set_title("Self-training, round by round", loc="left")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     percent(axes, "y")

@@ -30,7 +30,7 @@ from lpclip.config import SelfTrainingConfig, UserError, config_identity
 from lpclip.encoders.head import Head
 from lpclip.features.describe import has_gpus
 from lpclip.features.store import Store
-from lpclip.method.fit import round_line
+from lpclip.method.fit import is_last_student, round_line
 from lpclip.method.gaussian import Whitening
 from lpclip.method.neighbours import comparison_dtype, nearest
 from lpclip.method.priors import Prior
@@ -107,7 +107,7 @@ def run_rounds(work: Work, *, storage: str, tell: Callable[[str], None] = lambda
             failure_config=ray.train.FailureConfig(max_failures=0 if workers == 0 else 2),
         ),
     )
-    with _told_rounds(work.folder, tell):
+    with _told_rounds(work, tell):
         trainer.fit()
     return read_rounds(work.folder)
 
@@ -220,16 +220,21 @@ def _write_round(folder: str, state: State) -> None:
     files.write_json(files.join(folder, f"{name}.json"), text)
 
 
-def _told_rounds(folder: str, tell: Callable[[str], None]) -> AbstractContextManager[None]:
+def _told_rounds(work: Work, tell: Callable[[str], None]) -> AbstractContextManager[None]:
     """Report rounds as their files appear in the folder."""
-    seen = len(_round_names(folder))
+    seen = len(_round_names(work.folder))
+
+    def metrics_of(name: str) -> dict[str, float]:
+        found: dict[str, float] = files.read_json(files.join(work.folder, name))["metrics"]
+        return found
 
     def look() -> None:
         nonlocal seen
-        names = _round_names(folder)
-        for name in names[seen:]:
-            entry = files.read_json(files.join(folder, name))
-            tell(round_line(entry["round"], entry["metrics"]))
+        names = _round_names(work.folder)
+        for place, name in list(enumerate(names))[seen:]:
+            before = metrics_of(names[place - 1]) if place else None
+            is_last = is_last_student(place + 1, before=before, config=work.config)
+            tell(round_line(place + 1, metrics_of(name), is_last=is_last))
         seen = max(seen, len(names))
 
     return watched(look, seconds=0.5)
