@@ -8,9 +8,11 @@ used. A dataclass's `check` refuses values that are out of range or do not go to
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,6 +27,12 @@ class UserError(ValueError):
 
 # Label-free criteria that choose between trainings: lpclip/method/criteria.py.
 Criterion = Literal["structure", "class_ami", "neighbours"]
+
+
+def did_you_mean(text: str, known: Iterable[str]) -> str:
+    """`, did you mean ...?` with the known name that is nearest to a text, empty when none is near."""
+    near = difflib.get_close_matches(text, list(known), n=1)
+    return f", did you mean {near[0]}?" if near else ""
 
 
 def _refuse(config: Any, name: str, rule: str) -> None:

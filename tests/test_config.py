@@ -32,6 +32,7 @@ from lpclip.jobs.evaluate import evaluate_job
 from lpclip.jobs.predict import predict_job
 from lpclip.jobs.pretrain import pretrain_job
 from lpclip.jobs.selftrain import selftrain_job
+from lpclip.jobs.settle_prior import load_prior
 from lpclip.jobs.tune import tune_job
 
 PREDICT: dict[str, Any] = {"probe": "p", "data": "d", "out": "o.parquet"}
@@ -158,3 +159,10 @@ def test_every_flag_has_a_help_text_that_is_a_sentence() -> None:
             for text in texts:
                 assert text.endswith("."), text
                 assert not re.match("(Of|What|Whether|How) ", text), text
+
+
+def test_a_misspelt_prior_is_answered_with_the_nearest_name() -> None:
+    with pytest.raises(
+        UserError, match=r"^--prior unifrom is none of .* that can be read, did you mean uniform\?$"
+    ):
+        load_prior("unifrom", ("cat", "dog"))

@@ -126,6 +126,10 @@ def test_a_file_that_is_missing_or_a_folder_is_named(tmp_path: Path) -> None:
     assert "No such file" in mistake(lambda: read_space(missing))
     folder = mistake(lambda: read_space(str(tmp_path)))
     assert f"--space {tmp_path} cannot be read" in folder
+    assert mistake(lambda: read_space("qick")) == (
+        "--space qick cannot be read (No such file or directory): give a Python file, or one of default, quick, wide, "
+        "did you mean quick?"
+    )
     assert "directory" in folder
 
 

@@ -47,7 +47,7 @@ def print_evaluation(
 ) -> None:
     """Print the tables of an evaluation, and where its results lie."""
     if rates.images and rates.features:
-        print(f"\nencoded {rates.images:,.0f} images, {rates.features:,.0f} features a second")
+        print(f"\nencoding: {rates.images:,.3g} images a second, {rates.features:,.3g} features a second")
     for rows in (corruption_table(results), ood_table(results), overview_table(results)):
         if rows:
             print(f"\n{format_table(rows)}")

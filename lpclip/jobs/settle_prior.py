@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lpclip import files
-from lpclip.config import SelfTrainingConfig, UserError, config_identity, digest
+from lpclip.config import SelfTrainingConfig, UserError, config_identity, did_you_mean, digest
 from lpclip.encoders.head import Head
 from lpclip.jobs.console import print_prior, print_tried
 from lpclip.method.confirmation import Confirmation
@@ -24,7 +24,8 @@ def load_prior(spec: str, class_names: tuple[str, ...]) -> Prior | None:
             text = files.read_bytes(spec).decode()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
-                f"--prior {spec} is none of auto, uniform, weak, none, nor a text file: {error}"
+                f"--prior {spec} is none of auto, uniform, weak, none, nor a text file that can be read"
+                f"{did_you_mean(spec, ('auto', *PRIORS))}"
             ) from error
     return read_prior(spec, class_names, text=text)
 

@@ -16,7 +16,7 @@ from ray.tune.search.sample import Categorical, Domain, Float, Integer, Quantize
 from ray.tune.search.variant_generator import generate_variants
 
 import lpclip
-from lpclip.config import SelfTrainingConfig, UserError, digest
+from lpclip.config import SelfTrainingConfig, UserError, did_you_mean, digest
 
 # The spaces that are shipped, by the names that --space takes.
 SHIPPED = ("default", "quick", "wide")
@@ -74,7 +74,8 @@ def read_space(path: str) -> SearchSpace:
         code = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError, RuntimeError) as error:
         raise UserError(
-            f"--space {path} cannot be read ({error}): give a Python file, or one of {', '.join(SHIPPED)}"
+            f"--space {path} cannot be read ({getattr(error, 'strerror', None) or error}): give a Python file, or one "
+            f"of {', '.join(SHIPPED)}{did_you_mean(path, SHIPPED)}"
         ) from error
     try:
         tree = ast.parse(code)
