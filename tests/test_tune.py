@@ -497,7 +497,7 @@ def test_there_must_be_something_to_resume(
     work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = refusal(f"{work.command} --out {tmp_path}/empty --resume", monkeypatch, capsys)
-    assert message == f"--resume: {tmp_path}/empty is not there, so that nothing could go on"
+    assert message == f"--resume: {tmp_path}/empty is not there, so there is no sweep to resume"
 
 
 def wait_for_trials(process: subprocess.Popen[str], out: Path, *, count: int) -> None:

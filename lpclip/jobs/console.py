@@ -22,6 +22,11 @@ from lpclip.report.sweep_page import status_line, trials_table
 from lpclip.report.tables import format_table
 from lpclip.training.search_space import SearchSpace
 
+MEANINGS = {
+    "uniform": " (labels are pulled to equal class shares)",
+    "weak": " (labels are pulled weakly to equal class shares)",
+    "none": " (labels are left as they are)",
+}
 LITE_NOTE = (
     "the embedded lite encoder is not CLIP: use it for a first impression, its figures say nothing of CLIP"
 )
@@ -101,13 +106,17 @@ def encoded_row(data: Data, encoded: Encoded) -> dict[str, Any]:
 
 
 def print_tried(name: str, found: Confirmation) -> None:
-    """Print how far the two halves of the features confirm the rounds with one prior."""
-    print(f"  {name}: they confirm {found.agreement:.1%} of the labels (kappa {found.kappa:.2f})", flush=True)
+    """Print how far rounds in halves of the features' directions confirm the rounds with one prior."""
+    print(
+        f"  {name}: rounds in the halves repeat {found.agreement:.1%} of its labels "
+        f"(kappa {found.kappa:.2f}; 0 is chance, 1 is all)",
+        flush=True,
+    )
 
 
 def print_prior(name: str, tried: dict[str, Confirmation], *, trusted: bool) -> None:
     """Print the prior that the rounds go on with, and a warning if their result cannot be trusted."""
-    print(f"prior: {name}", flush=True)
+    print(f"prior: {name}{MEANINGS.get(name, '')}", flush=True)
     if not trusted:
         kappa, images = tried[name].kappa, tried[name].images_per_class
         print(
@@ -175,7 +184,7 @@ def print_sweep_plan(
     scheduler = "no trial is stopped early" if job.scheduler == "none" else f"{job.scheduler} stops the worst"
     print(
         f"sweep     {count} trials, {concurrent} at a time, {job.search} search, {scheduler}; "
-        f"{job.criterion} chooses, labels do not",
+        f"the winner is chosen by {job.criterion}, without labels (docs/tuning.md)",
         flush=True,
     )
 

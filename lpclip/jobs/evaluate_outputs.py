@@ -112,7 +112,7 @@ def _facts(subjects: Subjects, measured: Measured) -> dict[str, str]:
     for found in measured.sets:
         sizes.setdefault(found.item.name, found.stores[0].store.manifest.num_rows)
     methods = {name: probe.summary.get("method", "zero-shot") for name, probe in classifiers.items()}
-    lite = ", which is not CLIP: it serves first impressions" if info.name == "lite" else ""
+    lite = ", which is not CLIP: its figures say nothing of CLIP" if info.name == "lite" else ""
     return {
         "images": ", ".join(f"{name} ({size:,})" for name, size in sizes.items()),
         "classifiers": ", ".join(

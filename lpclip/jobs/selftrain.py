@@ -151,7 +151,10 @@ def _run_rounds(
             job.training, num_rows=manifest.num_rows, num_classes=len(opened.head.class_names)
         )
         if count:
-            print(f"rounds: first the {count} nearest neighbours of {manifest.num_rows:,} images", flush=True)
+            print(
+                f"rounds: at first, the {count} nearest neighbours of each of {manifest.num_rows:,} images are found",
+                flush=True,
+            )
         rounds = run_rounds(work, storage=files.join(out, "ray"), tell=partial(print, flush=True))
     return rounds, read_pseudo_labels(work.folder)
 

@@ -53,7 +53,9 @@ def settle_prior(
         kept = files.read_json(path) if files.exists(path) else {}
         if kept.get("identity") != identity:
             print(
-                "prior: trying the rounds on a sample, and on halves of its features (a minute)", flush=True
+                "prior: trying the rounds on a sample, whole and in random halves of the features' directions "
+                "(a minute)",
+                flush=True,
             )
             found = try_priors(
                 features,

@@ -82,7 +82,7 @@ def tune_job(job: TuneJob) -> dict[str, Any]:
             "other search spaces than tune.grid_search and tune.sample_from, or --search random"
         )
     if job.resume and not files.exists(job.out):
-        raise UserError(f"--resume: {job.out} is not there, so that nothing could go on")
+        raise UserError(f"--resume: {job.out} is not there, so there is no sweep to resume")
     with output_folder(job.out) as out:
         inputs = open_inputs(job)
         names = inputs.classes.names
@@ -238,7 +238,7 @@ class _Sweep:
         job, head, chosen = self._job, self._head, self._prior
         strong = _strong_views(job)
         loaded = known.encoded.store.features(views=strong, with_labels=False).strong if strong else {}
-        print("yardstick: clusters and neighbours of a sample, which criteria compare to", flush=True)
+        print("criteria: finding the clusters and neighbours of a sample, to compare trials with", flush=True)
         yardstick = make_yardstick(
             known.features.base,
             num_classes=len(head.class_names),

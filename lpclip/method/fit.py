@@ -177,7 +177,7 @@ def round_line(number: int, metrics: Mapping[str, float], *, is_last: bool = Fal
     return (
         f"{'last student, with the strong views' if is_last else f'round {number}'}: "
         f"{metrics['flip_rate']:.1%} of the labels changed, {metrics['coverage']:.1%} kept, "
-        f"mean confidence {metrics['mean_confidence']:.3f}, {metrics['zero_shot_agreement']:.1%} as zero-shot"
+        f"mean confidence {metrics['mean_confidence']:.3f}, {metrics['zero_shot_agreement']:.1%} agree with zero-shot"
     )
 
 
