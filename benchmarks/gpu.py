@@ -88,7 +88,7 @@ class Options:
     models: tuple[str, ...] = MODELS
     """open_clip models, the first of them for agreement too."""
     images: str | None = None
-    """Images of the agreement: whatever the jobs take as --data; generated ones by default."""
+    """Images for the part agreement, in any form that the jobs take as --data. By default they are generated."""
     head: str | None = None
     """Class embeddings (K, 1280) as .npy for the lite encoder's predictions; by default a dozen class names'."""
 
@@ -132,7 +132,7 @@ def _write_photo(folder: str, number: int) -> None:
 
 
 def machine(options: Options) -> Iterator[Row]:
-    """What the machine is and what it reaches."""
+    """Name the machine, and measure its rates."""
     yield {
         "card": torch.cuda.get_device_name() if HAS_GPU else "no GPU",
         "driver": _smi("driver_version"),

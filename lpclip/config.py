@@ -521,7 +521,7 @@ class EvaluateJob:
     pretrained: str | None = None
     """Weights of --encoder: an open_clip tag or a local checkpoint file. With --probe, it is the new place of the
     local checkpoint of their encoder, if the file has moved since training."""
-    batch_size: int = 256
+    batch_size: int = EncodeConfig.batch_size
     """Images in one forward pass on a GPU. On CPUs a pass always takes 8."""
     num_actors: int | None = None
     """Number of encoder actors (processes). The default is one for each GPU, or one for every eight CPUs."""
@@ -578,7 +578,7 @@ class PredictJob:
     """Use only this many images. A hash of the ids chooses them."""
     pretrained: str | None = None
     """New place of the local checkpoint of the encoder, if the file has moved since training."""
-    batch_size: int = 256
+    batch_size: int = EncodeConfig.batch_size
     """Images in one forward pass on a GPU. On CPUs a pass always takes 8."""
     features: str | None = None
     """Folder of feature stores, in which features are found and kept. By default they are deleted at the end."""

@@ -18,7 +18,7 @@ from lpclip.features.describe import has_gpus
 from lpclip.features.passes import CpuPasses, DevicePasses, Passes
 from lpclip.images.pixels import REDUCING_GAP, preprocess_identity
 from lpclip.images.source import Source
-from lpclip.images.views import STRONG_VERSION, View
+from lpclip.images.views import STRONG_VERSION, View, pixel_views
 
 # The environment of processes that hold an encoder. glibc gives the large activations of every forward pass back to
 # the kernel and takes them again, page by page: on CPUs that can cost more than the arithmetic. One heap that only
@@ -81,9 +81,8 @@ class EncodeStage:
         good = table if is_good.all() else table.filter(table["error"].is_null())
         kept = table.drop_columns([name for name in table.column_names if name.startswith("pixels:")])
         size = self.encoder.preprocess.size
-        names = {view.pixels: f"pixels:{view.pixels}" for view in self.views}
-        pixels = {view: pixel_array(good[name], size=size) for view, name in names.items()}
-        features = self.passes([pixels[view.pixels] for view in self.views], self.views)
+        pixels = {view: pixel_array(good[f"pixels:{view}"], size=size) for view in pixel_views(self.views)}
+        features = self.passes(pixels, self.views)
         for place, view in enumerate(self.views):
             found = np.zeros((len(table), self.encoder.dim), np.float16)
             found[is_good] = features[place * len(good) : (place + 1) * len(good)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
@@ -24,10 +24,10 @@ CPU_BATCH = 8
 class Passes(Protocol):
     """A way to run an encoder over many images."""
 
-    def __call__(self, pixels: Sequence[np.ndarray], views: Sequence[View]) -> np.ndarray:
+    def __call__(self, pixels: Mapping[View, np.ndarray], views: Sequence[View]) -> np.ndarray:
         """Features (len(views) x N, d) float16, one view after the other.
 
-        `pixels` has uint8 (N, S, S, 3) for each view, which are flipped first where the view is mirrored.
+        `pixels` has uint8 (N, S, S, 3) for each view's `pixels`, which are flipped first where the view is mirrored.
         """
         ...
 
@@ -40,9 +40,9 @@ class CpuPasses:
         self.encoder = encoder
         self.threads = ThreadPoolExecutor(num_threads)
 
-    def __call__(self, pixels: Sequence[np.ndarray], views: Sequence[View]) -> np.ndarray:
+    def __call__(self, pixels: Mapping[View, np.ndarray], views: Sequence[View]) -> np.ndarray:
         """As `Passes`. Batches run on from view to view."""
-        count, size = len(pixels[0]), self.encoder.preprocess.size
+        count, size = len(pixels[views[0].pixels]), self.encoder.preprocess.size
         total = len(views) * count
         out = np.empty((total, self.encoder.dim), np.float16)
 
@@ -52,8 +52,9 @@ class CpuPasses:
             place = start
             while place < stop:
                 number, row = divmod(place, count)
-                run = pixels[number][row : row + stop - place]
-                batch[place - start :][: len(run)] = run[:, :, ::-1] if views[number].mirrored else run
+                view = views[number]
+                run = pixels[view.pixels][row : row + stop - place]
+                batch[place - start :][: len(run)] = run[:, :, ::-1] if view.mirrored else run
                 place += len(run)
             found = self.encoder.encode_image(torch.from_numpy(batch))
             out[start:stop] = found[: stop - start].to(torch.float16).numpy()
@@ -75,20 +76,13 @@ class DevicePasses:
         self.own = threading.local()
 
     @torch.inference_mode()
-    def __call__(self, pixels: Sequence[np.ndarray], views: Sequence[View]) -> np.ndarray:
+    def __call__(self, pixels: Mapping[View, np.ndarray], views: Sequence[View]) -> np.ndarray:
         """As `Passes`. Batches run on from view to view, and all have one shape."""
-        if not len(pixels[0]):
+        if not len(pixels[views[0].pixels]):
             return np.empty((0, self.encoder.dim), np.float16)
         with self._stream():
-            sent: dict[int, Tensor] = {}
-            for images in pixels:
-                if id(images) not in sent:
-                    sent[id(images)] = self._send(images)
-            shown = [
-                sent[id(images)].flip(2) if view.mirrored else sent[id(images)]
-                for images, view in zip(pixels, views, strict=True)
-            ]
-            rows = torch.cat(shown)
+            sent = {view: self._send(images) for view, images in pixels.items()}
+            rows = torch.cat([sent[v.pixels].flip(2) if v.mirrored else sent[v.pixels] for v in views])
             total = len(rows)
             rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 0, 0, -total % self.batch_size))
             found = torch.cat([self.encoder.encode_image(batch) for batch in rows.split(self.batch_size)])

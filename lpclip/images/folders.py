@@ -164,13 +164,8 @@ def open_manifest(
         "texts": [own_texts[row] for row in chosen] if own_texts else None,
     }
     columns = (image_column, id_column, label_column, *filter(None, (texts_from,)))
-    identity = make_identity(
-        "manifest",
-        [file, *_local_files(paths, listing.root)],
-        config=config,
-        limit=limit,
-        columns=columns,
-    )
+    read = [file, *_local_files(paths, listing.root)]
+    identity = make_identity("manifest", read, config=config, limit=limit, columns=columns)
     return Source(
         name=listing.name,
         kind="manifest",

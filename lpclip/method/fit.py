@@ -164,10 +164,10 @@ def zero_shot_labels(probe: Probe, features: np.ndarray) -> tuple[np.ndarray, np
 
 
 def is_last_student(number: int, *, before: Mapping[str, float] | None, config: SelfTrainingConfig) -> bool:
-    """Whether this round's student is the one beyond the rounds, who has seen the strong views.
+    """Say whether the student with this number is the last one, which is fitted to the strong views as well.
 
-    `before` are the metrics of the round before it, None for the first round: a round that ends the rounds is followed
-    by this student alone.
+    `before` has the metrics of the student before it, None for the first. The last student follows the round that is
+    the last allowed one, or in which hardly a label changed.
     """
     return number > config.rounds or (before is not None and before["flip_rate"] < RECIPE.stop_flip_rate)
 

@@ -25,8 +25,8 @@ class Whitening:
 
     def to(self, device: torch.device) -> Whitening:
         """The same on another device."""
-        moved = {name: getattr(self, name).to(device) for name in ("mean", "whitener", "variance")}
-        return replace(self, **moved)
+        mean, whitener = self.mean.to(device), self.whitener.to(device)
+        return replace(self, mean=mean, whitener=whitener, variance=self.variance.to(device))
 
 
 def make_whitening(moments: Tensor) -> Whitening:

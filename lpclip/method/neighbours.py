@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from lpclip.method.gaussian import Whitening
+from lpclip.method.shard import CPU
 
 BLOCK_ROWS = 1024
-CPU = torch.device("cpu")
 
 
 def comparison_dtype() -> torch.dtype:

@@ -45,7 +45,7 @@ def update_factors(sums: Tensor, *, prior: Prior) -> Tensor:
     """A step of v_k <- (r_k / mean_i(p0_ik / sum_j p0_ij v_j))^a, normalised to mean 1; `sums` of all shards.
 
     r is `prior.target`, halfway to the prior q; a is the prior's strength. Each step starts from the original
-    posteriors p0. Iterating on corrected ones would end at r for every a > 0.
+    posteriors p0: steps that start from corrected posteriors would reach r in the end, however small a is.
     """
     counts, ratios = sums
     if prior.strength == 0:

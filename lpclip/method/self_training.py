@@ -68,7 +68,7 @@ class Rounds:
         yield self._graduate(last_solver, teacher, labelled, with_strong=with_strong)
 
     def _pass(self, teacher: State, *, previous: Pass | None, strong: bool = False) -> Pass:
-        """Label all rows with the teacher, helped by what the pass `previous` labelled for their neighbours.
+        """Label all rows with the teacher, helped by the targets that the pass `previous` gave their neighbours.
 
         The sums are those of the base features, or of their mean with the `strong` views.
         """

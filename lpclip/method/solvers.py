@@ -25,7 +25,7 @@ class Solver(Protocol):
         """Share of the zero-shot logits that the student needs beside what was fitted."""
 
     def fit(self, teacher: State, labelled: Pass) -> Linear:
-        """Fit a student to the labels that the teacher's pass `labelled`; in units of logits."""
+        """Fit a student, in units of logits, to the labels of the teacher's pass."""
 
 
 @dataclass(frozen=True, kw_only=True)

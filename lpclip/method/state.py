@@ -31,8 +31,8 @@ class State:
 
     def to(self, device: torch.device) -> State:
         """The same with its tensors on another device."""
-        moved = {name: tensor.to(device) for name, tensor in self.to_tensors().items()}
-        return replace(self, weight=moved["weight"], bias=moved["bias"], factors=moved["factors"])
+        weight, bias, factors = self.weight.to(device), self.bias.to(device), self.factors.to(device)
+        return replace(self, weight=weight, bias=bias, factors=factors)
 
     def classifier(self, head: Tensor) -> Linear:
         """The state as a linear classifier, given the zero-shot `head` (K, d) in units of logits."""
