@@ -21,7 +21,14 @@ USER 1000
 WORKDIR /home/ray/lpclip
 # The lock first: a change of the code keeps the layer with the libraries.
 COPY --chown=1000:100 requirements.lock ./
-RUN python -m pip install --no-cache-dir --requirement requirements.lock
+# For CPUs PyTorch's CPU build, from its own index: the ordinary one takes 4.5 GB more, for CUDA.
+ARG DEVICE
+# hadolint ignore=SC2086
+RUN if [ "$DEVICE" = cpu ]; then \
+        cpu="--extra-index-url https://download.pytorch.org/whl/cpu \
+            $(sed -nE 's/^(torch|torchvision)==([^ ;]+).*/\1==\2+cpu/p' requirements.lock)"; \
+    fi \
+    && python -m pip install --no-cache-dir --requirement requirements.lock $cpu
 COPY --chown=1000:100 . .
 RUN python -m pip install --no-cache-dir --no-deps .
 

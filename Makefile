@@ -1,7 +1,8 @@
 # make demo   the whole job on a small fixed subset, from images to a table
+# make demo TORCH=cpu   the same with PyTorch's CPU build, as by itself where no NVIDIA driver is
 # make test   the tests                make lint   what .ci/run and pre-commit check
 # make ui     MLflow's pages           make docs   these pages as a site, in docs/_build/html
-# make lock   pin the newest versions that fit pyproject.toml
+# make lock   pin the newest versions that fit pyproject.toml, for users and for developers
 # make clean  caches and runs/demo (the environment and other runs stay; they can be removed by hand)
 
 SHELL := bash
@@ -11,12 +12,28 @@ SHELL := bash
 
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALLED := .venv/.installed
+USERS := .venv/.installed
+DEVELOPERS := .venv/.installed-dev
 PIP := PYTHONUNBUFFERED=1 $(BIN)/python -m pip --disable-pip-version-check
 # Of pip's many lines, one for each large package as it comes and one when all are there.
 PROGRESS := while read -r verb what size; do case "$$verb $$size" in \
 	"Downloading ("[0-9][0-9]*.*" MB)") what=$${what\#\#*/}; echo "  $${what%%-*} $$size" ;; \
 	"Installing "*) echo "  unpacking" ;; esac; done
+# pip compiles modules one after the other; all processors need half of that time.
+INSTALL = $(PIP) install --no-compile --progress-bar off $(1) 2>&1 | tee .venv/install.log | $(PROGRESS) || { \
+	grep '^ERROR' .venv/install.log >&2; echo "The rest is in .venv/install.log." >&2; exit 1; }; \
+	$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' .venv/lib || true
+
+# PyTorch's CPU build needs no CUDA packages. It is taken with TORCH=cpu, or by itself on a Linux without an NVIDIA driver, if
+# pip finds it; TORCH=cuda takes the ordinary build, the only one on macOS. This counts when .venv is made.
+TORCH ?= $(shell [ "$$(uname)" != Linux ] || [ -e /proc/driver/nvidia ] || command -v nvidia-smi >/dev/null \
+	&& echo cuda || echo cpu)
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+# torch and torchvision must be of the same build.
+CPU_PINS = $(shell sed -nE 's/^(torch|torchvision)==([^ ;]+).*/\1==\2+cpu/p' requirements.lock)
+# An index that does not answer is given up after 10 seconds.
+FIND_CPU_PINS = for pin in $(CPU_PINS); do timeout 10 $(BIN)/python -m pip index versions "$${pin%==*}" --retries 0 \
+	--index-url $(CPU_INDEX) 2>/dev/null | grep -F "$${pin\#*==}" >/dev/null || exit 1; done
 
 .PHONY: help demo test lint format docs lock ui clean
 
@@ -24,42 +41,57 @@ help:
 	@sed -n 's/^# make/make/p' Makefile
 
 # The environment is made once and again when the lock changes. An interrupted installation leaves no stamp.
-$(INSTALLED): requirements.lock
+$(USERS): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "lpclip needs Python 3.11 or newer, and $(PYTHON) is not: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "Making .venv from requirements.lock: a few minutes and about 7.5 GB, most of it PyTorch."
 	@$(PYTHON) -m venv --clear .venv
-	@$(PIP) install --progress-bar off -r requirements.lock 2>&1 | tee .venv/install.log | $(PROGRESS) || { \
-		grep '^ERROR' .venv/install.log >&2; echo "The rest is in .venv/install.log." >&2; exit 1; }
-	@$(PIP) install --quiet --quiet --no-deps --editable .
+	@size="about 3 GB"; cpu=; \
+	if [ "$(TORCH)" = cpu ] && ($(FIND_CPU_PINS)); then cpu="--extra-index-url $(CPU_INDEX) $(CPU_PINS)"; \
+	elif [ "$$(uname)" = Linux ]; then \
+		size="about 7.5 GB, most of it for CUDA"; \
+		[ "$(TORCH)" != cpu ] || echo "pip finds no $(CPU_PINS) at $(CPU_INDEX), so it takes PyTorch's ordinary build."; \
+	fi; \
+	echo "Making .venv from requirements.lock: a few minutes and $$size."; \
+	$(call INSTALL,-r requirements.lock $$cpu)
+	@$(PIP) install --quiet --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: $(INSTALLED)
+$(DEVELOPERS): requirements-dev.lock $(USERS)
+	@echo "Adding the developers' tools to .venv from requirements-dev.lock: a minute and about 0.3 GB."
+	@$(call INSTALL,-r requirements-dev.lock)
+	@touch $@
+
+demo: $(USERS)
 	@$(BIN)/python jobs/selftrain.py --limit 6000 --eval-limit 2000 --out runs/demo
 
-test: $(INSTALLED)
+test: $(DEVELOPERS)
 	@$(BIN)/python -m pytest
 
-lint: $(INSTALLED)
+lint: $(DEVELOPERS)
 	@$(BIN)/python -m ruff check
 	@$(BIN)/python -m ruff format --check
 	@$(BIN)/python -m mypy
 	@$(BIN)/lint-imports
 
-format: $(INSTALLED)
+format: $(DEVELOPERS)
 	@$(BIN)/python -m ruff check --fix
 	@$(BIN)/python -m ruff format
 
-docs: $(INSTALLED)
+docs: $(DEVELOPERS)
 	@$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
-lock: $(INSTALLED)
-	@$(BIN)/python -m uv pip compile --quiet --universal --python-version 3.11 --all-extras --upgrade \
-		--no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock" \
-		--output-file requirements.lock pyproject.toml
+# The CUDA packages are left out: torch pins those that its build needs, and the CPU build needs none. There are no hashes:
+# pip wants them for all packages or none, and the pin of torch stands for two builds, each on an index of its own.
+COMPILE := $(BIN)/python -m uv pip compile --quiet --universal --python-version 3.11 --upgrade --no-emit-index-url \
+	--no-emit-find-links --no-annotate --custom-compile-command "make lock" pyproject.toml
+lock: $(DEVELOPERS)
+	@$(COMPILE) --all-extras --output-file requirements-dev.lock
+	@$(COMPILE) --constraint requirements-dev.lock --output-file requirements.lock
+	@sed -i.bak -E '/^(cuda-|nvidia-|triton==)/d' requirements.lock requirements-dev.lock
+	@rm requirements.lock.bak requirements-dev.lock.bak
 
-ui: $(INSTALLED)
+ui: $(USERS)
 	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///mlflow.db
 
 clean:

