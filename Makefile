@@ -1,6 +1,7 @@
 # make demo   the whole job on a small fixed subset, from images to a table
 # make demo TORCH=cpu   the same with PyTorch's CPU build, as by itself where no NVIDIA driver is
-# make test   the tests                make lint   what .ci/run and pre-commit check
+# make test   the tests of a few minutes      make test-all   all tests
+# make lint   what .ci/run and pre-commit check
 # make ui     MLflow's pages           make docs   these pages as a site, in docs/_build/html
 # make lock   pin the newest versions that fit pyproject.toml, for users and for developers
 # make clean  caches and runs/demo (the environment and other runs stay; they can be removed by hand)
@@ -35,7 +36,7 @@ CPU_PINS = $(shell sed -nE 's/^(torch|torchvision)==([^ ;]+).*/\1==\2+cpu/p' req
 FIND_CPU_PINS = for pin in $(CPU_PINS); do timeout 10 $(BIN)/python -m pip index versions "$${pin%==*}" --retries 0 \
 	--index-url $(CPU_INDEX) 2>/dev/null | grep -F "$${pin\#*==}" >/dev/null || exit 1; done
 
-.PHONY: help demo test lint format docs lock ui clean
+.PHONY: help demo test test-all lint format docs lock ui clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -65,6 +66,9 @@ demo: $(USERS)
 	@$(BIN)/python jobs/selftrain.py --limit 6000 --eval-limit 2000 --out runs/demo
 
 test: $(DEVELOPERS)
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(DEVELOPERS)
 	@$(BIN)/python -m pytest
 
 lint: $(DEVELOPERS)

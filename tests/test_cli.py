@@ -168,6 +168,7 @@ main(run, Job)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("end", "code"), [("interrupted", 130), ("terminated", 143)])
 def test_a_signal_ends_a_job_with_ray_in_one_sentence(end: str, code: int) -> None:
     done = subprocess.run(

@@ -117,6 +117,7 @@ def _work(rank: int, path: Path) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_workers_see_the_loss_and_the_gradients_of_one(tmp_path: Path) -> None:
     multiprocessing.spawn(_work, args=(tmp_path,), nprocs=2)
     images, texts = pairs(8)

@@ -131,6 +131,7 @@ def test_the_mirror_view_is_the_mirrored_image(made: Made, info: EncoderInfo, tm
     np.testing.assert_allclose(matrix(table, "weak", 1280)[0], other[1], atol=2e-3)
 
 
+@pytest.mark.slow
 def test_features_do_not_depend_on_batches_actors_or_the_order_of_work(
     made: Made, tars: Path, info: EncoderInfo, tmp_path: Path
 ) -> None:
@@ -198,6 +199,7 @@ OTHER_CPU = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}
 """An x86-64 CPU that computes as one without AVX would. An arm64 CPU knows neither variable, and computes as ever."""
 
 
+@pytest.mark.slow
 def test_another_kind_of_cpu_gives_features_within_the_documented_tolerance_and_equal_predictions(
     tmp_path: Path,
 ) -> None:
@@ -286,6 +288,7 @@ def test_encoding_leaves_the_filters_of_warnings_as_they_were(info: EncoderInfo,
     assert [found for found in warnings.filters if found not in before] == []
 
 
+@pytest.mark.slow
 def test_an_interrupted_encoding_goes_on_with_the_missing_units_alone(
     made: Made, tars: Path, info: EncoderInfo, tmp_path: Path
 ) -> None:

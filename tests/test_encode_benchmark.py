@@ -15,6 +15,7 @@ from PIL import Image
 from lpclip.config import EncoderConfig
 from lpclip.encoders.load import load_encoder
 
+pytestmark = pytest.mark.slow
 LITE = EncoderConfig()
 
 

@@ -80,6 +80,7 @@ def test_open_clip_features_equal_open_clips_own(checkpoint: Path, photos: list[
     assert encoder.logit_scale == pytest.approx(model.logit_scale.exp().item())
 
 
+@pytest.mark.slow
 def test_features_hardly_change_when_large_jpegs_are_decoded_at_a_fraction(lite_encoder):
     sizes = ((2400, 1600), (1000, 1500), (961, 1800))
     images = [_as_natural_photo(*size, seed=seed) for seed, size in enumerate(sizes)]
@@ -115,6 +116,7 @@ def _as_natural_photo(width: int, height: int, *, seed: int) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 def test_a_torch_file_and_a_training_checkpoint_are_the_same_encoder(checkpoint: Path, tmp_path: Path):
     weights = load_file(checkpoint)
     torch.save(weights, tmp_path / "clip.pt")
@@ -139,6 +141,7 @@ def test_one_changed_weight_is_another_identity(checkpoint: Path, tmp_path: Path
     )
 
 
+@pytest.mark.slow
 def test_half_precision_is_close_on_images_and_leaves_texts_alone(
     checkpoint: Path, photos: list[Image.Image]
 ):
@@ -355,6 +358,7 @@ def test_other_weights_than_the_pinned_ones_are_refused(tmp_path: Path):
         lite._check(tmp_path / "model.pth", lite.IMAGE_WEIGHTS)
 
 
+@pytest.mark.slow
 def test_small_architectures_are_known_from_their_first_use_and_importing_writes_no_file() -> None:
     code = """
 import tempfile

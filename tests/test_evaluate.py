@@ -315,6 +315,7 @@ def disagreements(summary: Summary, probes: dict[str, Probe], name: str) -> set[
     return {image for image, a, b in zip(ids, right[ZERO_SHOT], right[name], strict=True) if a != b}
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_images_on_which_probe_and_zero_shot_disagree(
     found: Summary, work: Work, probes: dict[str, Probe], tmp_path: Path
 ) -> None:
@@ -394,6 +395,7 @@ def times(work: Work) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in files}
 
 
+@pytest.mark.slow
 def test_other_probes_under_other_names_encode_nothing(
     found: Summary, work: Work, probes: dict[str, Probe]
 ) -> None:
@@ -435,6 +437,7 @@ def test_other_probes_under_other_names_encode_nothing(
     assert beyond == pytest.approx(effective_robustness(shifted, accuracy=clean, fit="imagenet-v2"))
 
 
+@pytest.mark.slow
 def test_one_more_severity_encodes_its_views_alone(found: Summary, work: Work) -> None:
     before = times(work)
     fewer = replace(work.job, shift=(), ood=(), corrupted=(), corruptions="fog")
@@ -496,6 +499,7 @@ def start(flags: list[str]) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_after_ctrl_c_between_two_sets_the_same_command_goes_on(work: Work, tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("".join(f"{i}\t{name}\n" for i, name in enumerate(CLASSES)))
     job = EvaluateJob(
@@ -540,6 +544,7 @@ def test_after_ctrl_c_between_two_sets_the_same_command_goes_on(work: Work, tmp_
     assert client.get_run(done["mlflow_run"]).info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_a_real_job_with_one_line(work: Work, tmp_path: Path) -> None:
     flags = f"--probe {work.trained}/probe --data {work.photos} --corruptions rain --out {tmp_path}/out"
     job = start(flags.split())

@@ -31,7 +31,7 @@ from lpclip.images.open import open_source
 from lpclip.images.source import Reader, Row, Source
 from lpclip.images.views import parse_views
 
-pytestmark = pytest.mark.usefixtures("lite_map")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("lite_map")]
 LITE = EncoderConfig()
 NUM_TARS, TAR_IMAGES, BAD_TARS = 12, 24, (2, 5, 8)
 IDS = {f"{tar:02d}.tar/{i:03d}" for tar in range(NUM_TARS) for i in range(TAR_IMAGES)}

@@ -120,6 +120,7 @@ def test_views_of_both_stores_are_in_one_order(spread: Spread) -> None:
     np.testing.assert_allclose(spread.both.mean(*CORRUPTED[:2]), mean, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_corrupted_features_do_not_depend_on_actors_batches_stores_or_the_cut_into_units(
     spread: Spread, table: Path, info: EncoderInfo, tmp_path: Path
 ) -> None:
@@ -139,6 +140,7 @@ def test_corrupted_features_do_not_depend_on_actors_batches_stores_or_the_cut_in
     assert len(set(features.values())) == 6
 
 
+@pytest.mark.slow
 def test_a_worker_corrupts_an_image_as_this_process_does() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize((80, 64), Image.Resampling.BICUBIC)

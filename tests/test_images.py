@@ -647,6 +647,7 @@ class TestSchemes:
 
 
 class TestNamed:
+    @pytest.mark.slow
     def test_fashion_mnist_is_had_and_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("LPCLIP_CACHE", str(tmp_path))
         source = open_source("fashion-mnist:test", config=CONFIG)

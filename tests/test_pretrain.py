@@ -101,6 +101,7 @@ def test_metrics_are_in_mlflow(undisturbed: dict[str, Any]) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_and_ends_bit_for_bit_as_if_nothing_had_been(
     pairs: Path, undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +136,7 @@ def write_model(path: Path) -> None:
     save_file(load_trainable(ModelConfig(encoder="tiny-vit-32"), seed=0).model.state_dict(), path)
 
 
+@pytest.mark.slow
 def test_two_workers_follow_the_curve_of_one(
     pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +179,7 @@ def test_bad_pairs_are_counted_and_quarantined(
     assert re.search(r"^bad +\S+/quarantine.parquet$", output, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_labelled_folder_becomes_pairs(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +197,7 @@ def test_a_labelled_folder_becomes_pairs(
     }
 
 
+@pytest.mark.slow
 def test_an_architecture_may_be_a_file(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {**SMALL_MODELS["tiny-vit-32"], "embed_dim": 48}
     (tmp_path / "mine.json").write_text(json.dumps(config))
@@ -212,6 +216,7 @@ def test_an_architecture_may_be_a_file(pairs: Path, tmp_path: Path, monkeypatch:
     assert images["images"] == 96
 
 
+@pytest.mark.slow
 def test_training_begins_with_a_checkpoint(
     pairs: Path, undisturbed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

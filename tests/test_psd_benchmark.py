@@ -36,6 +36,7 @@ def test_a_share_of_the_captions_is_shuffled_and_none_is_lost() -> None:
     assert caption(images, noise=0.4, seed=0) == noisy != caption(images, noise=0.4, seed=1)
 
 
+@pytest.mark.slow
 def test_it_runs_from_images_to_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels = [CLASSES[i % 3] for i in range(48)]
     table = pa.table({"image": [draw(i % 3, i) for i in range(48)], "label": labels})

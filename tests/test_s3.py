@@ -133,6 +133,7 @@ def test_a_job_trains_in_a_bucket_and_its_probe_labels_images_from_there(
     assert not files.exists(files.add_suffix(table, ".features"))
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_on_pairs_in_a_bucket(lake: Path, options: str) -> None:
     table = pq.read_table(lake / "unlabelled.parquet")
     table = table.append_column("text", pa.array([f"picture {i % 7}" for i in range(len(table))]))

@@ -176,7 +176,7 @@ def test_a_server_that_does_not_answer_is_a_quick_sentence(monkeypatch: pytest.M
         start = time.monotonic()
         with pytest.raises(UserError, match=rf"no MLflow server answers at http://127.0.0.1:{port}"):
             track(CONFIG, name="x", params={}).__enter__()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60, "MLflow alone would try again for minutes"
 
 
 @pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "./mlruns", "/tmp/mlruns"])
@@ -220,6 +220,7 @@ def start_driver(name: str, folder: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_two_first_runs_at_once_share_one_new_database(tmp_path: Path) -> None:
     drivers = [start_driver(name, tmp_path) for name in ("a", "b")]
     ends = [(driver.communicate(timeout=120), driver.returncode) for driver in drivers]

@@ -340,6 +340,7 @@ def test_a_run_has_one_version_of_a_model_however_often_it_is_registered(
     assert client.get_run(third.run_id).data.metrics == {"accuracy": 0.5}, "the run goes on without it"
 
 
+@pytest.mark.slow
 def test_labels_choose_nothing(swept: Summary, work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     blind = run(
         f"{work.command} --out {work.folder}/blind --experiment blind".replace("/labelled", "/unlabelled"),
@@ -367,6 +368,7 @@ def test_labels_choose_nothing(swept: Summary, work: Work, monkeypatch: pytest.M
     )
 
 
+@pytest.mark.slow
 def test_the_winners_command_trains_the_same_probe(
     swept: Summary, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -407,6 +409,7 @@ def test_the_same_command_on_a_finished_sweep_runs_no_trial(
         assert {**again["chosen"], "command": None} == {**swept["chosen"], "command": None}
 
 
+@pytest.mark.slow
 def test_another_criterion_chooses_anew_among_the_same_trials(
     swept: Summary,
     work: Work,
@@ -428,6 +431,7 @@ def test_another_criterion_chooses_anew_among_the_same_trials(
         assert not re.findall("^trial .*$", capsys.readouterr().err, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_more_trials_are_added_to_those_that_are_there(
     swept: Summary,
     work: Work,
@@ -480,6 +484,7 @@ def test_other_work_on_the_same_folder_is_refused(
     assert (out / "summary.json").read_bytes() == summary
 
 
+@pytest.mark.slow
 def test_only_the_code_of_a_space_counts(
     swept: Summary,
     work: Work,
@@ -509,6 +514,7 @@ def wait_for_trials(process: subprocess.Popen[str], out: Path, *, count: int) ->
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_ends_as_if_nothing_had_been(
     swept: Summary, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -626,6 +632,7 @@ def halved(work: Work) -> Summary:
         )
 
 
+@pytest.mark.slow
 def test_asha_stops_what_lags_behind_and_chooses_among_the_finished(halved: Summary, work: Work) -> None:
     by_status = {
         status: [trial for trial in halved["trials"] if trial["status"] == status]
@@ -649,6 +656,7 @@ def test_asha_stops_what_lags_behind_and_chooses_among_the_finished(halved: Summ
     )
 
 
+@pytest.mark.slow
 def test_a_trial_that_can_learn_nothing_fails_with_its_reason_and_the_others_go_on(
     halved: Summary, work: Work
 ) -> None:
@@ -667,6 +675,7 @@ def test_a_trial_that_can_learn_nothing_fails_with_its_reason_and_the_others_go_
     assert sorted(told) == sorted(trial["error"] for trial in failed)
 
 
+@pytest.mark.slow
 def test_where_all_trials_fail_zero_shot_is_chosen(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     space = work.space("hopeless", '"threshold": tune.grid_search([0.9999]), "temperature_factor": 6.0')
     found = run(
@@ -683,6 +692,7 @@ def test_where_all_trials_fail_zero_shot_is_chosen(work: Work, monkeypatch: pyte
         assert torch.equal(getattr(probes[0], name), getattr(probes[1], name))
 
 
+@pytest.mark.slow
 def test_optuna_runs_as_many_trials_as_asked_for_and_goes_on_with_new_ones(
     work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -727,6 +737,7 @@ def wait_for_server(uri: str, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_images_are_decoded_once_and_a_server_holds_the_sweep(
     work: Work,
     photos: Path,
@@ -796,15 +807,16 @@ from lpclip.jobs.tracking import track
 driver = sys.argv[1]
 config = TrackingConfig(experiment="crowd")
 with track(config, name=driver, params={"driver": driver}, resume_key=f"tune {driver}") as parent:
-    for number in range(8):
+    for number in range(4):
         options = {"resume_key": f"tune {driver} {number}", "parent": parent, "tags": {"status": "finished"}}
         with track(config, name=f"{driver}{number}", params={"number": number}, **options) as run:
-            for step in range(1, 21):
+            for step in range(1, 11):
                 run.log({f"m{i}": int(driver) * 1000 + number * 100 + step + i / 10 for i in range(6)}, step=step)
-    parent.log({"trials_finished": 8}, step=0)
+    parent.log({"trials_finished": 4}, step=0)
 """
 
 
+@pytest.mark.slow
 def test_four_sweeps_at_once_share_one_database(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
 
@@ -823,9 +835,9 @@ def test_four_sweeps_at_once_share_one_database(tmp_path: Path) -> None:
     client = MlflowClient(uri)
     parents, children = experiment_runs("crowd", client)
     assert sorted(parent.info.run_name for parent in parents) == list("0123")
-    assert all(parent.data.metrics == {"trials_finished": 8} for parent in parents)
+    assert all(parent.data.metrics == {"trials_finished": 4} for parent in parents)
     assert sorted(child.info.run_name for child in children) == [
-        f"{d}{n}" for d in range(4) for n in range(8)
+        f"{d}{n}" for d in range(4) for n in range(4)
     ]
     names = {parent.info.run_id: parent.info.run_name for parent in parents}
     for one in (*parents, *children):
@@ -836,7 +848,7 @@ def test_four_sweeps_at_once_share_one_database(tmp_path: Path) -> None:
         assert child.data.params == {"number": str(number)}
         for i in range(6):
             assert [(m.step, m.value) for m in client.get_metric_history(child.info.run_id, f"m{i}")] == [
-                (step, driver * 1000 + number * 100 + step + i / 10) for step in range(1, 21)
+                (step, driver * 1000 + number * 100 + step + i / 10) for step in range(1, 11)
             ]
 
 

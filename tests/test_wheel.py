@@ -77,6 +77,7 @@ def test_a_shipped_space_is_found_in_the_package(
     assert found.strip() == str(wheel.parent / "site" / "lpclip" / "tune_spaces" / "wide.py")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("lite_map")
 def test_a_sweep_and_the_command_it_prints_run_from_any_folder(
     wheel: Path, installed: dict[str, str], tmp_path: Path

@@ -298,6 +298,7 @@ def crowd(base: dict[str, Any], work: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["gaussian", "gradient"])
 def test_the_probe_does_not_depend_on_the_number_of_workers(
     crowd: Path, work: Path, solver: str, monkeypatch: pytest.MonkeyPatch
