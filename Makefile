@@ -20,7 +20,7 @@ PIP := PYTHONUNBUFFERED=1 $(BIN)/python -m pip --disable-pip-version-check
 PROGRESS := while read -r verb what size; do case "$$verb $$size" in \
 	"Downloading ("[0-9][0-9]*.*" MB)") what=$${what\#\#*/}; echo "  $${what%%-*} $$size" ;; \
 	"Installing "*) echo "  unpacking" ;; esac; done
-# pip compiles modules one after the other; all processors need half of that time.
+# pip would compile the modules one after the other; compileall does it on all processors.
 INSTALL = $(PIP) install --no-compile --progress-bar off $(1) 2>&1 | tee .venv/install.log | $(PROGRESS) || { \
 	grep '^ERROR' .venv/install.log >&2; echo "The rest is in .venv/install.log." >&2; exit 1; }; \
 	$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' .venv/lib || true
