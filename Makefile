@@ -2,7 +2,7 @@
 # make demo TORCH=cpu   the same with PyTorch's CPU build, as by itself where no NVIDIA driver is
 # make test   the tests of a few minutes      make test-all   all tests
 # make lint   what .ci/run and pre-commit check
-# make ui     MLflow's pages           make docs   these pages as a site, in docs/_build/html
+# make ui     compare runs, in MLflow  make docs   these pages as a site, in docs/_build/html
 # make lock   pin the newest versions that fit pyproject.toml, for users and for developers
 # make clean  caches and runs/demo (the environment and other runs stay; they can be removed by hand)
 
@@ -96,7 +96,7 @@ lock: $(DEVELOPERS)
 	@rm requirements.lock.bak requirements-dev.lock.bak
 
 ui: $(USERS)
-	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/python -m mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///mlflow.db
+	@$(BIN)/lpclip ui
 
 clean:
 	@rm -rf runs/demo docs/_build build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -294,7 +294,7 @@ class TrackingConfig:
 
     experiment: str = "lpclip"
     """MLflow experiment of the run. Runs go to the server in MLFLOW_TRACKING_URI, or else to the SQLite file
-    mlflow.db in this folder."""
+    mlflow.db in this folder. A job of `ray job submit` keeps mlflow.db beside its output folder."""
     run_name: str | None = None
     """Name of the MLflow run. The default is the name of the output folder."""
 
@@ -589,3 +589,18 @@ class PredictJob:
         _at_least(self, 1, "top_k", "limit", "batch_size")
         if "://" not in self.out and not self.out.endswith(".parquet"):
             raise UserError(f"--out {self.out}: a Parquet file is written, so its name must end in .parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UiJob:
+    """Show the runs in MLflow's pages, in the browser of this machine."""
+
+    database: str | None = None
+    """SQLite file with the runs. The default is MLFLOW_TRACKING_URI, or else mlflow.db in this folder."""
+    port: int = 5000
+    """Port of the pages on 127.0.0.1, which other machines do not reach."""
+
+    def check(self) -> None:
+        """Raise UserError for a port that is none."""
+        if not 0 < self.port < 2**16:
+            _refuse(self, "port", f"between 1 and {2**16 - 1}")

@@ -29,6 +29,7 @@ from lpclip.config import (
     PretrainJob,
     SelftrainJob,
     TuneJob,
+    UiJob,
 )
 from lpclip.encoders.load import load_encoder
 from lpclip.images.source import ROWS, Reader
@@ -40,6 +41,7 @@ from lpclip.jobs.pretrain import pretrain_job
 from lpclip.jobs.runtime import start_ray
 from lpclip.jobs.selftrain import selftrain_job
 from lpclip.jobs.tune import tune_job
+from lpclip.jobs.ui import ui_job
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ("tennis ball", "stop sign", "traffic cone")
@@ -91,6 +93,7 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "pretrain.py": (pretrain_job, PretrainJob),
         "selftrain.py": (selftrain_job, SelftrainJob),
         "tune.py": (tune_job, TuneJob),
+        "ui.py": (ui_job, UiJob),
     }
     results: list[dict[str, Any]] = []
     function, config_type = jobs[job]

@@ -16,7 +16,7 @@ from lpclip.jobs.cli import OPTIONS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-COMMANDS = ("encode", "selftrain", "evaluate", "tune", "predict", "pretrain")
+COMMANDS = ("encode", "selftrain", "evaluate", "tune", "predict", "pretrain", "ui")
 # Their entries name files as they were.
 HISTORY = ("CHANGELOG", "log")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)

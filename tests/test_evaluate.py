@@ -384,7 +384,7 @@ def test_mlflow_holds_a_run_for_each_classifier_with_severities_as_steps(found: 
         assert steps(name, "corrupted/mean/accuracy") == pytest.approx(expected)
         mean = value(found, "accuracy", name, "photos", "mean")[0]
         assert steps(name, "corrupted/accuracy") == pytest.approx({0: mean})
-        assert parent.data.metrics[f"{name}/corrupted/accuracy"] == pytest.approx(mean)
+        assert parent.data.metrics[f"test/corrupted/accuracy_{name}"] == pytest.approx(mean)
         assert steps(name, "clean/accuracy") == pytest.approx({0: value(found, "accuracy", name)[0]})
         assert set(steps(name, "published corruption/tiny/contrast/accuracy")) == {1, 2, 3, 4, 5}
 

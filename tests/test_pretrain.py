@@ -88,7 +88,8 @@ def test_the_model_is_open_clips_and_other_jobs_take_it(
 def assert_in_mlflow(summary: dict[str, Any]) -> None:
     """Every step of a training of nine is in its MLflow run once."""
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
-    for name in ("loss", "temperature", "target_entropy", "distilled_share", "pairs_per_second"):
+    names = [f"training/{name}" for name in ("loss", "temperature", "target_entropy", "distilled_share")]
+    for name in (*names, "speed/pairs_per_second"):
         found = client.get_metric_history(summary["mlflow_run"], name)
         assert sorted(metric.step for metric in found) == list(range(1, 10))
 

@@ -1,10 +1,11 @@
-"""The job on a real Ray head, submitted as the README says, with token authentication."""
+"""The job on a real Ray head, submitted as docs/deployment.md says, with token authentication."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, descendants
+from mlflow import MlflowClient
 from PIL import Image
 
 RAY = [str(Path(sys.executable).parent / "ray")]
@@ -31,7 +33,8 @@ def free_port() -> int:
 def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """A head node of its own, with its own token; yields the job server's address and the environment."""
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
-    environment.pop("RAY_ADDRESS", None)
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        environment.pop(name, None)
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     (tmp_path / "token").write_text("0123456789abcdef" * 4)
     ports = [free_port() for _ in range(3)]
@@ -50,9 +53,8 @@ def head(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         process.wait(timeout=20)
 
 
-def submit(address: str, environment: dict[str, str], *job: str) -> subprocess.CompletedProcess[str]:
+def submit(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """Submit a job and wait for it; again while the head is not ready for jobs, a minute at most."""
-    command = [*RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", *job]
     deadline = time.monotonic() + 60
     while True:
         done = subprocess.run(
@@ -65,36 +67,49 @@ def submit(address: str, environment: dict[str, str], *job: str) -> subprocess.C
         time.sleep(2)
 
 
-def test_a_submitted_job_ends_with_a_probe(head: tuple[str, dict[str, str]], tmp_path: Path) -> None:
+def documented(address: str, data: str) -> tuple[list[str], str]:
+    """The `ray job submit` of docs/deployment.md for one machine, with `data` for /data, and the command after it."""
+    section = (ROOT / "docs" / "deployment.md").read_text().split("## One machine")[1]
+    lines = (
+        section.split("```sh\n")[1]
+        .split("```")[0]
+        .replace("\\\n", " ")
+        .replace("/data/", f"{data}/")
+        .splitlines()
+    )
+    (command,) = [line for line in lines if line.startswith("ray job submit")]
+    show = shlex.split(lines[lines.index(command) + 1], comments=True)
+    return [*RAY, *shlex.split(command.replace("http://127.0.0.1:8265", address))[1:]], shlex.join(show)
+
+
+def test_a_submitted_job_ends_with_a_probe_and_its_run_is_found(
+    head: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
     address, environment = head
-    environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path}/mlflow.db"
     for number in range(24):
         folder = tmp_path / "photos" / ("red", "green", "blue")[number % 3]
         folder.mkdir(parents=True, exist_ok=True)
         color = [40 + number] * 3
         color[number % 3] = 255
         Image.new("RGB", (40, 40), tuple(color)).save(folder / f"{number}.png")
-    relative = submit(address, environment, "python", "jobs/selftrain.py", "--data", str(tmp_path / "photos"))
+    (tmp_path / "classes.txt").write_text("red\ngreen\nblue\n")
+    command, show = documented(address, str(tmp_path))
+    place = command.index("--out")
+    relative = submit([*command[:place], "--out", "photos"], environment)
     assert relative.returncode != 0
     assert "give an absolute path" in relative.stdout + relative.stderr
 
-    out = tmp_path / "out"
-    done = submit(
-        address,
-        environment,
-        *(
-            "python",
-            "jobs/selftrain.py",
-            "--data",
-            str(tmp_path / "photos"),
-            "--out",
-            str(out),
-            "--rounds",
-            "2",
-        ),
-    )
+    done = submit([*command, "--rounds", "2"], environment)
     assert done.returncode == 0, done.stdout + done.stderr
+    out = tmp_path / "runs" / "photos"
+    assert str(out) == command[place + 1]
     summary = json.loads((out / "summary.json").read_text())
     assert summary["images"] == {"encoded": 24, "quarantined": 0, "eval_quarantined": None}
     assert len(pq.read_table(out / "pseudo_labels.parquet")) == 24
     assert (out / "probe" / "probe.safetensors").exists()
+    # The job itself says how its run is seen, as the page does.
+    assert f"compare the runs: {show}\n" in done.stdout
+    assert show == f"lpclip ui --database {tmp_path}/runs/mlflow.db"
+    kept = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db").get_run(summary["mlflow_run"])
+    assert (kept.info.status, kept.info.run_name) == ("FINISHED", "photos")
+    assert kept.info.artifact_uri.startswith(f"file://{tmp_path}/runs/mlruns/")

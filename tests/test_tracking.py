@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import os
 import re
 import signal
@@ -13,12 +14,14 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from conftest import ROOT
 from mlflow import MlflowClient
 
 from lpclip.config import TrackingConfig, UserError
-from lpclip.jobs.tracking import Run, metric_name, redact, track, tracking_uri
+from lpclip.jobs.tracking import PARENT_TAG, Run, charts, metric_name, redact, track, tracking_uri
 
 CONFIG = TrackingConfig(experiment="tests")
 
@@ -46,7 +49,8 @@ def test_a_finished_run_holds_everything(client: MlflowClient, tmp_path: Path) -
     (tmp_path / "probe" / "probe.json").write_text("{}")
     (tmp_path / "summary.json").write_text("{}")
     params = {f"p{index}": index for index in range(150)} | {"classes": None, "long": "x" * 9000}
-    with track(CONFIG, name="first", params=params, tags={"data": "photos"}) as run:
+    with track(CONFIG, name="first", params=params) as run:
+        run.set_tags({"data": "photos"})
         for step in range(3):
             run.log({"accuracy": step / 10, "ece": None}, step=step)
         run.artifact(tmp_path / "probe")
@@ -77,7 +81,8 @@ def test_nested_runs_belong_to_their_parent_and_keep_their_names(client: MlflowC
         with track(config, name="other", params={}, resume_key="nested") as parent:
             for name in ("a", "b"):
                 options = {"resume_key": f"nested {name}", "parent": parent}
-                with track(config, name=name, params={}, tags={"probe": name}, **options) as child:
+                with track(config, name=name, params={}, **options) as child:
+                    child.set_tags({"probe": name})
                     child.log({"accuracy": 0.5}, step=3)
                 children.append(child)
                 if name == "b" and not parent.resumed:
@@ -100,6 +105,31 @@ def test_nested_runs_belong_to_their_parent_and_keep_their_names(client: MlflowC
         assert found.data.tags["mlflow.parentRunId"] == parent.run_id
         assert found.data.tags["probe"] == name
         assert curve(client, child, "accuracy") == [(3, 0.5)]
+
+
+def test_a_run_names_its_user_and_the_commit_of_its_code(client: MlflowClient) -> None:
+    with track(CONFIG, name="origin", params={}) as run:
+        pass
+    tags = client.get_run(run.run_id).data.tags
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    commit = done.stdout.strip() if (ROOT / ".git").exists() and not done.returncode else None
+    assert (tags["mlflow.user"], tags.get("mlflow.source.git.commit")) == (getpass.getuser(), commit)
+
+
+@pytest.mark.parametrize("checkout", [True, False])
+def test_code_without_git_names_no_commit(database: str, tmp_path: Path, checkout: bool) -> None:
+    """In a checkout where no program `git` is found, and in an installed or copied package."""
+    (tmp_path / "lpclip").symlink_to(ROOT / "lpclip")
+    if checkout:
+        (tmp_path / ".git").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "MLFLOW_TRACKING_URI": database, "PATH": ""}
+    command = [sys.executable, "-c", DRIVER, "elsewhere"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    tags = MlflowClient(database).get_run(done.stdout.strip()).data.tags
+    assert tags["mlflow.user"]
+    assert "mlflow.source.git.commit" not in tags
 
 
 @pytest.mark.parametrize(
@@ -160,6 +190,7 @@ def test_names_become_valid(name: str, valid: str, client: MlflowClient) -> None
 def test_no_password_is_printed_or_kept(client: MlflowClient) -> None:
     assert redact("http://me:secret@host:5000/x") == "http://host:5000/x"
     assert redact("s3://bucket/dir@2024/x") == "s3://bucket/dir@2024/x"
+    assert charts("http://me:secret@host:5000/", "7").startswith("http://host:5000/#/experiments/7/runs?")
     with (
         pytest.raises(ValueError),
         track(CONFIG, name="s3", params={"data": "s3://key:secret@bucket/a"}) as run,
@@ -177,6 +208,20 @@ def test_a_server_that_does_not_answer_is_a_quick_sentence(monkeypatch: pytest.M
         with pytest.raises(UserError, match=rf"no MLflow server answers at http://127.0.0.1:{port}"):
             track(CONFIG, name="x", params={}).__enter__()
     assert time.monotonic() - start < 60, "MLflow alone would try again for minutes"
+
+
+def test_submitted_jobs_keep_their_runs_beside_their_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking_uri("/data/runs/photos") == f"sqlite:///{Path.cwd()}/mlflow.db"
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert tracking_uri("/data/runs/photos") == "sqlite:////data/runs/mlflow.db"
+    with pytest.raises(UserError, match="--runtime-env-json '.*MLFLOW_TRACKING_URI"):
+        tracking_uri("s3://bucket/runs/photos")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    with pytest.raises(UserError, match="temporary copy"):
+        tracking_uri("/data/runs/photos")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
+    assert tracking_uri("s3://bucket/runs/photos") == "http://server:5000"
 
 
 @pytest.mark.parametrize("uri", ["file:///tmp/mlruns", "./mlruns", "/tmp/mlruns"])
@@ -207,7 +252,7 @@ from lpclip.jobs.tracking import track
 with track(TrackingConfig(experiment="race"), name=sys.argv[1], params={"n": sys.argv[1]}) as run:
     for step in range(5):
         run.log({"x": step}, step=step)
-print(run.run_id, run.uri)
+print(run.run_id)
 """
 
 
@@ -273,9 +318,22 @@ def test_a_server_takes_runs_and_its_death_does_not_stop_the_job(
             run.artifact(tmp_path / "summary.json")
         client = MlflowClient(uri)
         kept = client.get_run(run.run_id)
+        assert (
+            run.charts
+            == f"{uri}/#/experiments/{kept.info.experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"
+        )
+        with (
+            track(CONFIG, name="sweep", params={}) as sweep,
+            track(CONFIG, name="trial", params={}, parent=sweep) as trial,
+        ):
+            trial.log({"tune/criterion": 0.5})
+        assert sweep.charts is not None
+        page = urlsplit(urlsplit(sweep.charts).fragment)
+        (query,) = parse_qs(page.query)["searchFilter"]
+        (found,) = client.search_runs([page.path.split("/")[2]], query)
+        assert (found.info.run_id, found.data.tags[PARENT_TAG]) == (trial.run_id, sweep.run_id)
         assert (kept.info.status, kept.data.metrics) == ("FINISHED", {"accuracy": 0.5})
         assert [item.path for item in client.list_artifacts(run.run_id)] == ["summary.json"]
-        assert run.uri == uri
 
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         with track(TrackingConfig(experiment="remote"), name="orphan", params={}) as orphan:

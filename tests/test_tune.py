@@ -259,14 +259,14 @@ def test_mlflow_holds_the_sweep_and_a_run_for_each_trial(swept: Summary) -> None
     assert parent.info.run_id == swept["mlflow_run"]
     assert (parent.info.status, parent.info.run_name) == ("FINISHED", "main")
     expected = {
-        "zero_shot_accuracy": swept["zero_shot"]["accuracy"],
-        "probe_accuracy": swept["chosen"]["accuracy"],
-        "probe_criterion": swept["chosen"]["criterion"],
-        "sweep_regret": swept["evidence"]["regret"],
-        "sweep_spearman": swept["evidence"]["spearman"],
-        "trials_finished": 6,
-        "trials_stopped": 0,
-        "trials_failed": 0,
+        "test/accuracy_zero_shot": swept["zero_shot"]["accuracy"],
+        "test/accuracy": swept["chosen"]["accuracy"],
+        "tune/criterion": swept["chosen"]["criterion"],
+        "tune/regret": swept["evidence"]["regret"],
+        "tune/spearman": swept["evidence"]["spearman"],
+        "tune/trials_finished": 6,
+        "tune/trials_stopped": 0,
+        "tune/trials_failed": 0,
     }
     assert {key: parent.data.metrics[key] for key in expected} == pytest.approx(expected)
     assert parent.data.tags["chosen"] == swept["chosen"]["name"]
@@ -288,16 +288,16 @@ def test_mlflow_holds_the_sweep_and_a_run_for_each_trial(swept: Summary) -> None
         assert {key: child.data.params[key] for key in trial["parameters"]} == {
             key: str(value) for key, value in trial["parameters"].items()
         }
-        assert child.data.metrics["criterion"] == pytest.approx(trial["criterion"])
-        assert child.data.metrics["probe_accuracy"] == pytest.approx(trial["accuracy"])
+        assert child.data.metrics["tune/criterion"] == pytest.approx(trial["criterion"])
+        assert child.data.metrics["test/accuracy"] == pytest.approx(trial["accuracy"])
         for criterion, value in trial["criteria"].items():
-            assert child.data.metrics[f"criterion_{criterion}"] == pytest.approx(value)
+            assert child.data.metrics[f"tune/criterion_{criterion}"] == pytest.approx(value)
         steps = list(range(1, trial["rounds"] + 1))
-        for metric in {*METRICS, "round_structure"} - {"round", "criterion"}:
-            history = client.get_metric_history(child.info.run_id, metric)
+        for metric in {*METRICS} - {"round"}:
+            history = client.get_metric_history(child.info.run_id, f"rounds/{metric}")
             assert [entry.step for entry in history] == steps, metric
-        for metric in ("criterion", "probe_accuracy", "seconds"):
-            assert len(client.get_metric_history(child.info.run_id, metric)) == 1
+        for metric in ("tune/criterion", "test/accuracy", "speed/seconds_total"):
+            assert [m.step for m in client.get_metric_history(child.info.run_id, metric)] == [0]
 
 
 def test_the_champion_of_the_registry_is_the_winners_probe(swept: Summary, work: Work) -> None:
@@ -648,7 +648,7 @@ def test_asha_stops_what_lags_behind_and_chooses_among_the_finished(halved: Summ
         steps = [entry["round"] for entry in outcomes[trial["name"]].rounds]
         assert steps == list(range(1, trial["rounds"] + 1))
     assert halved["chosen"]["name"] in {trial["name"] for trial in by_status["finished"]}
-    counts = {f"trials_{status}": len(found) for status, found in by_status.items()}
+    counts = {f"tune/trials_{status}": len(found) for status, found in by_status.items()}
     (parent,), children = experiment_runs("halved")
     assert {key: parent.data.metrics[key] for key in counts} == counts
     assert sorted(child.data.tags["status"] for child in children) == sorted(
@@ -760,10 +760,10 @@ def test_images_are_decoded_once_and_a_server_holds_the_sweep(
         client = MlflowClient(uri)
         (parent,), children = experiment_runs("remote", client)
         assert (parent.info.run_id, parent.info.status) == (found["mlflow_run"], "FINISHED")
-        assert parent.data.metrics["probe_accuracy"] == found["chosen"]["accuracy"]
+        assert parent.data.metrics["test/accuracy"] == found["chosen"]["accuracy"]
         assert len(children) == 2
         for child in children:
-            history = client.get_metric_history(child.info.run_id, "flip_rate")
+            history = client.get_metric_history(child.info.run_id, "rounds/flip_rate")
             assert [metric.step for metric in history] == list(range(1, len(history) + 1))
             assert history
         champion = client.get_model_version_by_alias("shapes", ALIAS)
@@ -808,11 +808,11 @@ driver = sys.argv[1]
 config = TrackingConfig(experiment="crowd")
 with track(config, name=driver, params={"driver": driver}, resume_key=f"tune {driver}") as parent:
     for number in range(4):
-        options = {"resume_key": f"tune {driver} {number}", "parent": parent, "tags": {"status": "finished"}}
+        options = {"resume_key": f"tune {driver} {number}", "parent": parent}
         with track(config, name=f"{driver}{number}", params={"number": number}, **options) as run:
             for step in range(1, 11):
                 run.log({f"m{i}": int(driver) * 1000 + number * 100 + step + i / 10 for i in range(6)}, step=step)
-    parent.log({"trials_finished": 4}, step=0)
+    parent.log({"trials": 4})
 """
 
 
@@ -835,7 +835,7 @@ def test_four_sweeps_at_once_share_one_database(tmp_path: Path) -> None:
     client = MlflowClient(uri)
     parents, children = experiment_runs("crowd", client)
     assert sorted(parent.info.run_name for parent in parents) == list("0123")
-    assert all(parent.data.metrics == {"trials_finished": 4} for parent in parents)
+    assert all(parent.data.metrics == {"trials": 4} for parent in parents)
     assert sorted(child.info.run_name for child in children) == [
         f"{d}{n}" for d in range(4) for n in range(4)
     ]

@@ -109,7 +109,7 @@ def test_the_prior_was_tried_and_the_outcome_is_kept(base: dict[str, Any], work:
     assert json.loads((work / "base" / "prior.json").read_text())["tried"] == tried
     kept = MlflowClient().get_run(base["mlflow_run"]).data
     assert kept.tags["prior"] == base["prior"]["name"]
-    assert kept.metrics["views_agreement_weak"] == pytest.approx(tried["weak"]["agreement"])
+    assert kept.metrics["trust/agreement_weak"] == pytest.approx(tried["weak"]["agreement"])
 
 
 def test_rounds_that_nothing_confirms_are_not_believed(
@@ -144,10 +144,16 @@ def test_mlflow_holds_the_run(base: dict[str, Any]) -> None:
     kept = client.get_run(base["mlflow_run"])
     assert kept.info.status == "FINISHED"
     assert kept.data.params["encoder"] == "lite"
-    assert kept.data.metrics["probe_accuracy"] == pytest.approx(base["probe"]["accuracy"])
-    assert kept.data.metrics["zero_shot_accuracy"] == pytest.approx(base["zero_shot"]["accuracy"])
-    steps = [m.step for m in client.get_metric_history(base["mlflow_run"], "flip_rate")]
+    assert kept.data.metrics["test/accuracy"] == pytest.approx(base["probe"]["accuracy"])
+    assert kept.data.metrics["test/accuracy_zero_shot"] == pytest.approx(base["zero_shot"]["accuracy"])
+    steps = [m.step for m in client.get_metric_history(base["mlflow_run"], "rounds/flip_rate")]
     assert steps == [entry["round"] for entry in base["rounds"]]
+    # Sections of charts: lines for the rounds, and bars for what a run has once, which are numbers at step 0.
+    sections = {name.rpartition("/")[0] for name in kept.data.metrics}
+    assert sections == {"rounds", "speed", "test", "trust"}
+    single = [name for name in kept.data.metrics if not name.startswith("rounds/")]
+    found = [m.step for name in single for m in client.get_metric_history(base["mlflow_run"], name)]
+    assert found == [0] * len(single)
     files = {item.path for item in client.list_artifacts(base["mlflow_run"])}
     assert files == {"probe", "figures", "summary.json", "pseudo_labels.parquet"}
     figures = {item.path for item in client.list_artifacts(base["mlflow_run"], "figures")}
@@ -174,7 +180,7 @@ def test_without_labels_the_probe_is_the_same_and_the_accuracies_are_null(
     tables = [pq.read_table(work / out / "pseudo_labels.parquet") for out in ("unlabelled", "base")]
     assert tables[0] == tables[1]
     client = MlflowClient()
-    assert "probe_accuracy" not in client.get_run(summary["mlflow_run"]).data.metrics
+    assert "test/accuracy" not in client.get_run(summary["mlflow_run"]).data.metrics
 
 
 def test_a_second_run_finds_its_features_and_is_identical(

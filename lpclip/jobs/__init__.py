@@ -1,1 +1,1 @@
-"""The six commands, from flags to OUT."""
+"""The commands, from flags to OUT."""

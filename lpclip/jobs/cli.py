@@ -25,6 +25,7 @@ from lpclip.config import (
     PretrainJob,
     SelftrainJob,
     TuneJob,
+    UiJob,
     UserError,
     to_dict,
 )
@@ -39,6 +40,7 @@ COMMANDS: dict[str, type] = {
     "tune": TuneJob,
     "predict": PredictJob,
     "pretrain": PretrainJob,
+    "ui": UiJob,
 }
 DESCRIPTION = "Train linear probes on CLIP without labels, and measure them."
 EPILOG = """\

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lpclip import files
-from lpclip.config import SelftrainJob, TuneJob, flags
+from lpclip.config import SelftrainJob, TuneJob, UiJob, flags
 from lpclip.encoders.head import EncoderInfo, Head
 from lpclip.features.data import Data
 from lpclip.features.stored_views import Encoded
@@ -73,10 +73,17 @@ def command_line(name: str, job: object) -> str:
 
 
 def print_places(out: str, run: tracking.Run, **names: str) -> None:
-    """Print where a job's files lie, each under its name, and its MLflow run."""
+    """Print where a job's files lie, each under its name, and how its MLflow run is seen."""
     for label, name in names.items():
         print(f"{label:<8} {shown(files.join(out, name))}")
-    print(f"MLflow   {shown(run.uri)}, run {run.run_id}")
+    print_mlflow(run)
+
+
+def print_mlflow(run: tracking.Run) -> None:
+    """Print the address of a server's charts, or the command that shows those of a database."""
+    here = run.database in (None, Path("mlflow.db").absolute())
+    show = UiJob(database=None if here else shown(str(run.database)))
+    print(f"MLflow   compare the runs: {run.charts or command_line('ui', show)}", flush=True)
 
 
 def print_training(job: SelftrainJob, classes: ClassList, head: Head) -> None:

@@ -149,7 +149,7 @@ def _measure_and_tell(opened: _Opened, run: tracking.Run) -> dict[str, Any]:
     job, out, subjects, info = opened.job, opened.out, opened.subjects, opened.encoding.info
     measured = measure_sets(subjects) if subjects else None
     pairs = measure_retrieval(opened.pairs, opened.encoding)
-    run.log(retrieval_metrics_of(pairs), step=0)
+    run.log(retrieval_metrics_of(pairs))
     retrieval = [found.result for found in pairs]
     claim(out, opened.identity)
     if subjects is None or measured is None:

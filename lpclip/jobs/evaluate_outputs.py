@@ -164,16 +164,16 @@ def track_evaluation(subjects: Subjects, results: Sequence[Result], run: trackin
             job.tracking,
             name=name,
             params={key: value for key, value in params.items() if value is not None},
-            tags={"probe": name},
             resume_key=f"evaluate {out} {name}",
             parent=run,
         ) as child:
+            child.set_tags({"probe": name})
             for step in (0, 1, 2, 3, 4, 5):
                 mine = [r for r in results if r.probe == name and (r.severity or 0) == step]
                 found: dict[str, float | None] = dict(pair for result in mine for pair in _metrics_of(result))
                 child.log(found, step=step)
                 if step == 0:
-                    run.log({f"{name}/{key}": v for key, v in found.items() if key.count("/") == 1}, step=0)
+                    run.log({f"test/{key}_{name}": v for key, v in found.items() if key.count("/") == 1})
 
 
 def _metrics_of(result: Result) -> Iterator[tuple[str, float]]:

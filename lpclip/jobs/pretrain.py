@@ -26,7 +26,7 @@ from lpclip.features.pipeline import check_quarantine
 from lpclip.features.store import Store, fingerprint
 from lpclip.images.source import Source
 from lpclip.jobs import tracking
-from lpclip.jobs.console import command_line, shown
+from lpclip.jobs.console import command_line, print_mlflow, shown
 from lpclip.jobs.inputs import open_pairs
 from lpclip.jobs.run import job_run, provenance
 from lpclip.jobs.runtime import claim, output_folder, start_ray, timed
@@ -172,7 +172,7 @@ def _teller(
         metrics = read_metrics(work.folder)
         for entry in metrics[told:]:
             step = int(entry["step"])
-            run.log({k: v for k, v in entry.items() if k != "step"}, step=step)
+            run.log({_metric(k): v for k, v in entry.items() if k != "step"}, step=step)
             progress.advance(max(0, step * config.batch_size - progress.done))
             if step // per_epoch > epochs:
                 epochs = step // per_epoch
@@ -187,6 +187,11 @@ def _teller(
         told = max(told, len(metrics))
 
     return tell
+
+
+def _metric(name: str) -> str:
+    """A measurement's name in MLflow."""
+    return f"speed/{name}" if name.endswith("_per_second") else f"training/{name}"
 
 
 def _work_identity(job: PretrainJob, pairs: str, trainable: Trainable) -> dict[str, Any]:
@@ -271,4 +276,4 @@ def _print_result(job: PretrainJob, summary: dict[str, Any], run: tracking.Run) 
     where = "A-LOCAL-COPY" if "://" in summary["model"] else shown(summary["model"])
     use = SelftrainJob(encoder=EncoderConfig(encoder=job.model.encoder, pretrained=where))
     print(f"use it   {command_line('selftrain', use)}")
-    print(f"MLflow   {shown(run.uri)}, run {run.run_id}", flush=True)
+    print_mlflow(run)

@@ -8,6 +8,7 @@ from typing import Any
 
 from lpclip import files
 from lpclip.config import EvaluateJob, PretrainJob, SelftrainJob, TuneJob, to_dict
+from lpclip.evaluation.metrics import METRICS
 from lpclip.jobs import tracking
 from lpclip.jobs.runtime import versions
 
@@ -23,7 +24,7 @@ def job_run(command: str, job: Job, *, out: str, encoder: str, data: str) -> Ite
     """
     params = {name: value for name, value in to_dict(job).items() if value is not None}
     with tracking.track(
-        job.tracking, name=files.split(out)[1], params=params, resume_key=f"{command} {out}"
+        job.tracking, name=files.split(out)[1], params=params, out=out, resume_key=f"{command} {out}"
     ) as run:
         run.set_tags({"encoder": encoder, "data": data, "out": out})
         yield run
@@ -33,3 +34,23 @@ def provenance(job: Job, run_id: str) -> dict[str, Any]:
     """The last entries of every summary.json: flags, versions and the id of the MLflow run."""
     config = {name: list(v) if isinstance(v, tuple) else v for name, v in to_dict(job).items()}
     return {"config": config, "versions": versions(), "mlflow_run": run_id}
+
+
+# What a summary calls its classifiers, and what their measures' names end with in MLflow, where names are sorted.
+_ENDINGS = {"probe": "", "chosen": "", "zero_shot": "_zero_shot", "supervised": "_supervised"}
+
+
+def single_metrics(summary: dict[str, Any]) -> dict[str, float | None]:
+    """The single numbers by which MLflow compares runs: the measures, for each classifier, and the speed."""
+    timings = summary["timings"]
+    return {
+        **{
+            f"test/{metric}{ending}": summary[name][metric]
+            for name, ending in _ENDINGS.items()
+            if name in summary
+            for metric in METRICS
+        },
+        "speed/images_per_second": summary.get("rates", {}).get("encode"),
+        "speed/seconds_encode": timings["encode"],
+        "speed/seconds_total": sum(timings.values()),
+    }

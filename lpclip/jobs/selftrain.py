@@ -22,7 +22,7 @@ from lpclip.images.views import parse_views
 from lpclip.jobs import tracking
 from lpclip.jobs.console import print_plan, print_result, print_training
 from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
-from lpclip.jobs.run import job_run, provenance
+from lpclip.jobs.run import job_run, provenance, single_metrics
 from lpclip.jobs.runtime import claim, output_folder, start_ray, timed
 from lpclip.jobs.settle_prior import ChosenPrior, load_prior, settle_prior
 from lpclip.method.fit import finish_probe, is_last_student, zero_shot_labels
@@ -265,19 +265,12 @@ def _draw(
 
 
 def _track(run: tracking.Run, summary: dict[str, Any], out: str) -> None:
-    """Log every number of the summary to MLflow, and upload the files of OUT that people look at."""
+    """Log what runs are compared by to MLflow, and upload the files of OUT that people look at."""
     for entry in summary["rounds"]:
-        run.log({k: v for k, v in entry.items() if k != "round"}, step=entry["round"])
-    last = len(summary["rounds"])
+        run.log({f"rounds/{k}": v for k, v in entry.items() if k != "round"}, step=entry["round"])
     run.set_tags({"prior": summary["prior"]["name"], "trusted": str(summary["prior"]["trusted"])})
     for name, found in summary["prior"]["tried"].items():
-        run.log(
-            {f"views_agreement_{name}": found["agreement"], f"views_kappa_{name}": found["kappa"]}, step=last
-        )
-    for name in ("zero_shot", "probe", "supervised"):
-        if name in summary:
-            run.log({f"{name}_{key}": value for key, value in summary[name].items()}, step=last)
-    run.log({f"seconds_{k}": v for k, v in summary["timings"].items()}, step=last)
-    run.log({f"images_per_second_{k}": v for k, v in summary["rates"].items()}, step=last)
+        run.log({f"trust/agreement_{name}": found["agreement"], f"trust/kappa_{name}": found["kappa"]})
+    run.log(single_metrics(summary))
     for name in ("probe", "figures", "summary.json", "pseudo_labels.parquet"):
         run.artifact(files.join(out, name))

@@ -7,23 +7,28 @@ current server in the process, where two users of one process meet.
 from __future__ import annotations
 
 import contextlib
+import functools
+import getpass
 import logging
 import math
 import os
 import re
 import ssl
+import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlencode
 
 import filelock
 from pyarrow import fs
 
+import lpclip
 from lpclip import files
 from lpclip.config import TrackingConfig, UserError, digest
 
@@ -34,6 +39,9 @@ DEFAULT_URI = "sqlite:///mlflow.db"
 KEY_TAG = "lpclip.resume_key"
 PARENT_TAG = "mlflow.parentRunId"
 
+# The criterion that a sweep chooses by, under the same name in all sweeps: the trials' charts are sorted by it.
+SWEEP_CRITERION = "tune/criterion"
+
 # Without this tag MLflow's pages open an experiment as traces of language models.
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
@@ -41,22 +49,40 @@ EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 class Run:
     """One MLflow run. Made by `track`.
 
-    `run_id` is MLflow's id, `uri` the server or database without user name and password, fit for printing.
+    `run_id` is MLflow's id, `uri` the server or database, secrets included.
     A server that goes away costs the record, never the job: the first failure is a warning on stderr, and the
     run logs nothing more.
     """
 
-    def __init__(self, client: MlflowClient, run_id: str, *, uri: str, resumed: bool) -> None:
+    def __init__(
+        self, client: MlflowClient, run_id: str, *, uri: str, experiment_id: str, resumed: bool
+    ) -> None:
         self.run_id = run_id
         self.uri = uri
         self.resumed = resumed
+        self.has_nested = False
+        self._experiment_id = experiment_id
         self._client = client
         self._lost = False
         self._steps: dict[str, set[int]] = {}
 
-    def log(self, metrics: dict[str, float | None], step: int) -> None:
+    @property
+    def charts(self) -> str | None:
+        """The address of the server's charts of all runs, or of this one's nested runs; None for a database."""
+        if not self.uri.startswith(("http://", "https://")):
+            return None
+        return charts(self.uri, self._experiment_id, parent=self.run_id if self.has_nested else None)
+
+    @property
+    def database(self) -> Path | None:
+        """The absolute path of the SQLite file that holds the run; None for everything else."""
+        return database_of(self.uri)
+
+    def log(self, metrics: Mapping[str, float | None], step: int = 0) -> None:
         """Log numbers at a step, once for each name and step, also when a resumed job comes by again.
 
+        MLflow's pages draw what is at step 0 as bars, one for each run, and what is at later steps as lines, so a
+        number that a run has once belongs at 0. What stands before the last slash of a name is its chart's section.
         None is left out. NaN and infinities are left out with a warning: MLflow's databases change them.
         Characters that MLflow refuses in names become underscores.
         """
@@ -171,24 +197,25 @@ def track(
     *,
     name: str,
     params: dict[str, Any],
-    tags: dict[str, Any] | None = None,
+    out: str | None = None,
     resume_key: str | None = None,
     parent: Run | None = None,
 ) -> Iterator[Run]:
     """One MLflow run around a job: FINISHED at the end, FAILED on an error, KILLED on Ctrl-C or an exit.
 
     `name` is the run's name unless the configuration has one; a run with a parent is nested in it and keeps
-    `name`. With a `resume_key`, an unfinished run of the same key in the experiment goes on instead of a second one
-    beginning: two jobs that may run at once need different keys. Raises UserError, with a sentence for
-    the user, when the server or the database cannot be used.
+    `name`. `out` is the job's output folder. With a `resume_key`, an unfinished run of the same key in the experiment
+    goes on instead of a second one beginning: two jobs that may run at once need different keys. Raises
+    UserError, with a sentence for the user, when the server or the database cannot be used.
     """
-    # MLflow reports usage to its makers unless this is set before its first import.
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    uri = tracking_uri()
+    uri = parent.uri if parent else tracking_uri(out)
     key_tag = {KEY_TAG: digest(resume_key)} if resume_key else {}
-    parent_tag = {PARENT_TAG: parent.run_id} if parent else {}
-    with _explained(uri):
-        client = _connect(uri)
+    parent_tag = {}
+    if parent:
+        parent_tag = {PARENT_TAG: parent.run_id}
+        parent.has_nested = True
+    with explained(uri):
+        client = connect(uri)
         experiment_id = _experiment(client, config.experiment, uri)
         run = _resume(client, experiment_id, resume_key, uri, parent=parent) if resume_key else None
         if run is None:
@@ -196,10 +223,9 @@ def track(
             info = client.create_run(
                 experiment_id,
                 run_name=(not parent and config.run_name) or name,
-                tags={**key_tag, **parent_tag},
+                tags={**_origin(), **key_tag, **parent_tag},
             ).info
-            run = Run(client, info.run_id, uri=redact(uri), resumed=False)
-    run.set_tags({"mlflow.source.name": Path(sys.argv[0]).name, **(tags or {})})
+            run = Run(client, info.run_id, uri=uri, experiment_id=experiment_id, resumed=False)
     run.log_params(params)
     try:
         yield run
@@ -213,19 +239,51 @@ def track(
     run.end("FINISHED")
 
 
-def tracking_uri() -> str:
+def tracking_uri(out: str | None = None) -> str:
     """Where runs go: MLFLOW_TRACKING_URI, or mlflow.db in the working directory; SQLite paths made absolute.
 
-    Raises UserError for a folder of files, which MLflow has given up.
+    A submitted job works in a temporary copy, so its mlflow.db lies beside its output folder `out`, where the next
+    job finds it again. Raises UserError for a folder of files, which MLflow has given up, and where the runs of a
+    submitted job would be lost.
     """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if out is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        if not uri and "://" in out:
+            raise UserError(
+                "MLflow keeps no runs in an object store: give the submitted job a server, with --runtime-env-json "
+                """'{"env_vars": {"MLFLOW_TRACKING_URI": "http://host:5000"}}' before its --"""
+            )
+        if uri and uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+            raise UserError(
+                f"MLFLOW_TRACKING_URI is {uri}, relative to the job's temporary copy of the working directory: "
+                "set it to sqlite:////folder/mlflow.db or http://host:port"
+            )
+        uri = uri or f"sqlite:///{Path(out).with_name('mlflow.db')}"
+    uri = uri or DEFAULT_URI
     if uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks")):
         raise UserError(
             f"MLFLOW_TRACKING_URI is {uri}, a folder, and MLflow keeps runs in databases or on servers: "
             "set it to sqlite:////folder/mlflow.db or http://host:port, or unset it for ./mlflow.db"
         )
-    database = _database(uri)
+    database = database_of(uri)
     return f"sqlite:///{database}" if database else uri
+
+
+def charts(server: str, experiment_id: str, *, parent: str | None = None) -> str:
+    """The address at which a server's pages show the charts of an experiment's runs.
+
+    With the id of a `parent`, those of the runs that are nested in it, the best of a sweep first. The address has no
+    user name or password.
+    """
+    # Without the first, MLflow greets a new browser with its pages about language models.
+    query = {"workflowType": "machine_learning", "compareRunsMode": "CHART"}
+    if parent:
+        query["searchFilter"] = f"tags.`{PARENT_TAG}` = '{parent}'"
+        query["orderByKey"] = f"metrics.`{SWEEP_CRITERION}`"
+        query["orderByAsc"] = "false"
+    return (
+        f"{redact(server).rstrip('/')}/#/experiments/{experiment_id}/runs?{urlencode(query, quote_via=quote)}"
+    )
 
 
 def redact(text: str) -> str:
@@ -239,20 +297,23 @@ def metric_name(name: str) -> str:
     return "/".join(parts)[:250] or "_"
 
 
-def _database(uri: str) -> Path | None:
+def database_of(uri: str) -> Path | None:
     """The absolute path of a SQLite URI's file; None for every other URI."""
     path = uri.removeprefix("sqlite:///")
     return Path(path).absolute() if uri.startswith("sqlite:///") and path != ":memory:" else None
 
 
-def _connect(uri: str) -> MlflowClient:
-    """A client that has reached its server, or made its SQLite file's tables."""
-    database = _database(uri)
+def connect(uri: str) -> MlflowClient:
+    """A client that has reached its server, or made its SQLite file's tables.
+
+    Raises UserError when no server answers, or when the file is no database.
+    """
+    # MLflow reports usage to its makers unless this is set before its first import.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    database = database_of(uri)
     if database is None:
         _reach(uri)
         return _client(uri)
-    if "MLFLOW_TRACKING_URI" not in os.environ and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-        _warn(f"MLFLOW_TRACKING_URI is not set: the run goes to {database}, in the job's temporary folder")
     artifacts = database.parent / "mlruns"
     artifacts.mkdir(parents=True, exist_ok=True)
     # Two processes that make the tables of one new file at once break each other.
@@ -310,7 +371,7 @@ def _experiment(client: MlflowClient, name: str, uri: str) -> str:
     """The id of the experiment, created if need be; SQLite files keep their artifacts beside them."""
     from mlflow.exceptions import MlflowException
 
-    database = _database(uri)
+    database = database_of(uri)
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         location = (database.parent / "mlruns" / metric_name(name)).as_uri() if database else None
@@ -342,11 +403,27 @@ def _resume(
         return None
     run_id = found[0].info.run_id
     client.update_run(run_id, status="RUNNING")
-    return Run(client, run_id, uri=redact(uri), resumed=True)
+    return Run(client, run_id, uri=uri, experiment_id=experiment_id, resumed=True)
+
+
+@functools.cache
+def _origin() -> dict[str, str]:
+    """Who runs the job, what was started, and the code's commit where it lies in a checkout of its own."""
+    found = {"mlflow.source.name": Path(sys.argv[0]).name}
+    with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
+        found["mlflow.user"] = getpass.getuser()
+    root = Path(lpclip.__file__).parents[1]
+    # An installed package may lie in a checkout of something else, so only its own folder is asked.
+    if (root / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+            commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            found["mlflow.source.git.commit"] = commit
+    return found
 
 
 @contextlib.contextmanager
-def _explained(uri: str) -> Iterator[None]:
+def explained(uri: str) -> Iterator[None]:
     """Turn what MLflow raises while a run is opened into a sentence for the user."""
     from mlflow.exceptions import MlflowException
 

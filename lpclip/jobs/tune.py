@@ -32,7 +32,7 @@ from lpclip.images.views import parse_views
 from lpclip.jobs import tracking
 from lpclip.jobs.console import LITE_NOTE, command_line, print_plan, print_sweep, print_sweep_plan
 from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
-from lpclip.jobs.run import job_run, provenance
+from lpclip.jobs.run import job_run, provenance, single_metrics
 from lpclip.jobs.runtime import claim, output_folder, start_ray
 from lpclip.jobs.settle_prior import load_prior, settle_prior
 from lpclip.method.calibration import label_free_temperature
@@ -308,19 +308,17 @@ class _Sweep:
             self._job.tracking,
             name=_title(record),
             params=self._training(record),
-            tags={"status": record.status, **({"error": record.error} if record.error else {})},
             resume_key=f"tune {self._out} {record.name}",
             parent=self._run,
         ) as run:
-            if record.status == "finished":
-                # Under selftrain's two names, and first: MLflow's comparison draws the first metric of a run.
-                accuracy = _accuracy(read_classifier(self._folder, record.name), self._x, self._y)
-                run.log(dict.fromkeys(("accuracy", "probe_accuracy"), accuracy), step=len(record.rounds))
+            run.set_tags({"status": record.status, **({"error": record.error} if record.error else {})})
             for metrics in record.rounds:
-                named = {k: v for k, v in metrics.items() if k not in ("round", "criterion")}
-                reported = {f"round_{self._job.criterion}": metrics["criterion"]}
-                run.log({**named, **reported}, step=int(metrics["round"]))
-            run.log({"seconds": record.seconds}, step=len(record.rounds))
+                named = {f"rounds/{k}": v for k, v in metrics.items() if k != "round"}
+                run.log(named, step=int(metrics["round"]))
+            if record.status == "finished":
+                candidate = read_classifier(self._folder, record.name)
+                run.log({"test/accuracy": _accuracy(candidate, self._x, self._y)})
+            run.log({"speed/seconds_total": record.seconds})
         self._children[record.name] = run
 
     def _choose(self, known: EncodedInputs, records: list[TrialRecord], material: Material) -> _Choice:
@@ -454,17 +452,13 @@ class _Sweep:
         files.make_folder(figures)
         save(criterion_figure(summary), files.join(figures, "criterion.png"))
         for trial in summary["trials"]:
-            values = {f"criterion_{name}": value for name, value in trial["criteria"].items()}
-            values |= {"criterion": trial["criterion"]}
-            self._children[trial["name"]].log(values, step=trial["rounds"])
+            values = {f"tune/criterion_{name}": value for name, value in trial["criteria"].items()}
+            self._children[trial["name"]].log({tracking.SWEEP_CRITERION: trial["criterion"], **values})
             self._children[trial["name"]].set_tags({"chosen": trial["name"] == summary["chosen"]["name"]})
         counts = {s: sum(t["status"] == s for t in summary["trials"]) for s in get_args(Status)}
-        run.log({f"trials_{status}": count for status, count in counts.items()}, step=0)
-        run.log({f"seconds_{name}": value for name, value in summary["timings"].items()}, step=0)
-        run.log({f"sweep_{name}": value for name, value in (summary["evidence"] or {}).items()}, step=0)
-        for name, prefix in (("zero_shot", "zero_shot"), ("chosen", "probe")):
-            numbers = {k: v for k, v in summary[name].items() if isinstance(v, (int, float))}
-            run.log({f"{prefix}_{key}": value for key, value in numbers.items()}, step=0)
+        run.log({f"tune/trials_{status}": count for status, count in counts.items()})
+        run.log({f"tune/{name}": value for name, value in (summary["evidence"] or {}).items()})
+        run.log({tracking.SWEEP_CRITERION: summary["chosen"]["criterion"], **single_metrics(summary)})
         run.set_tags({"chosen": summary["chosen"]["name"], "criterion": criterion})
         for name in ("probe", "figures", "summary.json", "report.html"):
             run.artifact(files.join(out, name))
