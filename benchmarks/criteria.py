@@ -40,7 +40,8 @@ from torchmetrics.functional import spearman_corrcoef
 from lpclip.config import ClassConfig, SelfTrainingConfig, digest
 from lpclip.encoders.encoder import resolve_precision
 from lpclip.encoders.head import Head
-from lpclip.encoders.prompts import DEFAULT_TEMPLATES, zero_shot_weights
+from lpclip.encoders.prompts import DEFAULT_TEMPLATES
+from lpclip.encoders.zero_shot import zero_shot_weights
 from lpclip.images.classes import map_labels, resolve_classes
 from lpclip.jobs.cli import OPTIONS
 from lpclip.jobs.runtime import start_ray

@@ -66,10 +66,11 @@ from torch.utils.data import DataLoader, Dataset
 from lpclip.config import ClassConfig, EncoderConfig, SourceConfig
 from lpclip.encoders.encoder import Encoder
 from lpclip.encoders.load import load_encoder
-from lpclip.encoders.prompts import templates, zero_shot_weights
+from lpclip.encoders.prompts import templates
+from lpclip.encoders.zero_shot import zero_shot_weights
 from lpclip.features import find_or_encode as pipeline
 from lpclip.features.describe import describe_encoder
-from lpclip.features.encode_stage import ENCODER_ENV
+from lpclip.features.encode_stage import TORCH_ENV
 from lpclip.images.classes import resolve_classes
 from lpclip.images.open import open_source
 from lpclip.images.pixels import decode_image
@@ -84,7 +85,7 @@ BARE_IMAGES = 512
 DECODED_IMAGES = 256
 SIZES = (1, 4, 16)
 LIMITS = SourceConfig()
-LOOP_ENVIRONMENT = {**ENCODER_ENV, "OMP_WAIT_POLICY": "PASSIVE"}
+LOOP_ENVIRONMENT = {**TORCH_ENV, "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @dataclass(frozen=True, kw_only=True)

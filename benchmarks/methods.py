@@ -48,7 +48,8 @@ from torch import Tensor
 from lpclip.config import ClassConfig, EncoderConfig, SelfTrainingConfig
 from lpclip.encoders.encoder import Encoder
 from lpclip.encoders.load import load_encoder
-from lpclip.encoders.prompts import DEFAULT_TEMPLATES, zero_shot_weights
+from lpclip.encoders.prompts import DEFAULT_TEMPLATES
+from lpclip.encoders.zero_shot import zero_shot_weights
 from lpclip.evaluation.metrics import classification_metrics
 from lpclip.features.store import Store
 from lpclip.images.classes import map_labels, resolve_classes

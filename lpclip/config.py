@@ -137,6 +137,9 @@ class EncoderConfig:
     """Weights of the encoder: an open_clip tag (laion2b_s34b_b79k, openai, ...) or a local checkpoint file."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights. auto is bfloat16 on devices that compute in it, else float32."""
+    engine: Literal["auto", "openvino", "torch"] = "auto"
+    """Library that computes image features on CPUs. auto is openvino where it can run the model, else torch. GPUs
+    always use torch."""
 
 
 @dataclass(frozen=True, kw_only=True)

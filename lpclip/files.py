@@ -25,6 +25,11 @@ _SECRETS = re.compile(
 )
 
 
+def cache_folder() -> Path:
+    """What can be had or made again is kept here: LPCLIP_CACHE, or ~/.cache/lpclip."""
+    return Path(os.environ.get("LPCLIP_CACHE") or "~/.cache/lpclip").expanduser()
+
+
 def refuse_secrets(path: str, *, what: str = "a URI") -> None:
     """UserError, which does not repeat it, when a URI holds a password or a secret key."""
     if _SECRETS.search(path):

@@ -25,15 +25,16 @@ from PIL import Image
 
 import lpclip.images
 from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
+from lpclip.encoders.engine import CPU_BATCH
 from lpclip.encoders.head import EncoderInfo, Head, make_head
 from lpclip.encoders.load import load_encoder
 from lpclip.encoders.prompts import DEFAULT_TEMPLATES
 from lpclip.features.data import open_data
 from lpclip.features.decode_stage import decode_unit
 from lpclip.features.describe import describe_encoder
+from lpclip.features.device_passes import DevicePasses
 from lpclip.features.encode_stage import EncodeStage, plan_actors
 from lpclip.features.find_or_encode import Encoding
-from lpclip.features.passes import CPU_BATCH, DevicePasses
 from lpclip.features.store import Manifest, Store, matrix
 from lpclip.features.zero_shot_labels import ZeroShotLabels, pseudo_label
 from lpclip.images.open import open_source
@@ -172,21 +173,22 @@ def table_of_pixels(pixels: dict[str, np.ndarray], errors: list[str | None]) -> 
     return pa.table(columns)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("engine", "precision"), [("openvino", "float32"), ("torch", "float32"), ("torch", "bfloat16")]
+)
 def test_features_are_the_same_bits_for_any_batch_size_number_of_threads_and_company(
-    precision: Literal["float32", "bfloat16"],
+    engine: Literal["openvino", "torch"], precision: Literal["float32", "bfloat16"]
 ) -> None:
-    encoder = replace(LITE, precision=precision)
-    made = load_encoder(encoder)
-    identity = {**made.identity, "dim": made.dim}
-    size = made.preprocess.size
+    encoder = replace(LITE, engine=engine, precision=precision)
+    described = describe_encoder(encoder)
+    size = described.preprocess.size
     pixels = np.random.default_rng(0).integers(0, 256, (9, size, size, 3), np.uint8)
     views = ("weak", "mirror")
 
     def bits(batch_size: int, num_threads: int, rows: slice) -> list[bytes]:
-        stage = EncodeStage(encoder, identity, parse_views(",".join(views)), batch_size, num_threads)
+        stage = EncodeStage(encoder, described, parse_views(",".join(views)), batch_size, num_threads)
         found = stage(table_of_pixels({"weak": pixels[rows]}, [None] * len(pixels[rows])))
-        features = np.concatenate([matrix(found, view, made.dim) for view in views], axis=1)
+        features = np.concatenate([matrix(found, view, described.identity["dim"]) for view in views], axis=1)
         return [row.tobytes() for row in features]
 
     whole = bits(64, 1, slice(None))
@@ -208,7 +210,8 @@ import sys, numpy as np, torch
 from conftest import CLASSES, draw
 from lpclip.config import EncoderConfig
 from lpclip.encoders.load import load_encoder
-from lpclip.encoders.prompts import DEFAULT_TEMPLATES, zero_shot_weights
+from lpclip.encoders.prompts import DEFAULT_TEMPLATES
+from lpclip.encoders.zero_shot import zero_shot_weights
 from lpclip.images.render import weak_view
 from lpclip.images.pixels import decode_image
 encoder = load_encoder(EncoderConfig(precision="float32"))
@@ -236,11 +239,12 @@ np.savez(sys.argv[1], features=features, predicted=(features @ head.T).argmax(ax
 @pytest.mark.parametrize("batch_size", [2, 5, 64])
 def test_batches_run_on_from_view_to_view(info: EncoderInfo, batch_size: int) -> None:
     views = ("weak", "mirror", "gaussian_noise:3", "gaussian_noise:3+mirror")
-    stage = EncodeStage(LITE, info.identity, parse_views(",".join(views)), batch_size, 1)
+    stage = EncodeStage(LITE, info, parse_views(",".join(views)), batch_size, 1)
+    encoder = load_encoder(LITE)
     # As on a GPU: a CPU has its own passes.
-    stage.passes = DevicePasses(stage.encoder, batch_size=batch_size, device=torch.device("cpu"))
+    stage.passes = DevicePasses(encoder, batch_size=batch_size, device=torch.device("cpu"))
     sizes: list[int] = []
-    encode_image = stage.encoder.encode_image
+    encode_image = encoder.encode_image
     size = info.preprocess.size
     random = np.random.default_rng(0)
     pixels = {view: random.integers(0, 256, (3, size, size, 3), np.uint8) for view in views[::2]}
@@ -249,7 +253,7 @@ def test_batches_run_on_from_view_to_view(info: EncoderInfo, batch_size: int) ->
         sizes.append(len(batch))
         return encode_image(batch)
 
-    stage.encoder.encode_image = counted  # type: ignore[method-assign]
+    encoder.encode_image = counted  # type: ignore[method-assign]
     found = stage(table_of_pixels(pixels, [None, "damaged", None]))
     # Two good images in four views; every batch has one shape.
     assert sizes == [batch_size] * -(-8 // batch_size)

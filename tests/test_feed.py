@@ -57,7 +57,7 @@ source = Source(
 start_ray()
 config = EncoderConfig(encoder=model, pretrained=model.replace("json", "safetensors"), precision="float32")
 info = describe_encoder(config)
-encoding = Encoding(info=info, encoder=config, folder=folder)
+encoding = Encoding(info=info, encoder=config, folder=folder, batch_size=8)
 encoding.encode(source, views=parse_views("weak,mirror,strong"), path=f"{folder}/store")
 """
 

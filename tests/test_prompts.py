@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lpclip.encoders.prompts import templates, zero_shot_weights
+from lpclip.encoders.prompts import templates
+from lpclip.encoders.zero_shot import zero_shot_weights
 from lpclip.images.classes import ClassList, read_classes
 
 

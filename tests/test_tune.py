@@ -559,7 +559,7 @@ def test_a_killed_sweep_goes_on_and_ends_as_if_nothing_had_been(
     assert sorted(child.info.run_name.split()[0] for child in children) == sorted(rounds)
     for child in children:
         assert child.info.status == "FINISHED"
-        steps = [m.step for m in client.get_metric_history(child.info.run_id, "round_structure")]
+        steps = [m.step for m in client.get_metric_history(child.info.run_id, "rounds/flip_rate")]
         assert steps == list(range(1, rounds[child.info.run_name.split()[0]] + 1))
     assert len(client.search_model_versions(f"run_id='{parent.info.run_id}'")) == 1
 

@@ -8,8 +8,10 @@ from hashlib import blake2b
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from lpclip.encoders.engine import computes_bfloat16
 from lpclip.images.pixels import Preprocess
 
 
@@ -29,6 +31,10 @@ class Encoder(Protocol):
         """uint8 (B, S, S, 3) to float32 (B, dim) of unit norm, on the encoder's device."""
         ...
 
+    def image_network(self) -> nn.Module:
+        """What `encode_image` computes as one module, so that another library can take it over."""
+        ...
+
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """B texts to float32 (B, dim) of unit norm, on the encoder's device."""
         ...
@@ -40,7 +46,7 @@ def resolve_precision(precision: str, *, device: torch.device) -> torch.dtype:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+    if device.type == "cpu" and computes_bfloat16():
         return torch.bfloat16
     return torch.float32
 
@@ -51,6 +57,19 @@ def to_input(pixels: Tensor, preprocess: Preprocess, *, dtype: torch.dtype, devi
     assert pixels.shape[1:] == (preprocess.size, preprocess.size, 3), pixels.shape
     mean, std = _constant(preprocess.mean, device), _constant(preprocess.std, device)
     return (pixels.to(device).float().div_(255).sub_(mean).div_(std)).permute(0, 3, 1, 2).to(dtype)
+
+
+class ImageNetwork(nn.Module):
+    """uint8 (B, S, S, 3) to float32 (B, dim) of unit norm; `tower` takes normalised float32 (B, 3, S, S)."""
+
+    def __init__(self, tower: nn.Module, preprocess: Preprocess) -> None:
+        super().__init__()
+        self.tower = tower
+        self.mean, self.std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        images = (pixels.float() / 255 - self.mean) / self.std
+        return F.normalize(self.tower(images.permute(0, 3, 1, 2)), dim=1)
 
 
 @cache

@@ -6,12 +6,13 @@ This module does not import torch: the processes that commit features stay small
 from __future__ import annotations
 
 import hashlib
+import platform
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from lpclip.config import digest
+from lpclip.config import UserError, digest
 from lpclip.images.pixels import Preprocess
 
 
@@ -27,6 +28,15 @@ class Head:
     """Digest of encoder, class names, templates and temperature."""
     encoder: dict[str, Any] = field(default_factory=dict)
     """Everything needed to load the same encoder again, for the probes that are trained from this head."""
+
+
+def refuse_another(found: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raise UserError unless an encoder's full identity is the one with which the job began."""
+    if found != identity:
+        raise UserError(
+            f"another encoder was found on {platform.node()} than where the job began: its weights, its "
+            "precision or its preprocessing differ; all nodes must have the same checkpoint"
+        )
 
 
 def make_head(info: EncoderInfo, names: tuple[str, ...], *, temperature: float | None) -> Head:
@@ -50,3 +60,5 @@ class EncoderInfo:
     """(K, d) float32 zero-shot weights of the class names that were asked for."""
     notes: tuple[str, ...] = ()
     """Warnings that came with loading it."""
+    engine: str = "torch"
+    """What computes its image features: torch or openvino."""

@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -40,7 +39,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from lpclip.config import UserError
-from lpclip.encoders.encoder import to_input
+from lpclip.encoders.encoder import ImageNetwork, to_input
+from lpclip.files import cache_folder
 from lpclip.images.pixels import Preprocess, preprocess_identity
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,10 @@ class LiteEncoder:
         """uint8 (B, 160, 160, 3) to float32 (B, 1280) of unit norm."""
         images = to_input(pixels, self.preprocess, dtype=self.dtype, device=self.device)
         return F.normalize(self._image_tower(images).float(), dim=1)
+
+    def image_network(self) -> nn.Module:
+        """The image tower from bytes to features as one module."""
+        return ImageNetwork(self._image_tower, self.preprocess)
 
     @torch.inference_mode()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
@@ -234,7 +238,7 @@ def build_map(embed: Callable[[Sequence[str]], Tensor]) -> dict[str, Tensor]:
 def load_map(build: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The map from the cache, or built and put there; the file is there whole or not at all."""
     recipe = repr((VERSION, IMAGE_WEIGHTS, TEXT_WEIGHTS, TOKENIZER, TEMPLATES, GAMMA, RIDGE))
-    folder = Path(os.environ.get("LPCLIP_CACHE") or Path.home() / ".cache" / "lpclip")
+    folder = cache_folder()
     path = folder / f"lite-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.safetensors"
     if path.is_file():
         try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import platform
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from lpclip.config import EncoderConfig, UserError
@@ -39,10 +41,18 @@ def load_again(config: EncoderConfig, identity: dict[str, Any], *, device: torch
     return load_encoder(replace(config, precision=identity["precision"]), device=device)
 
 
-def refuse_another(encoder: Encoder, identity: dict[str, Any]) -> None:
-    """Raise UserError unless this is the encoder of that full identity, with which the job began."""
-    if full_identity(encoder) != identity:
-        raise UserError(
-            f"another encoder was found on {platform.node()} than where the job began: its weights, its "
-            "precision or its preprocessing differ; all nodes must have the same checkpoint"
-        )
+class TorchTower:
+    """The image tower of an encoder on the CPU as a `Tower`."""
+
+    def __init__(self, encoder: Encoder, *, num_threads: int) -> None:
+        torch.set_num_threads(1)
+        self.encoder = encoder
+        self.threads = ThreadPoolExecutor(num_threads)
+
+    def __call__(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """As `Tower`."""
+        return self.threads.map(self._encode, batches)
+
+    def _encode(self, batch: np.ndarray) -> np.ndarray:
+        found: np.ndarray = self.encoder.encode_image(torch.from_numpy(batch)).numpy()
+        return found

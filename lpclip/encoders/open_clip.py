@@ -19,7 +19,7 @@ from open_clip.factory import get_model_config
 from torch import Tensor
 
 from lpclip.config import ModelConfig, UserError
-from lpclip.encoders.encoder import to_input, weights_digest
+from lpclip.encoders.encoder import ImageNetwork, to_input, weights_digest
 from lpclip.encoders.weights import (
     HUB,
     PREPROCESS_KEYS,
@@ -90,6 +90,10 @@ class OpenClipEncoder:
         images = to_input(pixels, self.preprocess, dtype=self.dtype, device=self.device)
         return F.normalize(self._model.encode_image(images).float(), dim=1)
 
+    def image_network(self) -> torch.nn.Module:
+        """The image tower from bytes to features as one module."""
+        return ImageNetwork(_ImageTower(self._model), self.preprocess)
+
     @torch.inference_mode()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """B texts to float32 (B, dim) of unit norm."""
@@ -99,6 +103,18 @@ class OpenClipEncoder:
     @cached_property
     def _tokenizer(self) -> Callable[[list[str]], Tensor]:
         return _tokenizer(self.name)
+
+
+class _ImageTower(torch.nn.Module):
+    """`encode_image` of an open_clip model as a module's forward pass."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.model.encode_image(images)
+        return found
 
 
 def register(name: str) -> str:

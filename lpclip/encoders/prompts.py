@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import torch.nn.functional as F
-from torch import Tensor, cat
-
 from lpclip.config import UserError
-from lpclip.images.classes import names_a_file, read_lines, readable
-
-if TYPE_CHECKING:
-    from lpclip.encoders.encoder import Encoder
+from lpclip.images.classes import names_a_file, read_lines
 
 DEFAULT_TEMPLATES = (
     "a {}",
@@ -45,17 +36,3 @@ def templates(spec: str) -> tuple[str, ...]:
         if "{}" not in line:
             raise UserError(f"{spec}: template {line!r} has no {{}} for the class name")
     return lines
-
-
-def zero_shot_weights(
-    encoder: Encoder, class_names: Sequence[str], *, templates: Sequence[str], batch_size: int = 256
-) -> Tensor:
-    """The zero-shot head, float32 (K, d) on the CPU, rows of unit norm.
-
-    A row is the mean of the class's unit-norm prompt embeddings, normalised again (CLIP, arXiv 2103.00020,
-    section 3.1.4). Zero-shot is the argmax of features @ head.T.
-    """
-    prompts = [template.replace("{}", readable(name)) for name in class_names for template in templates]
-    batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-    embeddings = cat([encoder.encode_text(batch).cpu() for batch in batches])
-    return F.normalize(embeddings.view(len(class_names), len(templates), -1).mean(1), dim=1)

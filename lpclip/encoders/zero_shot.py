@@ -8,11 +8,15 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from lpclip.config import EncoderConfig, UserError, to_dict
 from lpclip.encoders import prompts
+from lpclip.encoders.encoder import Encoder
 from lpclip.encoders.head import EncoderInfo, Head, make_head
 from lpclip.encoders.load import full_identity, load_encoder
+from lpclip.images.classes import readable
 
 
 def describe(
@@ -23,19 +27,39 @@ def describe(
     `device` is a GPU by default, where there is one. Raises UserError when the encoder cannot be loaded.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    encoder, info = load_noting(config, device=device)
+    head = zero_shot_weights(encoder, names, templates=templates).numpy() if names else None
+    return replace(info, head=head)
+
+
+def load_noting(config: EncoderConfig, *, device: str) -> tuple[Encoder, EncoderInfo]:
+    """An encoder, and what there is to say of it but for a head. Raises UserError when it cannot be loaded."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         encoder = load_encoder(config, device=device)
-    head = prompts.zero_shot_weights(encoder, names, templates=templates).numpy() if names else None
-    return EncoderInfo(
+    return encoder, EncoderInfo(
         name=encoder.name,
         identity=full_identity(encoder),
         preprocess=encoder.preprocess,
         logit_scale=encoder.logit_scale,
-        head=head,
+        head=None,
         # A worker's warnings end in Ray's logs, where nobody looks. These belong in the plan.
         notes=tuple(dict.fromkeys(str(w.message) for w in caught if w.category is UserWarning)),
     )
+
+
+def zero_shot_weights(
+    encoder: Encoder, class_names: Sequence[str], *, templates: Sequence[str], batch_size: int = 256
+) -> Tensor:
+    """The zero-shot head, float32 (K, d) on the CPU, rows of unit norm.
+
+    A row is the mean of the class's unit-norm prompt embeddings, normalised again (CLIP, arXiv 2103.00020,
+    section 3.1.4). Zero-shot is the argmax of features @ head.T.
+    """
+    texts = [template.replace("{}", readable(name)) for name in class_names for template in templates]
+    batches = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+    embeddings = torch.cat([encoder.encode_text(batch).cpu() for batch in batches])
+    return F.normalize(embeddings.view(len(class_names), len(templates), -1).mean(1), dim=1)
 
 
 def zero_shot_head(

@@ -6,7 +6,7 @@ import ray
 
 from lpclip.config import EncoderConfig
 from lpclip.encoders.head import EncoderInfo
-from lpclip.encoders.zero_shot import describe
+from lpclip.encoders.on_cpu import describe_on_cpu
 
 
 def has_gpus() -> bool:
@@ -24,7 +24,10 @@ def describe_encoder(
     if not has_gpus():
         # Another process would cost its start and torch's import for nothing. The encoders will run on the CPU, so this
         # one does too, even if this process sees a GPU that Ray was not given.
-        return describe(config, class_names, templates, device="cpu")
+        return describe_on_cpu(config, class_names, templates)
+
+    from lpclip.encoders.zero_shot import describe
+
     task = ray.remote(num_cpus=1, num_gpus=1, max_retries=1)(describe)
     try:
         return ray.get(task.remote(config, class_names, templates))

@@ -8,22 +8,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-import torch
 
-from lpclip.config import EncoderConfig
-from lpclip.encoders.head import EncoderInfo
-from lpclip.encoders.load import load_again, refuse_another
+from lpclip.config import EncoderConfig, UserError
+from lpclip.encoders.head import EncoderInfo, refuse_another
+from lpclip.encoders.on_cpu import load_tower
 from lpclip.features.decode_stage import pixel_array
 from lpclip.features.describe import has_gpus
-from lpclip.features.passes import CpuPasses, DevicePasses, Passes
+from lpclip.features.passes import CpuPasses, Passes
 from lpclip.images.pixels import REDUCING_GAP, preprocess_identity
 from lpclip.images.source import Source
 from lpclip.images.views import STRONG_VERSION, View, pixel_views
 
-# The environment of processes that hold an encoder. glibc gives the large activations of every forward pass back to
+# The environment of processes in which torch encodes. glibc gives the large activations of every forward pass back to
 # the kernel and takes them again, page by page: on CPUs that can cost more than the arithmetic. One heap that only
 # grows costs a peak's worth of memory.
-ENCODER_ENV = {
+TORCH_ENV = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
@@ -45,6 +44,8 @@ def store_identity(
         "views": [str(view) for view in views],
         "seed": seed if any(view.is_random for view in views) else None,
     }
+    if info.engine != "torch":
+        identity["engine"] = info.engine
     if any(view.is_strong for view in views):
         identity["strong_version"] = STRONG_VERSION
     if source is not None:
@@ -58,35 +59,50 @@ class EncodeStage:
     def __init__(
         self,
         config: EncoderConfig,
-        identity: dict[str, Any],
+        info: EncoderInfo,
         views: tuple[View, ...],
         batch_size: int,
-        num_threads: int,
+        num_threads: int | None,
     ) -> None:
+        """`num_threads` on a CPU, or None on a GPU."""
+        self.info, self.views = info, views
+        self.refusal: UserError | None = None
+        try:
+            self.passes = self._passes(config, batch_size, num_threads)
+        except UserError as error:
+            # Ray would start a failing actor again and again. It fails with its first table instead.
+            self.refusal = error
+
+    def _passes(self, config: EncoderConfig, batch_size: int, num_threads: int | None) -> Passes:
+        if num_threads is not None:
+            tower = load_tower(config, self.info, num_threads=num_threads)
+            return CpuPasses(tower, dim=self.info.identity["dim"])
+
+        import torch
+
+        from lpclip.encoders.load import full_identity, load_again
+        from lpclip.features.device_passes import DevicePasses
+
+        # Ray may be told of GPUs that a machine does not have, to try out how work is placed.
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.encoder = load_again(config, identity, device=device)
-        self.passes: Passes
-        if device.type == "cpu":
-            self.passes = CpuPasses(self.encoder, num_threads=num_threads)
-        else:
-            self.passes = DevicePasses(self.encoder, batch_size=batch_size, device=device)
-        self.identity = identity
-        self.views = views
+        encoder = load_again(config, self.info.identity, device=device)
+        refuse_another(full_identity(encoder), self.info.identity)
+        return DevicePasses(encoder, batch_size=batch_size, device=device)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        # This is not done where the encoder is loaded, because Ray would start a failing actor again.
-        refuse_another(self.encoder, self.identity)
+        if self.refusal is not None:
+            raise self.refusal
         is_good = table["error"].is_null().to_numpy()
         # A filter copies all pixels.
         good = table if is_good.all() else table.filter(table["error"].is_null())
         kept = table.drop_columns([name for name in table.column_names if name.startswith("pixels:")])
-        size = self.encoder.preprocess.size
+        size = self.info.preprocess.size
         pixels = {view: pixel_array(good[f"pixels:{view}"], size=size) for view in pixel_views(self.views)}
         features = self.passes(pixels, self.views)
         for place, view in enumerate(self.views):
-            found = np.zeros((len(table), self.encoder.dim), np.float16)
+            found = np.zeros((len(table), self.info.identity["dim"]), np.float16)
             found[is_good] = features[place * len(good) : (place + 1) * len(good)]
-            flat = pa.FixedSizeListArray.from_arrays(pa.array(found.reshape(-1)), self.encoder.dim)
+            flat = pa.FixedSizeListArray.from_arrays(pa.array(found.reshape(-1)), self.info.identity["dim"])
             kept = kept.append_column(str(view), flat)
         return kept
 
@@ -99,7 +115,8 @@ class ActorPlan:
     cpus_per_actor: float | None
     """None leaves it to Ray."""
     gpus_per_actor: float
-    num_threads: int
+    num_threads: int | None
+    """Threads of an actor on a CPU; None on a GPU."""
 
     def __str__(self) -> str:
         place = "1 GPU each" if self.gpus_per_actor else f"{self.num_threads} CPU threads each"
@@ -117,7 +134,7 @@ def plan_actors(num_actors: int | None) -> ActorPlan:
         count = num_actors or int(found["GPU"])
         # Ray keeps a CPU for an actor with a GPU, so that it does not wait behind decoders. Few CPUs are better shared.
         cpus = None if found.get("CPU", 0) >= 4 * count else 0
-        return ActorPlan(num_actors=count, cpus_per_actor=cpus, gpus_per_actor=1, num_threads=1)
+        return ActorPlan(num_actors=count, cpus_per_actor=cpus, gpus_per_actor=1, num_threads=None)
     nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     nodes = [cpus for cpus in nodes if cpus >= 1]
     count = num_actors or sum(max(1, int(cpus) // 8) for cpus in nodes)

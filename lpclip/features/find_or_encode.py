@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from lpclip.encoders.head import EncoderInfo
 from lpclip.features.commit_stage import commit
 from lpclip.features.data import Data
 from lpclip.features.decode_stage import rows_at_once
-from lpclip.features.encode_stage import ENCODER_ENV, EncodeStage, plan_actors, store_identity
+from lpclip.features.encode_stage import TORCH_ENV, EncodeStage, plan_actors, store_identity
 from lpclip.features.pipeline import check_quarantine, decode_units, fill_store
 from lpclip.features.store import Store, fingerprint
 from lpclip.features.store_writer import StoreWriter
@@ -57,7 +57,8 @@ class Encoding:
         begin = time.monotonic()
         identity = store_identity(data.source, self.info, views, seed=self.seed)
         if isinstance(data.origin, Store):
-            data.origin.require(identity)
+            # Engines compute the same features, up to rounding.
+            data.origin.require({key: value for key, value in identity.items() if key != "engine"})
             rows = data.origin.manifest.num_rows
             print(f"features of {data.name}: {rows:,} images, as given", flush=True)
             return Encoded(store=data.origin, seconds=0.0, reused=True, rate=None)
@@ -153,13 +154,20 @@ class Encoding:
                 EncodeStage,
                 batch_size=rows if plan.gpus_per_actor else None,
                 batch_format="pyarrow",
-                fn_constructor_args=(self.encoder, info.identity, views, self.batch_size, plan.num_threads),
+                fn_constructor_args=(
+                    self.encoder,
+                    replace(info, head=None),
+                    views,
+                    self.batch_size,
+                    plan.num_threads,
+                ),
                 compute=ray.data.ActorPoolStrategy(size=min(plan.num_actors, len(todo)), **at_once),
                 num_cpus=plan.cpus_per_actor,
                 num_gpus=plan.gpus_per_actor,
                 max_restarts=0,
                 max_task_retries=0,
-                runtime_env={"env_vars": ENCODER_ENV},
+                # A process with an environment of its own starts later.
+                runtime_env={"env_vars": TORCH_ENV} if info.engine == "torch" else None,
                 ray_remote_args_fn=lambda: {"name": f"{name}-{uuid.uuid4().hex}"},
             )
             columns = ("id", "label", "texts", *map(str, views))

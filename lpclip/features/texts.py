@@ -12,8 +12,8 @@ import ray
 import torch
 
 from lpclip.config import EncoderConfig
-from lpclip.encoders.head import EncoderInfo
-from lpclip.encoders.load import load_again, refuse_another
+from lpclip.encoders.head import EncoderInfo, refuse_another
+from lpclip.encoders.load import full_identity, load_again
 from lpclip.features.describe import has_gpus
 from lpclip.features.store import Store, row_order
 from lpclip.progress import Progress
@@ -60,6 +60,6 @@ def _text_batches(
 ) -> Iterator[np.ndarray]:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     encoder = load_again(config, info.identity, device=device)
-    refuse_another(encoder, info.identity)
+    refuse_another(full_identity(encoder), info.identity)
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         yield encoder.encode_text(texts[start : start + TEXTS_AT_ONCE]).cpu().numpy()

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lpclip import files
 from lpclip.config import UserError
 from lpclip.images.fetch import reason
 from lpclip.images.pixels import encode_png
@@ -42,17 +43,12 @@ STALL_SECONDS = 30
 ROW_GROUP_ROWS = 1024
 
 
-def cache_folder() -> Path:
-    """LPCLIP_CACHE, or ~/.cache/lpclip."""
-    return Path(os.environ.get("LPCLIP_CACHE") or "~/.cache/lpclip").expanduser()
-
-
 def named_parquet(name: str, *, split: str) -> Path:
     """The data set's Parquet file: id, image (PNG bytes), label, class names in the metadata `classes`.
 
     It is made on first use. Raises UserError when the data set can neither be downloaded nor kept.
     """
-    folder = cache_folder() / "datasets" / name
+    folder = files.cache_folder() / "datasets" / name
     if not (folder / f"{split}.parquet").exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -10,23 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from lpclip import files
-from lpclip.config import SelftrainJob, TuneJob, UiJob, flags
+from lpclip.config import SelftrainJob, UiJob, flags
 from lpclip.encoders.head import EncoderInfo, Head
 from lpclip.features.data import Data
 from lpclip.features.stored_views import Encoded
 from lpclip.images.classes import ClassList
 from lpclip.images.views import base_views, parse_views
 from lpclip.jobs import tracking
-from lpclip.method.confirmation import MIN_IMAGES_PER_CLASS, MIN_KAPPA, Confirmation
-from lpclip.report.sweep_page import status_line, trials_table
 from lpclip.report.tables import format_table
-from lpclip.training.search_space import SearchSpace
 
-MEANINGS = {
-    "uniform": " (labels are pulled to equal class shares)",
-    "weak": " (labels are pulled weakly to equal class shares)",
-    "none": " (labels are left as they are)",
-}
 LITE_NOTE = (
     "the embedded lite encoder is not CLIP: use it for a first impression, its figures say nothing of CLIP"
 )
@@ -37,7 +29,10 @@ def print_plan(data: Data, test: Data | None, *, info: EncoderInfo, views: str, 
     print(f"data      {data.describe()}")
     if test is not None:
         print(f"evaluate  {test.describe()}")
-    print(f"encoder   {info.name}, {info.preprocess.size} px, {info.identity['precision']}, views {views}")
+    engine = " by OpenVINO" if info.engine == "openvino" else ""
+    print(
+        f"encoder   {info.name}, {info.preprocess.size} px, {info.identity['precision']}{engine}, views {views}"
+    )
     if info.name == "lite":
         print(f"          ({LITE_NOTE})")
     for item, needed in ((data, parse_views(views)), (test, base_views(views))):
@@ -112,27 +107,6 @@ def encoded_row(data: Data, encoded: Encoded) -> dict[str, Any]:
     }
 
 
-def print_tried(name: str, found: Confirmation) -> None:
-    """Print how far rounds in halves of the features' directions confirm the rounds with one prior."""
-    print(
-        f"  {name}: rounds in the halves repeat {found.agreement:.1%} of its labels "
-        f"(kappa {found.kappa:.2f}; 0 is chance, 1 is all)",
-        flush=True,
-    )
-
-
-def print_prior(name: str, tried: dict[str, Confirmation], *, trusted: bool) -> None:
-    """Print the prior that the rounds go on with, and a warning if their result cannot be trusted."""
-    print(f"prior: {name}{MEANINGS.get(name, '')}", flush=True)
-    if not trusted:
-        kappa, images = tried[name].kappa, tried[name].images_per_class
-        print(
-            f"WARNING: the rounds cannot be trusted (kappa {kappa:.2f}, {images:.3g} images per class name): OUT/probe "
-            f"will be zero-shot. Trust takes a kappa of {MIN_KAPPA} and {MIN_IMAGES_PER_CLASS} images per name.",
-            flush=True,
-        )
-
-
 def print_result(
     summary: dict[str, Any],
     data: Data,
@@ -178,42 +152,3 @@ def print_result(
             )
     print()
     print_places(out, run, probe="probe", summary="summary.json")
-
-
-def print_sweep_plan(
-    job: TuneJob, space: SearchSpace, *, classes: ClassList, count: int, concurrent: int
-) -> None:
-    """Print the plan of a sweep."""
-    names = ", ".join(classes.names[:8]) + (", ..." if len(classes.names) > 8 else "")
-    print(f"classes   {len(classes.names)}: {names}")
-    fixed = "".join(f", {name}={value}" for name, value in space.fixed.items())
-    print(f"space     {job.space}: {', '.join(space.searched)}{fixed}")
-    scheduler = "no trial is stopped early" if job.scheduler == "none" else f"{job.scheduler} stops the worst"
-    print(
-        f"sweep     {count} trials, {concurrent} at a time, {job.search} search, {scheduler}; "
-        f"the winner is chosen by {job.criterion}, without labels (docs/tuning.md)",
-        flush=True,
-    )
-
-
-def print_sweep(summary: dict[str, Any], *, out: str, run: tracking.Run) -> None:
-    """Print the best trials of a sweep, the worth of its choice, and the command that repeats it."""
-    print(f"\n{format_table(trials_table(summary))}\n\n{status_line(summary)}")
-    where, evidence, chosen = summary["evaluated_on"], summary["evidence"], summary["chosen"]
-    if where["setting"] is None:
-        print("there are no labels: the criterion has chosen, and nothing measures how well")
-    elif evidence is None:
-        print("there are too few trials to measure how well the criterion chose")
-    else:
-        print(
-            f"{where['data']}, {where['images']:,} labelled images, {where['setting']}: zero-shot "
-            f"{summary['zero_shot']['accuracy']:.1%}, chosen {chosen['accuracy']:.1%}, best trial "
-            f"{evidence['best_accuracy']:.1%}: regret {100 * evidence['regret']:.1f} points, rank {evidence['rank']} "
-            f"of {evidence['trials']}"
-        )
-        if evidence["spearman"] is not None:
-            print(f"Spearman correlation of {summary['criterion']} with accuracy: {evidence['spearman']:.2f}")
-    if not summary["trusted"]:
-        print("WARNING: the rounds cannot be trusted on these images (see above): zero-shot is chosen")
-    print(f"\nagain    {chosen['command'] or 'zero-shot needs no training'}")
-    print_places(out, run, probe="probe", report="report.html", summary="summary.json")

@@ -10,10 +10,15 @@ import torch
 from lpclip import files
 from lpclip.config import SelfTrainingConfig, UserError, config_identity, did_you_mean, digest
 from lpclip.encoders.head import Head
-from lpclip.jobs.console import print_prior, print_tried
-from lpclip.method.confirmation import Confirmation
+from lpclip.method.confirmation import MIN_IMAGES_PER_CLASS, MIN_KAPPA, Confirmation
 from lpclip.method.priors import PRIORS, Prior, read_prior
 from lpclip.method.trial import ChosenPrior, try_priors
+
+MEANINGS = {
+    "uniform": " (labels are pulled to equal class shares)",
+    "weak": " (labels are pulled weakly to equal class shares)",
+    "none": " (labels are left as they are)",
+}
 
 
 def load_prior(spec: str, class_names: tuple[str, ...]) -> Prior | None:
@@ -72,3 +77,24 @@ def settle_prior(
     chosen = ChosenPrior(name=name, prior=PRIORS[name] if prior is None else prior, tried=tried)
     print_prior(name, tried, trusted=chosen.trusted)
     return chosen
+
+
+def print_tried(name: str, found: Confirmation) -> None:
+    """Print how far rounds in halves of the features' directions confirm the rounds with one prior."""
+    print(
+        f"  {name}: rounds in the halves repeat {found.agreement:.1%} of its labels "
+        f"(kappa {found.kappa:.2f}; 0 is chance, 1 is all)",
+        flush=True,
+    )
+
+
+def print_prior(name: str, tried: dict[str, Confirmation], *, trusted: bool) -> None:
+    """Print the prior that the rounds go on with, and a warning if their result cannot be trusted."""
+    print(f"prior: {name}{MEANINGS.get(name, '')}", flush=True)
+    if not trusted:
+        kappa, images = tried[name].kappa, tried[name].images_per_class
+        print(
+            f"WARNING: the rounds cannot be trusted (kappa {kappa:.2f}, {images:.3g} images per class name): OUT/probe "
+            f"will be zero-shot. Trust takes a kappa of {MIN_KAPPA} and {MIN_IMAGES_PER_CLASS} images per name.",
+            flush=True,
+        )

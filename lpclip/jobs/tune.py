@@ -30,11 +30,12 @@ from lpclip.evaluation.judge import evaluate
 from lpclip.features.describe import describe_encoder
 from lpclip.images.views import parse_views
 from lpclip.jobs import tracking
-from lpclip.jobs.console import LITE_NOTE, command_line, print_plan, print_sweep, print_sweep_plan
+from lpclip.jobs.console import LITE_NOTE, command_line, print_plan
 from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
 from lpclip.jobs.run import job_run, provenance, single_metrics
 from lpclip.jobs.runtime import claim, output_folder, start_ray
 from lpclip.jobs.settle_prior import load_prior, settle_prior
+from lpclip.jobs.tune_print import print_sweep, print_sweep_plan
 from lpclip.method.calibration import label_free_temperature
 from lpclip.method.criteria import CRITERIA, make_yardstick, measure
 from lpclip.method.linear import Linear
