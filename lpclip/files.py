@@ -26,7 +26,7 @@ _SECRETS = re.compile(
 
 
 def cache_folder() -> Path:
-    """What can be had or made again is kept here: LPCLIP_CACHE, or ~/.cache/lpclip."""
+    """The folder for files that lpclip can download or make again: LPCLIP_CACHE, or ~/.cache/lpclip."""
     return Path(os.environ.get("LPCLIP_CACHE") or "~/.cache/lpclip").expanduser()
 
 

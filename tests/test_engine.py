@@ -15,6 +15,7 @@ from conftest import CLASSES, ROOT
 from lpclip.config import EncoderConfig, UserError
 from lpclip.encoders import on_cpu
 from lpclip.encoders.engine import CPU_BATCH, computes_bfloat16
+from lpclip.encoders.kept import keep
 from lpclip.encoders.load import load_encoder
 from lpclip.encoders.on_cpu import describe_on_cpu, load_tower
 from lpclip.encoders.prompts import DEFAULT_TEMPLATES
@@ -73,7 +74,7 @@ sys.stdout.buffer.write(info.head.tobytes())
     assert done.stdout == first.head.tobytes()
 
 
-def test_other_weights_in_the_same_file_are_converted_anew(tmp_path: Path) -> None:
+def test_a_file_whose_weights_changed_is_converted_again(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     config = replace(LITE, encoder="tiny-vit-32", pretrained=save_weights("tiny-vit-32", path, seed=0))
     before, first = describe_on_cpu(config, (), ()), features(config)
@@ -96,6 +97,37 @@ def test_a_damaged_network_is_made_again(tmp_path: Path, monkeypatch: pytest.Mon
     network.write_bytes(whole[:-4] + b"\0\0\0\1")
     np.testing.assert_array_equal(features(config), expected)
     assert network.read_bytes() == whole
+
+
+def test_class_names_that_cannot_be_kept_cost_only_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LPCLIP_CACHE", str(tmp_path / "cache"))
+    weights = save_weights("tiny-vit-32", tmp_path / "weights.pt", seed=0)
+    config = replace(LITE, encoder="tiny-vit-32", pretrained=weights)
+    describe_on_cpu(config, (), ())
+    (network,) = tmp_path.glob("cache/encoders/*/network.bin")
+    (network.parent / "heads").write_text("a file in the place of a folder")
+    info = describe_on_cpu(config, CLASSES, DEFAULT_TEMPLATES)
+    assert info.engine == "openvino"
+    assert info.head is not None
+    assert info.head.shape == (3, 64)
+
+
+def test_a_job_leaves_alone_what_a_faster_one_kept_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LPCLIP_CACHE", str(tmp_path / "cache"))
+    weights = save_weights("tiny-vit-32", tmp_path / "weights.pt", seed=0)
+    config = replace(LITE, encoder="tiny-vit-32", pretrained=weights)
+    info = describe_on_cpu(config, (), ())
+    (network,) = tmp_path.glob("cache/encoders/*/network.xml")
+    before = network.stat().st_ino
+    keep(
+        config, info, convert=lambda path: on_cpu.convert(load_encoder(config).image_network(), path, size=32)
+    )
+    assert network.stat().st_ino == before
+    assert [path.name for path in (tmp_path / "cache" / "encoders").iterdir()] == [network.parent.name]
 
 
 def test_where_openvino_cannot_run_a_model_torch_does_and_says_so(

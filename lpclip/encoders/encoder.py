@@ -32,7 +32,7 @@ class Encoder(Protocol):
         ...
 
     def image_network(self) -> nn.Module:
-        """What `encode_image` computes as one module, so that another library can take it over."""
+        """`encode_image` as one module, which another library can convert."""
         ...
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:

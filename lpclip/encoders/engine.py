@@ -1,4 +1,4 @@
-"""What computes image features on CPUs: OpenVINO, which is faster than torch, or torch where OpenVINO cannot.
+"""OpenVINO computes image features on CPUs, faster than torch does. A network is converted from torch once.
 
 This module does not import torch: a process that encodes with OpenVINO stays small and starts fast.
 """

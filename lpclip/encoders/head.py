@@ -61,4 +61,4 @@ class EncoderInfo:
     notes: tuple[str, ...] = ()
     """Warnings that came with loading it."""
     engine: str = "torch"
-    """What computes its image features: torch or openvino."""
+    """The library that computes image features, torch or openvino."""

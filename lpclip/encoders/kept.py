@@ -10,9 +10,11 @@ A folder appears when it is complete, and its networks are checked against their
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
+import logging
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
@@ -27,6 +29,8 @@ from lpclip.encoders.engine import OpenVinoTower
 from lpclip.encoders.head import EncoderInfo
 from lpclip.files import cache_folder
 from lpclip.images.pixels import Preprocess
+
+log = logging.getLogger(__name__)
 
 # Raised with any change of what the files hold.
 VERSION = 1
@@ -53,13 +57,19 @@ class Kept:
         return head if fits and np.allclose((head**2).sum(1), 1, atol=1e-4) else None
 
     def keep_head(self, head: np.ndarray, names: Sequence[str], templates: Sequence[str]) -> None:
-        """Keep zero-shot weights; they are there whole or not at all."""
+        """Keep zero-shot weights, whole or, where the folder cannot be written, not at all."""
         path = self._head_path(names, templates)
-        path.parent.mkdir(exist_ok=True)
         part = path.with_name(f"{uuid.uuid4().hex}.part")
-        with part.open("wb") as file:
-            np.save(file, head)
-        part.replace(path)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with part.open("wb") as file:
+                np.save(file, head)
+            part.replace(path)
+        except OSError as error:
+            # The next job computes them again.
+            with contextlib.suppress(OSError):
+                part.unlink()
+            log.warning("zero-shot weights could not be kept for the next run: %s", error)
 
     def tower(self, *, num_threads: int) -> OpenVinoTower:
         """The image tower."""
@@ -106,8 +116,11 @@ def keep(config: EncoderConfig, info: EncoderInfo, *, convert: Callable[[Path], 
         convert(part / NETWORK[0])
         known = {"info": asdict(replace(info, head=None)), "files": _hashes(part)}
         (part / "encoder.json").write_text(json.dumps(known, indent=2))
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+        found = find(config, precision=info.identity["precision"])
+        # Another job may have been faster, and may be reading its files.
+        if found is None or found.info.identity != info.identity:
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -117,12 +130,12 @@ def _folder(config: EncoderConfig) -> Path:
 
 
 def _origin(config: EncoderConfig) -> list[Any]:
-    """What the weights, the preprocessing and the name of an encoder follow from."""
+    """All that decides an encoder's name, weights and preprocessing."""
     known: list[Any] = [config.encoder, config.pretrained]
     if config.encoder.endswith(".json"):
         known.append(_hash(Path(config.encoder).expanduser()))
     if config.pretrained is not None:
-        # The preprocessing of a checkpoint is told by a file beside it, or by its path.
+        # A file beside a checkpoint, or its path, decides how images are preprocessed.
         path = Path(config.pretrained).absolute()
         known += [str(path), _hash(path), _hash(path.parent / "open_clip_config.json")]
     return known

@@ -29,12 +29,7 @@ def print_plan(data: Data, test: Data | None, *, info: EncoderInfo, views: str, 
     print(f"data      {data.describe()}")
     if test is not None:
         print(f"evaluate  {test.describe()}")
-    engine = " by OpenVINO" if info.engine == "openvino" else ""
-    print(
-        f"encoder   {info.name}, {info.preprocess.size} px, {info.identity['precision']}{engine}, views {views}"
-    )
-    if info.name == "lite":
-        print(f"          ({LITE_NOTE})")
+    print_encoder(info, f", views {views}")
     for item, needed in ((data, parse_views(views)), (test, base_views(views))):
         if item is not None and item.source is not None and item.source.num_rows:
             size = 2 * info.identity["dim"] * len(needed) * item.source.num_rows / 1e6
@@ -43,6 +38,14 @@ def print_plan(data: Data, test: Data | None, *, info: EncoderInfo, views: str, 
     noted = [note for item in (data, test) if item is not None and item.source for note in item.source.notes]
     for note in (*noted, *info.notes):
         print(f"note      {note}")
+
+
+def print_encoder(info: EncoderInfo, more: str = "") -> None:
+    """Print an encoder's line of a plan, which ends with `more`."""
+    engine = " by OpenVINO" if info.engine == "openvino" else ""
+    print(f"encoder   {info.name}, {info.preprocess.size} px, {info.identity['precision']}{engine}{more}")
+    if info.name == "lite":
+        print(f"          ({LITE_NOTE})")
 
 
 def shown(path: str) -> str:

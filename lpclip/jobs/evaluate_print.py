@@ -8,7 +8,7 @@ from lpclip.encoders.head import EncoderInfo
 from lpclip.evaluation.results import Result, RetrievalResult, worse_than_zero_shot
 from lpclip.features.data import Data
 from lpclip.jobs import tracking
-from lpclip.jobs.console import LITE_NOTE, print_places, shown
+from lpclip.jobs.console import print_encoder, print_places, shown
 from lpclip.jobs.evaluate_measure import Rates
 from lpclip.method.probe import Probe
 from lpclip.report.evaluation_tables import corruption_table, ood_table, overview_table, retrieval_table
@@ -27,9 +27,7 @@ def print_evaluation_plan(
         print(f"{kind:<9} {data.describe()}: {num_views} views{size}")
     if probes:
         print(f"probes    {', '.join(probes)}")
-    print(f"encoder   {info.name}, {info.preprocess.size} px, {info.identity['precision']}")
-    if info.name == "lite":
-        print(f"          ({LITE_NOTE})")
+    print_encoder(info)
     print(f"output    {shown(out)}")
     noted = [note for _, data, _ in sets if data.source for note in data.source.notes]
     for note in (*noted, *info.notes):

@@ -75,7 +75,7 @@ class Run:
 
     @property
     def database(self) -> Path | None:
-        """The absolute path of the SQLite file that holds the run; None for everything else."""
+        """The absolute path of the run's SQLite file, None when a server has the run."""
         return database_of(self.uri)
 
     def log(self, metrics: Mapping[str, float | None], step: int = 0) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from lpclip.config import UiJob, UserError, check
 from lpclip.jobs import tracking
 
-# Of the sweeps and evaluations of an experiment, so many of the latest get an address of their own.
+# Each experiment shows so many of its latest sweeps and evaluations.
 LATEST = 3
 
 
