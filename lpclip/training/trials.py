@@ -343,8 +343,9 @@ class _Watch(tune.Callback):
         self._end(trial, status="stopped", error=None)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        lines = str(trial.get_error() or "its process died").strip().splitlines()
-        self._end(trial, status="failed", error=lines[-1])
+        # Ray's reason differs with the moment of the death: "The actor never ran" says little to a reader.
+        lines = str(trial.get_error() or "no reason is known").strip().splitlines()
+        self._end(trial, status="failed", error=f"its process died: {lines[-1]}")
 
     def _end(self, trial: Trial, *, status: Status, error: str | None) -> None:
         parameters = _parameters(trial.config, fixed=self._fixed)
