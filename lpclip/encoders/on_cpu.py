@@ -17,6 +17,7 @@ from lpclip.config import EncoderConfig, UserError
 from lpclip.encoders.engine import CPU_BATCH, OpenVinoTower, Tower, computes_bfloat16, convert, runs
 from lpclip.encoders.head import EncoderInfo, refuse_another
 from lpclip.encoders.kept import Kept, find, keep
+from lpclip.files import cache_folder
 
 if TYPE_CHECKING:
     from lpclip.encoders.encoder import Encoder
@@ -108,7 +109,10 @@ def _convert(config: EncoderConfig, encoder: Encoder, info: EncoderInfo) -> tupl
     except Exception as error:
         if config.engine == "openvino":
             raise UserError(f"--engine openvino cannot run {info.name}: {_line(error)}") from error
-        note = f"torch computes the features, more slowly: OpenVINO cannot run {info.name} ({_line(error)})"
+        note = (
+            f"torch computes the features, more slowly: {info.name} could not be converted for OpenVINO and kept in "
+            f"{cache_folder()} ({_line(error)})"
+        )
         return replace(info, notes=(*info.notes, note)), None
     return kept.info, kept
 
