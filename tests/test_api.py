@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CLASSES, run
+from conftest import CLASSES, Training
 from sklearn.base import clone
 from sklearn.utils.estimator_checks import check_estimator
 
@@ -238,20 +238,9 @@ def test_what_cannot_be_used_is_refused_in_a_sentence(name: str) -> None:
         lpclip.self_train(**{"features": features, "head": head} | arguments)
 
 
-@pytest.fixture(scope="module")
-def job(
-    cluster: None, lite_map: None, lake: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Any]:
-    """The output folder and the summary of a selftrain job on 60 drawn images, with strong views."""
-    folder = tmp_path_factory.mktemp("job") / "out"
-    words = ",".join(CLASSES).replace(" ", "%20")
-    with pytest.MonkeyPatch.context() as patch:
-        command = f"selftrain.py --data {lake}/unlabelled.parquet --classes {words} --out {folder}"
-        return folder, run(command, patch)
-
-
-def test_the_api_gives_the_jobs_probe_on_the_same_features(job: tuple[Path, Any], tmp_path: Path) -> None:
-    folder, summary = job
+@pytest.mark.usefixtures("one_thread")
+def test_the_api_gives_the_jobs_probe_on_the_same_features(blind: Training, tmp_path: Path) -> None:
+    folder, summary = blind.out, blind.summary
     head = lpclip.zero_shot_head(CLASSES, device="cpu")
     features = lpclip.Store.open(summary["features"]["train"]).features()
     found = lpclip.fit(features, head)
@@ -303,10 +292,11 @@ def test_a_zero_shot_head_needs_names_and_prompts(arguments: dict[str, Any], mes
         lpclip.zero_shot_head(**arguments)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_pages_examples_run_and_give_the_jobs_probe(
-    job: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    blind: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(job[1]["features"]["train"], tmp_path / "runs/selftrain/features/photos")
+    shutil.copytree(blind.summary["features"]["train"], tmp_path / "runs/selftrain/features/photos")
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs/api.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
@@ -316,7 +306,7 @@ def test_the_pages_examples_run_and_give_the_jobs_probe(
         exec(compile(block, "docs/api.md", "exec"), names)
     assert "row 0 has norm 3" in capsys.readouterr().out
     assert names["after"]["accuracy"] > names["before"]["accuracy"]
-    assert_equal(lpclip.Probe.load("runs/notebook/probe"), lpclip.Probe.load(str(job[0] / "probe")))
+    assert_equal(lpclip.Probe.load("runs/notebook/probe"), lpclip.Probe.load(str(blind.out / "probe")))
     assert set(re.findall(r"^\| `(\w+)", text, re.MULTILINE)) | {"SelfTraining", "__version__"} == set(
         lpclip.__all__
     )

@@ -21,7 +21,7 @@ import pytest
 import ray
 import torch
 from conftest import CLASSES, ROOT, draw, write_tar
-from PIL import Image
+from PIL import Image, ImageOps
 
 import lpclip.images
 from lpclip.config import EncodeConfig, EncoderConfig, SourceConfig
@@ -119,17 +119,6 @@ def test_every_image_is_encoded_once_in_every_view(made: Made) -> None:
     assert made.manifest.num_quarantined == 0
     assert made.manifest.images_per_second
     assert made.manifest.images_per_second > 0
-
-
-def test_the_mirror_view_is_the_mirrored_image(made: Made, info: EncoderInfo, tmp_path: Path) -> None:
-    with Image.open(io.BytesIO(draw(1, 1))) as image:
-        mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        (tmp_path / "images").mkdir()
-        mirrored.save(tmp_path / "images" / "mirrored.png")
-    run(tmp_path / "images", info, tmp_path / "store")
-    table = next(Store.open(str(tmp_path / "store")).tables(["weak"]))
-    other = np.frombuffer(features(made.path)["0.tar/001"], np.float16).reshape(3, 1280)
-    np.testing.assert_allclose(matrix(table, "weak", 1280)[0], other[1], atol=2e-3)
 
 
 @pytest.mark.slow
@@ -284,14 +273,6 @@ def test_processes_that_read_decode_and_commit_do_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_encoding_leaves_the_filters_of_warnings_as_they_were(info: EncoderInfo, tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "0.png").write_bytes(draw(0, 0))
-    before = list(warnings.filters)
-    run(tmp_path / "images", info, tmp_path / "store")
-    assert [found for found in warnings.filters if found not in before] == []
-
-
 @pytest.mark.slow
 def test_an_interrupted_encoding_goes_on_with_the_missing_units_alone(
     made: Made, tars: Path, info: EncoderInfo, tmp_path: Path
@@ -330,18 +311,24 @@ def save(image: Image.Image, format: str, **options: Any) -> bytes:  # noqa: A00
     return buffer.getvalue()
 
 
+def drawn(seed: int) -> Image.Image:
+    """A red octagon."""
+    with Image.open(io.BytesIO(draw(1, seed))) as image:
+        return image.convert("RGB")
+
+
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Odd images, each of which can be encoded, and bad ones, none of which can."""
+    """Odd images and a mirrored one, each of which can be encoded, and bad ones, none of which can."""
     folder = tmp_path_factory.mktemp("mixed")
-    with Image.open(io.BytesIO(draw(1, 0))) as opened:
-        image = opened.convert("RGB")
+    image = drawn(0)
     grey = Image.fromarray(np.arange(48 * 48, dtype=np.uint16).reshape(48, 48) * 28)
     odd = {
         "cmyk.jpg": save(image.convert("CMYK"), "JPEG"),
         "deep.png": save(grey, "PNG"),
         "palette.png": save(image.convert("P"), "PNG"),
         "moving.gif": save(image, "GIF", save_all=True, append_images=[Image.new("RGB", (48, 48))]),
+        "mirrored.png": save(ImageOps.mirror(drawn(1)), "PNG"),
         "dot.png": save(Image.new("RGB", (1, 1)), "PNG"),
     }
     bad = {
@@ -355,13 +342,29 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_bad_images_are_quarantined_with_their_reason(mixed: Path, info: EncoderInfo, tmp_path: Path) -> None:
-    manifest = run(mixed, info, tmp_path).manifest
-    assert (manifest.num_rows, manifest.num_quarantined) == (5, 4)
-    kept = Store.open(str(tmp_path)).features()
-    assert sorted(kept.ids) == ["cmyk.jpg", "deep.png", "dot.png", "moving.gif", "palette.png"]
-    assert np.isfinite(kept.base.astype(float)).all()
-    quarantine = {row["id"]: row for row in pq.read_table(tmp_path / "quarantine.parquet").to_pylist()}
+@pytest.fixture(scope="module")
+def kept(mixed: Path, info: EncoderInfo) -> Store:
+    """The store of the images that can be encoded."""
+    before = list(warnings.filters)
+    data = open_data(str(mixed), config=SourceConfig(), split="train")
+    found = encoding(info, mixed.parent / "stores").store_of(data, views=parse_views(CONFIG.views))
+    assert [one for one in warnings.filters if one not in before] == [], "they are left as they were"
+    return found.store
+
+
+def test_the_mirror_view_is_the_mirrored_image(made: Made, kept: Store) -> None:
+    mirrored, upright = features(Path(kept.path))["mirrored.png"], features(made.path)["0.tar/001"]
+    weak, mirror = (np.frombuffer(found, np.float16).reshape(3, 1280) for found in (mirrored, upright))
+    np.testing.assert_allclose(weak[0], mirror[1], atol=2e-3)
+
+
+def test_bad_images_are_quarantined_with_their_reason(mixed: Path, kept: Store, info: EncoderInfo) -> None:
+    assert (kept.manifest.num_rows, kept.manifest.num_quarantined) == (6, 4)
+    found = kept.features()
+    good = ["cmyk.jpg", "deep.png", "dot.png", "mirrored.png", "moving.gif", "palette.png"]
+    assert sorted(found.ids) == good
+    assert np.isfinite(found.base.astype(float)).all()
+    quarantine = {row["id"]: row for row in pq.read_table(f"{kept.path}/quarantine.parquet").to_pylist()}
     assert set(quarantine) == {"empty.png", "text.png", "truncated.png", "vast.png"}
     assert {row["stage"] for row in quarantine.values()} == {"decode"}
     assert all(row["error"] for row in quarantine.values())
@@ -369,16 +372,12 @@ def test_bad_images_are_quarantined_with_their_reason(mixed: Path, info: Encoder
 
     # Now the store is complete: a stricter limit refuses it all the same, encoded or found.
     strict = SourceConfig(max_bad_fraction=0.25)
-    message = r"4 of 9 images of mixed\d* cannot be read, more than --max-bad-fraction 0.25 allows"
+    message = r"4 of 10 images of mixed\d* cannot be read, more than --max-bad-fraction 0.25 allows"
     with pytest.raises(ValueError, match=message):
-        run(mixed, info, tmp_path, source=strict)
+        run(mixed, info, Path(kept.path), source=strict)
     data = open_data(str(mixed), config=strict, split="train")
-    views = parse_views(CONFIG.views)
-    lenient = open_data(str(mixed), config=SourceConfig(), split="train")
-    found = encoding(info, tmp_path / "f").store_of(lenient, views=views)
-    assert found.store.manifest.num_quarantined == 4
     with pytest.raises(ValueError, match=message):
-        encoding(info, tmp_path / "f").store_of(data, views=views)
+        encoding(info, Path(kept.path).parent).store_of(data, views=parse_views(CONFIG.views))
 
 
 def test_bad_images_alone_are_refused_however_often_one_tries(info: EncoderInfo, tmp_path: Path) -> None:

@@ -20,17 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CLASSES, draw
+from conftest import CLASSES, Training, draw
 from mlflow import MlflowClient
 from PIL import Image
 from test_page import Page
 
 from lpclip.config import (
-    ClassConfig,
-    EncodeConfig,
     EvaluateJob,
-    SelfTrainingConfig,
-    SelftrainJob,
     SourceConfig,
     TrackingConfig,
 )
@@ -41,7 +37,6 @@ from lpclip.features.store import Store, row_order
 from lpclip.jobs.evaluate import evaluate_job
 from lpclip.jobs.evaluate_examples import EXAMPLES
 from lpclip.jobs.evaluate_names import parse_named
-from lpclip.jobs.selftrain import selftrain_job
 from lpclip.method.probe import Probe, load_probe
 
 pytestmark = pytest.mark.usefixtures("cluster", "lite_map")
@@ -58,6 +53,8 @@ class Work:
     lake: Path
     folder: Path
     trained: Path
+    store: Path
+    """The features of the images that the probes were trained on."""
 
     @property
     def job(self) -> EvaluateJob:
@@ -78,7 +75,7 @@ class Work:
 
 
 @pytest.fixture(scope="module")
-def work(photos: Path, lake: Path, tmp_path_factory: pytest.TempPathFactory) -> Work:
+def work(photos: Path, lake: Path, trained: Training, tmp_path_factory: pytest.TempPathFactory) -> Work:
     """A shifted set of two of the classes, foreign images, a published corrupted set, and trained probes."""
     folder = tmp_path_factory.mktemp("evaluation")
     for place, name in enumerate(CLASSES[:2]):
@@ -93,18 +90,8 @@ def work(photos: Path, lake: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     (folder / "tiny-c").mkdir()
     np.save(folder / "tiny-c" / "contrast.npy", np.concatenate([pixels // step for step in range(1, 6)]))
     np.save(folder / "tiny-c" / "labels.npy", np.tile(np.arange(6) % 3, 5))
-    selftrain_job(
-        SelftrainJob(
-            data=f"{lake}/labelled.parquet",
-            limit=30,
-            out=f"{folder}/trained",
-            supervised=True,
-            encode=EncodeConfig(views="weak,mirror"),
-            names=ClassConfig(classes=",".join(CLASSES)),
-            training=SelfTrainingConfig(rounds=2, prior="none", neighbours=0),
-        )
-    )
-    return Work(photos=photos, lake=lake, folder=folder, trained=folder / "trained")
+    store = Path(trained.summary["features"]["train"])
+    return Work(photos=photos, lake=lake, folder=folder, trained=trained.out, store=store)
 
 
 @pytest.fixture(scope="module")
@@ -580,7 +567,7 @@ def strange(work: Work) -> Path:
     replace(probe, class_names=tuple(reversed(CLASSES))).save(str(folder / "classes"))
     two = replace(probe, weight=probe.weight[:2].clone(), bias=probe.bias[:2].clone())
     replace(two, class_names=CLASSES[:2]).save(str(folder / "two"))
-    (folder / "store").symlink_to(next((work.trained / "features").iterdir()))
+    (folder / "store").symlink_to(work.store)
     return folder
 
 
@@ -653,7 +640,7 @@ def test_foreign_images_that_cannot_be_read_are_refused(work: Work, tmp_path: Pa
         (tmp_path / "broken" / f"{number}.png").write_text("no image")
     job = EvaluateJob(
         probe=(f"{work.trained}/probe",),
-        data=f"{next((work.trained / 'features').iterdir())}",
+        data=str(work.store),
         ood=(f"x={tmp_path}/broken",),
         out=f"{tmp_path}/out",
         source=SourceConfig(max_bad_fraction=1.0),

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, refusal
+from conftest import SECRET, refusal, run, start
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 from safetensors.torch import load as load_tensors
@@ -25,21 +24,15 @@ from lpclip.features.store import Store
 from lpclip.features.store_writer import DIGEST_MODULUS
 from lpclip.method.probe import load_probe
 
-SECRET = "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLEKEY"
-
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    """A server with an empty bucket, and keys in the environment; yields host:port."""
+    """A server with an empty bucket; yields host:port. The keys are in every test's environment."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
     urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/bucket", method="PUT")).close()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "reader")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        yield f"{host}:{port}"
+    yield f"{host}:{port}"
     server.stop()
 
 
@@ -49,24 +42,11 @@ def options(endpoint: str) -> str:
     return f"?endpoint_override={endpoint}&scheme=http"
 
 
-def job(command: str, *, endpoint: str | None = None) -> str:
-    """A job as from a shell; what it said. With an endpoint, the environment names the server."""
-    name, *flags = command.split()
-    environment = dict(os.environ)
-    if endpoint:
-        environment["AWS_ENDPOINT_URL"] = f"http://{endpoint}"
-    done = subprocess.run(
-        [sys.executable, f"jobs/{name}", *flags],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert SECRET not in done.stdout + done.stderr
-    return done.stdout
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was printed since the last look; the secret is not in it."""
+    stdout, stderr = capsys.readouterr()
+    assert SECRET not in stdout + stderr
+    return stdout
 
 
 def test_files_come_back_and_folders_list_what_is_in_them(options: str) -> None:
@@ -97,15 +77,27 @@ def test_files_come_back_and_folders_list_what_is_in_them(options: str) -> None:
         files.make_folder(f"s3://nowhere/out{options}")
 
 
-def test_a_job_trains_in_a_bucket_and_its_probe_labels_images_from_there(
-    photos: Path, lite_map: None, options: str, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def trained(photos: Path, cluster: None, lite_map: None, options: str) -> dict[str, Any]:
+    """The summary of a training that reads images from the bucket and writes all that it makes there."""
     filesystem, inner = files.resolve(f"s3://bucket/photos{options}")
     fs.copy_files(str(photos), inner, destination_filesystem=filesystem)
     data, out = f"s3://bucket/photos{options}", f"s3://bucket/runs/photos{options}"
-    said = job(f"selftrain.py --data {data} --views weak --rounds 2 --out {out}")
-    assert f"probe    s3://bucket/runs/photos/probe{options}" in said
+    with pytest.MonkeyPatch.context() as patch:
+        return run(f"selftrain.py --data {data} --views weak --rounds 2 --out {out}", patch)
+
+
+def test_a_job_trains_in_a_bucket_and_its_probe_labels_images_from_there(
+    photos: Path,
+    trained: dict[str, Any],
+    options: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = f"s3://bucket/runs/photos{options}"
+    assert f"probe    s3://bucket/runs/photos/probe{options}" in said(capsys)
     summary = files.read_json(files.join(out, "summary.json"))
+    assert summary == trained
     assert summary["images"] == {"encoded": 30, "quarantined": 0, "eval_quarantined": None}
     expected = sum(
         int.from_bytes(
@@ -126,7 +118,8 @@ def test_a_job_trains_in_a_bucket_and_its_probe_labels_images_from_there(
     assert not any(SECRET.encode() in data for data in written)
 
     table = f"s3://bucket/runs/labels.parquet{options}"
-    job(f"predict.py --probe {files.join(out, 'probe')} --data {photos} --out {table}")
+    run(f"predict.py --probe {files.join(out, 'probe')} --data {photos} --out {table}", monkeypatch)
+    said(capsys)
     rows = pq.read_table(pa.BufferReader(files.read_bytes(table))).to_pylist()
     assert len(rows) == 30
     assert {row["label"] for row in rows} <= set(probe.class_names)
@@ -134,13 +127,38 @@ def test_a_job_trains_in_a_bucket_and_its_probe_labels_images_from_there(
 
 
 @pytest.mark.slow
-def test_a_model_is_trained_on_pairs_in_a_bucket(lake: Path, options: str) -> None:
+def test_the_environment_may_name_the_server(
+    photos: Path, trained: dict[str, Any], endpoint: str, options: str, tmp_path: Path
+) -> None:
+    process = start(
+        f"predict.py --probe s3://bucket/runs/photos/probe --data {photos} --out s3://bucket/runs/found.parquet",
+        AWS_ENDPOINT_URL=f"http://{endpoint}",
+    )
+    stdout, stderr = process.communicate(timeout=600)
+    assert process.returncode == 0, stdout + stderr
+    assert SECRET not in stdout + stderr
+    assert (
+        len(pq.read_table(pa.BufferReader(files.read_bytes(f"s3://bucket/runs/found.parquet{options}"))))
+        == 30
+    )
+
+
+@pytest.mark.slow
+def test_a_model_is_trained_on_pairs_in_a_bucket(
+    lake: Path,
+    cluster: None,
+    options: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     table = pq.read_table(lake / "unlabelled.parquet")
     table = table.append_column("text", pa.array([f"picture {i % 7}" for i in range(len(table))]))
     data, out = f"s3://bucket/pairs.parquet{options}", f"s3://bucket/runs/pairs{options}"
     files.write_parquet(data, table)
-    said = job(f"pretrain.py --data {data} --encoder tiny-vit-32 --batch-size 20 --epochs 2 --out {out}")
-    assert "--encoder tiny-vit-32 --pretrained A-LOCAL-COPY" in said
+    run(
+        f"pretrain.py --data {data} --encoder tiny-vit-32 --batch-size 20 --epochs 2 --out {out}", monkeypatch
+    )
+    assert "--encoder tiny-vit-32 --pretrained A-LOCAL-COPY" in said(capsys)
     summary = files.read_json(files.join(out, "summary.json"))
     assert (summary["steps"], summary["pairs"]["read"]) == (6, 60)
     pairs = PairStore(summary["pairs"]["store"])
@@ -162,9 +180,9 @@ def test_a_secret_in_a_uri_is_refused_and_not_repeated(
     flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    said = refusal(f"encode.py {flag}", monkeypatch, capsys)
-    assert said.startswith(f"{flag.split()[0]} holds a password or a secret key")
-    assert SECRET not in said
+    message = refusal(f"encode.py {flag}", monkeypatch, capsys)
+    assert message.startswith(f"{flag.split()[0]} holds a password or a secret key")
+    assert SECRET not in message
     assert list(tmp_path.iterdir()) == []
 
 

@@ -87,17 +87,11 @@ def test_a_sweep_and_the_command_it_prints_run_from_any_folder(
         for seed in range(12):
             (tmp_path / "photos" / name / f"{seed}.png").write_bytes(draw(place, seed))
     flags = f"--data photos --classes {shlex.quote(','.join(CLASSES))} --templates simple --views weak"
-    run(f"lpclip selftrain {flags} --out trained --rounds 2", tmp_path, installed)
-    assert len(pq.read_table(tmp_path / "trained" / "pseudo_labels.parquet")) == 36
-
-    said = run(
-        f"lpclip tune --space quick {flags} --trials 2 --features trained/features --out swept",
-        tmp_path,
-        installed,
-    )
+    said = run(f"lpclip tune --space quick {flags} --trials 2 --out swept", tmp_path, installed)
     chosen = json.loads((tmp_path / "swept" / "summary.json").read_text())["chosen"]
     (command,) = [line.removeprefix("again    ") for line in said.splitlines() if line.startswith("again ")]
     assert command == chosen["command"]
     assert command.startswith("lpclip selftrain ")
     run(command, tmp_path, installed)
     assert (tmp_path / "swept" / "again" / "probe" / "probe.safetensors").is_file()
+    assert len(pq.read_table(tmp_path / "swept" / "again" / "pseudo_labels.parquet")) == 36
