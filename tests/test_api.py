@@ -80,6 +80,7 @@ def test_each_name_is_imported_when_it_is_used() -> None:
     assert not loaded & {"torch", "numpy", "ray"}
 
 
+@pytest.mark.slow
 def test_training_and_evaluating_need_neither_ray_nor_mlflow() -> None:
     code = f"import sys, lpclip; [getattr(lpclip, n) for n in {lpclip.__all__}]; print(*sys.modules)"
     loaded = set(python(code).split())
@@ -292,6 +293,7 @@ def test_a_zero_shot_head_needs_names_and_prompts(arguments: dict[str, Any], mes
         lpclip.zero_shot_head(**arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_the_pages_examples_run_and_give_the_jobs_probe(
     blind: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -162,8 +162,14 @@ def table_of_pixels(pixels: dict[str, np.ndarray], errors: list[str | None]) -> 
     return pa.table(columns)
 
 
+# Without bfloat16 in hardware it takes half a minute.
 @pytest.mark.parametrize(
-    ("engine", "precision"), [("openvino", "float32"), ("torch", "float32"), ("torch", "bfloat16")]
+    ("engine", "precision"),
+    [
+        ("openvino", "float32"),
+        ("torch", "float32"),
+        pytest.param("torch", "bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_features_are_the_same_bits_for_any_batch_size_number_of_threads_and_company(
     engine: Literal["openvino", "torch"], precision: Literal["float32", "bfloat16"]
@@ -256,6 +262,7 @@ def test_batches_run_on_from_view_to_view(info: EncoderInfo, batch_size: int) ->
         np.testing.assert_allclose(features[[0, 2]], expected[[0, 2]], atol=4e-3)
 
 
+@pytest.mark.slow
 def test_a_node_with_another_encoder_is_refused(tars: Path, info: EncoderInfo, tmp_path: Path) -> None:
     began_with = replace(info, identity={**info.identity, "weights": "of yesterday"})
     with pytest.raises(ray.exceptions.RayTaskError) as raised:
@@ -390,6 +397,7 @@ def test_bad_images_alone_are_refused_however_often_one_tries(info: EncoderInfo,
             encoding(info, tmp_path / "features").store_of(data, views=parse_views(CONFIG.views))
 
 
+@pytest.mark.slow
 def test_an_empty_tar_among_others_is_no_obstacle(info: EncoderInfo, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     write_tar(tmp_path / "images" / "a.tar", {"0.png": draw(0, 0)})

@@ -151,6 +151,33 @@ def corrupted_views(corruption: str, severity: int) -> tuple[str, str]:
     return f"{corruption}:{severity}", f"{corruption}:{severity}+mirror"
 
 
+def test_a_probe_is_measured_on_the_features_that_are_there_and_under_a_corruption(
+    trained: Training, work: Work, tmp_path: Path
+) -> None:
+    job = EvaluateJob(
+        probe=(f"{work.trained}/probe",),
+        data=str(work.photos),
+        corruptions="fog",
+        severities="3",
+        out=f"{tmp_path}/out",
+        features=str(work.trained.parent / "features"),
+        tracking=TrackingConfig(experiment="small"),
+    )
+    summary = evaluate_job(job)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    old, new = stores(summary, "photos")
+    assert old == trained.summary["features"]["eval"], "the clean images are not encoded again"
+    for name, folder in ((ZERO_SHOT, "zero_shot"), ("probe", "probe")):
+        saved = load_probe(str(work.trained / folder))
+        assert value(summary, "accuracy", name)[0] == correct(old, ("weak", "mirror"), saved).mean()
+        right = correct(new, corrupted_views("fog", 3), saved)
+        assert value(summary, "accuracy", name, "photos", "fog", 3)[0] == right.mean()
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    assert page.texts("h2")[:2] == ["Overview", "Corruptions of photos"]
+    assert MlflowClient().get_run(summary["mlflow_run"]).info.status == "FINISHED"
+
+
+@pytest.mark.slow
 def test_the_summary_is_what_was_returned_and_its_rows_are_complete(found: Summary, work: Work) -> None:
     assert json.loads((work.folder / "main" / "summary.json").read_text()) == found
     keys = ["set", "kind", "corruption", "severity", "probe", "metric", "value", "interval"]
@@ -188,6 +215,7 @@ def test_the_summary_is_what_was_returned_and_its_rows_are_complete(found: Summa
     assert {"encode", "measure", "report"} == set(found["timings"])
 
 
+@pytest.mark.slow
 def test_accuracies_are_those_of_the_stored_features(found: Summary, probes: dict[str, Probe]) -> None:
     (photos,), (cards,), tiny = (stores(found, name) for name in ("photos", "cards", "tiny"))
     seen = []
@@ -206,6 +234,7 @@ def test_accuracies_are_those_of_the_stored_features(found: Summary, probes: dic
     assert len(set(seen)) > 3, "corruptions make a difference"
 
 
+@pytest.mark.slow
 def test_means_over_corruptions_are_means_of_cells(found: Summary) -> None:
     for name in (ZERO_SHOT, "probe", "ceiling"):
         for metric in ("accuracy", "ece", "nll", "brier", "aurc"):
@@ -229,6 +258,7 @@ def test_means_over_corruptions_are_means_of_cells(found: Summary) -> None:
     assert error == pytest.approx(sum(errors["probe"]) / sum(errors[ZERO_SHOT]))
 
 
+@pytest.mark.slow
 def test_gains_are_paired_on_the_same_images(found: Summary, probes: dict[str, Probe]) -> None:
     def gain(path: str, views: tuple[str, ...]) -> np.ndarray:
         return correct(path, views, probes["ceiling"]).astype(float) - correct(path, views, probes[ZERO_SHOT])
@@ -251,6 +281,7 @@ def test_gains_are_paired_on_the_same_images(found: Summary, probes: dict[str, P
     check(np.mean(matched, axis=0), "tiny", "mean")
 
 
+@pytest.mark.slow
 def test_results_as_parquet_are_the_same_rows(found: Summary, work: Work) -> None:
     rows = pq.read_table(work.folder / "main" / "results.parquet").to_pylist()
     for row in rows:
@@ -259,6 +290,7 @@ def test_results_as_parquet_are_the_same_rows(found: Summary, work: Work) -> Non
     assert rows == found["results"]
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_else_and_shows_everything(
     found: Summary, work: Work, probes: dict[str, Probe]
 ) -> None:
@@ -330,6 +362,7 @@ def test_the_page_shows_the_images_on_which_probe_and_zero_shot_disagree(
     assert len(shown) >= min(len(changed), EXAMPLES)
 
 
+@pytest.mark.slow
 def test_mlflow_holds_a_run_for_each_classifier_with_severities_as_steps(found: Summary) -> None:
     client = MlflowClient()
     parent = client.get_run(found["mlflow_run"])
@@ -443,6 +476,7 @@ def test_one_more_severity_encodes_its_views_alone(found: Summary, work: Work) -
     assert value(more, "accuracy", "probe", "photos", "fog", 3)[0] == right.mean()
 
 
+@pytest.mark.slow
 def test_the_same_command_again_gives_the_same_rows_and_other_work_is_refused(
     found: Summary, work: Work
 ) -> None:

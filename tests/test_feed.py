@@ -73,7 +73,7 @@ def most_at_once(spans: list[tuple[float, float]]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("cpus", "gpus", "units", "expected"), [(8, 1, 16, 6)])
+@pytest.mark.parametrize(("cpus", "gpus", "units", "expected"), [(16, 1, 32, 12)])
 def test_decoding_runs_on_all_cpus_that_encoding_does_not_need(
     tmp_path: Path, cpus: int, gpus: int, units: int, expected: int
 ) -> None:

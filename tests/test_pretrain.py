@@ -69,6 +69,7 @@ def test_images_and_texts_are_where_their_ids_say(pairs: Path, undisturbed: dict
     assert sum(g == ("ball" in t[0]) for g, t in zip(green, texts, strict=True)) > 90
 
 
+@pytest.mark.slow
 def test_the_model_is_open_clips_and_other_jobs_take_it(
     undisturbed: dict[str, Any], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

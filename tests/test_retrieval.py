@@ -296,6 +296,7 @@ def test_again_nothing_is_encoded_and_the_table_comes_last(
     )
 
 
+@pytest.mark.slow
 def test_probes_and_their_encoder_are_measured_together(
     cluster: None, lite_map: None, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

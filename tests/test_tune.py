@@ -389,6 +389,7 @@ def test_the_winners_command_trains_the_same_probe(
     assert again["probe"]["accuracy"] == swept["chosen"]["accuracy"]
 
 
+@pytest.mark.slow
 def test_the_same_command_on_a_finished_sweep_runs_no_trial(
     swept: Summary,
     work: Work,
@@ -589,6 +590,7 @@ class Killer(threading.Thread):
                     self.killed.add(pid)
 
 
+@pytest.mark.slow
 def test_a_trial_whose_process_dies_twice_has_failed_and_may_be_tried_again(
     work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -175,6 +175,7 @@ def test_without_labels_the_probe_is_the_same_and_the_accuracies_are_null(
     assert "test/accuracy" not in client.get_run(summary["mlflow_run"]).data.metrics
 
 
+@pytest.mark.slow
 def test_a_second_run_finds_its_features_and_is_identical(
     base: dict[str, Any], work: Path, lake: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,6 +324,7 @@ def test_the_probe_does_not_depend_on_the_number_of_workers(
     assert table.select(["id", "label"]) == labels.select(["id", "label"])
 
 
+@pytest.mark.slow
 def test_finished_rounds_are_gone_on_from(crowd: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = f"selftrain.py --data {crowd} --classes {WORDS} --rounds 4 --neighbours 0 --prior weak"
     whole = run(f"{command} --out {work}/whole", monkeypatch)
@@ -350,6 +352,7 @@ def checkpoint(work: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:clip.safetensors does not say")
 def test_a_local_clip_runs_the_same_path_and_its_features_are_its_own(
     base: dict[str, Any],
