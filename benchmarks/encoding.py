@@ -12,7 +12,9 @@ within a turn. An image counts once, however many views it has.
 
 - bare: the forward pass alone, on batches that lie ready, on all cores.
 - loop, N workers: torch's DataLoader with this project's decoding, views and encoder. The fastest is the best loop.
-- autocast loop: as CLIP_benchmark runs open_clip: its own transform, float32 weights under bfloat16 autocast.
+- open_clip loop: open_clip's own transform and float32 weights, under bfloat16 autocast where the CPU multiplies in it.
+  It runs the model as CLIP_benchmark does: no_grad, and weights that require gradients, without which autocast is far
+  slower. benchmarks/peers.py measures CLIP_benchmark itself.
 - pipeline: lpclip.features.find_or_encode.
 
 "images/s" leaves the start out. A loop's clock begins after its first batch, the pipeline's with the encoder's first;
@@ -23,7 +25,7 @@ Python's imports in it: loading the encoder, and for the pipeline Ray, its worke
 what the tree of processes used besides: imports, the start, the loop itself, transport. "peak MB" is the tree's largest
 proportional set size, seen once a second. Bare and loops are given what makes them faster than users have them: the
 pipeline's malloc settings, and OpenMP threads that sleep where they would wait for each other in a loop and take the
-decoding processes' cores. The autocast loop runs as it is.
+decoding processes' cores. The open_clip loop runs as it is.
 
 The bound: with decoding (d CPU seconds an image) and the bare forward pass (f) sharing C cores without loss,
 C / (d + f) images a second is the most that can be. On a busy machine not all C cores are ours: "paired" is the same
@@ -65,6 +67,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lpclip.config import ClassConfig, EncoderConfig, SourceConfig
 from lpclip.encoders.encoder import Encoder
+from lpclip.encoders.engine import computes_bfloat16
 from lpclip.encoders.load import load_encoder
 from lpclip.encoders.prompts import templates
 from lpclip.encoders.zero_shot import zero_shot_weights
@@ -227,7 +230,7 @@ class Loop(Dataset[tuple[Tensor, float]]):
         return torch.from_numpy(views), time.thread_time() - begin
 
 
-class AutocastLoop(Dataset[tuple[Tensor, float]]):
+class OpenClipLoop(Dataset[tuple[Tensor, float]]):
     """Images (3, S, S) float32 by open_clip's own transform, and the CPU seconds that they took."""
 
     def __init__(self, setting: Setting, transform: Callable[[Image.Image], Tensor]) -> None:
@@ -252,7 +255,7 @@ def loaded(config: EncoderConfig) -> tuple[Encoder, float]:
 
 
 @cache
-def loaded_autocast(config: EncoderConfig) -> tuple[Any, Callable[[Image.Image], Tensor], float]:
+def loaded_open_clip(config: EncoderConfig) -> tuple[Any, Callable[[Image.Image], Tensor], float]:
     """An open_clip model in float32 and its transform, as open_clip gives them, and the seconds that it took."""
     import open_clip
 
@@ -304,17 +307,18 @@ def run_loop(setting: Setting, num_workers: int) -> Outcome:
     return _loop(Loop(setting, encoder), encode, load=load, setting=setting, num_workers=num_workers)
 
 
-def run_autocast(setting: Setting) -> Outcome:
-    """open_clip's model and transform under bfloat16 autocast, a worker process for each core."""
-    model, transform, load = loaded_autocast(setting.encoder)
+def run_open_clip(setting: Setting) -> Outcome:
+    """open_clip's model and transform, decoding in this process."""
+    model, transform, load = loaded_open_clip(setting.encoder)
 
-    @torch.inference_mode()
+    # inference_mode, or frozen weights, would more than halve the rate under autocast.
+    @torch.no_grad()
     def encode(pixels: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=computes_bfloat16()):
             return F.normalize(model.encode_image(pixels), dim=-1).half()
 
-    dataset = AutocastLoop(setting, transform)
-    return _loop(dataset, encode, load=load, setting=setting, num_workers=CORES)
+    dataset = OpenClipLoop(setting, transform)
+    return _loop(dataset, encode, load=load, setting=setting, num_workers=0)
 
 
 def _loop(
@@ -467,8 +471,11 @@ class Meter:
                 return
 
     def _look(self, *, memory: bool) -> None:
-        total = 0.0
-        for process in [self._root, *self._root.children(recursive=True)]:
+        total, tree = 0.0, [self._root]
+        with contextlib.suppress(psutil().Error):
+            # The root may have ended already.
+            tree += self._root.children(recursive=True)
+        for process in tree:
             with contextlib.suppress(psutil().Error):
                 times = process.cpu_times()
                 self._cpu[process.pid] = times.user + times.system
@@ -528,7 +535,7 @@ def take_turns(setting: Setting, *, workers: Sequence[int], repeats: int) -> lis
             for count in workers:
                 turn[loop_name(count)] = measure(run_loop, setting, count)
             if setting.encoder.encoder != "lite" and setting.views == "weak":
-                turn["autocast loop"] = measure_plain(run_autocast, setting)
+                turn["open_clip loop"] = measure_plain(run_open_clip, setting)
             turn["pipeline"] = measure_pipeline(setting)
             turns.append(turn)
     return turns
