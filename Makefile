@@ -63,7 +63,7 @@ $(DEVELOPERS): requirements-dev.lock $(USERS)
 	@touch $@
 
 demo: $(USERS)
-	@$(BIN)/python jobs/selftrain.py --limit 6000 --eval-limit 2000 --out runs/demo
+	@$(BIN)/python jobs/selftrain.py --limit 2500 --eval-limit 1000 --out runs/demo
 
 test: $(DEVELOPERS)
 	@$(BIN)/python -m pytest -m "not slow"

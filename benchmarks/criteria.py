@@ -44,7 +44,7 @@ from lpclip.encoders.prompts import DEFAULT_TEMPLATES
 from lpclip.encoders.zero_shot import zero_shot_weights
 from lpclip.images.classes import map_labels, resolve_classes
 from lpclip.jobs.cli import OPTIONS
-from lpclip.jobs.runtime import start_ray
+from lpclip.jobs.process import start_ray
 from lpclip.method.confirmation import Sample, choose_prior
 from lpclip.method.criteria import CRITERIA, make_yardstick, measure
 from lpclip.method.linear import Linear

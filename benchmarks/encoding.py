@@ -80,7 +80,8 @@ from lpclip.images.pixels import decode_image
 from lpclip.images.render import render
 from lpclip.images.views import WEAK, parse_views
 from lpclip.jobs.cli import OPTIONS
-from lpclip.jobs.runtime import start_ray, versions
+from lpclip.jobs.process import start_ray
+from lpclip.jobs.runtime import versions
 from lpclip.report.tables import format_table
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -380,7 +380,7 @@ def psd(options: Options) -> Iterator[Row]:
 
 def pipeline(options: Options) -> Iterator[Row]:
     """Images a second from JPEG files to a store, with Ray."""
-    from lpclip.jobs.runtime import start_ray
+    from lpclip.jobs.process import start_ray
 
     start_ray()
     cases: list[tuple[str, str, int]] = [("ViT-B-32", "weak,mirror", 256)]

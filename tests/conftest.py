@@ -40,7 +40,7 @@ from lpclip.jobs.encode import encode_job
 from lpclip.jobs.evaluate import evaluate_job
 from lpclip.jobs.predict import predict_job
 from lpclip.jobs.pretrain import pretrain_job
-from lpclip.jobs.runtime import start_ray
+from lpclip.jobs.process import start_ray
 from lpclip.jobs.selftrain import selftrain_job
 from lpclip.jobs.tune import tune_job
 from lpclip.jobs.ui import ui_job

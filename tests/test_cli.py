@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import ray
+from conftest import ROOT
 
 from lpclip.config import EncodeJob, EvaluateJob, PredictJob, SelftrainJob, UserError, to_dict
 from lpclip.jobs.cli import main, users_mistake
@@ -148,39 +152,63 @@ def test_how_a_job_ends(end: str, code: int, last_lines: list[str]) -> None:
 
 
 WITH_RAY = """
-import os, signal, threading
-from dataclasses import dataclass
-from lpclip.jobs.cli import main
-from lpclip.jobs.runtime import start_ray
+import json, os, signal, sys
+from lpclip.config import UserError
+from lpclip.jobs import cli, encode, process
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    end: str
-
-def run(job):
+def job(config):
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    start_ray()
-    if job.end == "terminated":
-        os.kill(os.getpid(), signal.SIGTERM)
-    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()  # while Ray is shut down
+    end = config.out
+    if end != "early":
+        process.start_ray()
+    print(json.dumps(list(process._descendants(os.getpid()))))
+    if end in ("early", "mistake"):
+        raise UserError("no such class")
+    if end in ("SIGINT", "SIGTERM"):
+        os.kill(os.getpid(), getattr(signal, end))
 
-main(run, Job)
+encode.encode_job = job
+cli.run_command("encode", args=["--out", sys.argv[1]])
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("end", "code"), [("interrupted", 130), ("terminated", 143)])
-def test_a_signal_ends_a_job_with_ray_in_one_sentence(end: str, code: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", WITH_RAY, "--end", end],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == code
-    sentence = f"{end}: finished work is kept, and the same command resumes from there"
-    assert done.stderr.strip().splitlines() == [sentence]
+@pytest.mark.parametrize(
+    ("end", "code", "sentence"),
+    [
+        pytest.param("well", 0, "", marks=pytest.mark.slow),
+        pytest.param("mistake", 1, "error: no such class\n", marks=pytest.mark.slow),
+        # Ray is still starting then.
+        ("early", 1, "error: no such class\n"),
+        pytest.param(
+            "SIGINT",
+            130,
+            "\ninterrupted: finished work is kept, and the same command resumes from there\n",
+            marks=pytest.mark.slow,
+        ),
+        ("SIGTERM", 143, "\nterminated: finished work is kept, and the same command resumes from there\n"),
+    ],
+)
+def test_a_command_ends_with_one_sentence_and_leaves_nothing_behind(
+    end: str, code: int, sentence: str
+) -> None:
+    # Ray's sockets need a short path.
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", WITH_RAY, end],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": folder},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        left = [path.name for path in Path(folder).iterdir()]
+    assert (done.returncode, done.stderr) == (code, sentence)
+    pids = json.loads(done.stdout)
+    assert end == "early" or len(pids) > 3
+    time.sleep(1)
+    listing = subprocess.run(["ps", "-eo", "pid=,stat="], capture_output=True, text=True, check=True).stdout
+    living = {int(pid) for pid, stat in map(str.split, listing.splitlines()) if not stat.startswith("Z")}
+    assert not living & set(pids)
+    assert left in ([], ["ray"])
 
 
 @ray.remote(max_retries=0, num_cpus=0)

@@ -31,7 +31,7 @@ from lpclip.features.describe import describe_encoder
 from lpclip.features.find_or_encode import Encoding
 from lpclip.images.source import UNIT_ROWS, Reader, Row, Source
 from lpclip.images.views import parse_views
-from lpclip.jobs.runtime import start_ray
+from lpclip.jobs.process import start_ray
 
 folder, model, num_units = sys.argv[1], sys.argv[2], int(sys.argv[3])
 

@@ -29,6 +29,7 @@ from lpclip.config import (
     UserError,
     to_dict,
 )
+from lpclip.jobs.process import begin_command, leave
 
 Config = TypeVar("Config")
 
@@ -76,15 +77,19 @@ def entry() -> None:
 
 
 def run_command(name: str, *, prog: str | None = None, args: Sequence[str] | None = None) -> None:
-    """Run one command with `args`, the process's own arguments by default. See `main`."""
+    """Run one command with `args`, the process's own arguments by default, and end the process. See `main`."""
 
     def run(job: Any) -> None:
+        if name != "ui":
+            begin_command()
         module = importlib.import_module(f"lpclip.jobs.{name}")
         getattr(module, f"{name}_job")(job)
 
-    main(run, COMMANDS[name], prog=prog, args=args)
-    # Nothing is left to keep: without this, Ctrl-C while libraries say goodbye would show their tracebacks.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        main(run, COMMANDS[name], prog=prog, args=args)
+    except SystemExit as end:
+        leave(end.code if isinstance(end.code, int) else 0)
+    leave(0)
 
 
 def main(
@@ -103,7 +108,7 @@ def main(
     """
     config = tyro.cli(config_type, prog=prog, args=args, config=OPTIONS)
     try:
-        with _ended_whole():
+        with _terminable():
             _refuse_secrets(config)
             run(config)
     except KeyboardInterrupt as stop:
@@ -123,24 +128,17 @@ def main(
 
 
 @contextlib.contextmanager
-def _ended_whole() -> Iterator[None]:
-    """Turn SIGTERM into Terminated, and end the Ray that the block starts before the process ends."""
+def _terminable() -> Iterator[None]:
+    """Turn SIGTERM into Terminated."""
     before = signal.signal(signal.SIGTERM, _terminate)
-    had_ray = _ray_runs()
     try:
         yield
-        if _ray_runs() and not had_ray:
-            sys.modules["ray"].shutdown()
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def _terminate(number: int, frame: object) -> None:
     raise Terminated
-
-
-def _ray_runs() -> bool:
-    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
 
 
 def _refuse_secrets(config: object) -> None:

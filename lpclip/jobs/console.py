@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lpclip import files
-from lpclip.config import SelftrainJob, UiJob, flags
+from lpclip.config import PredictJob, SelftrainJob, UiJob, flags
 from lpclip.encoders.head import EncoderInfo, Head
 from lpclip.features.data import Data
 from lpclip.features.stored_views import Encoded
@@ -97,6 +99,17 @@ def print_training(job: SelftrainJob, classes: ClassList, head: Head) -> None:
     )
 
 
+def print_zero_shot(head: Head, features: np.ndarray, labels: np.ndarray, *, data: str) -> None:
+    """Print zero-shot's accuracy as a first number: features (M, d), labels (M,), -1 where there is none."""
+    known = labels >= 0
+    if known.any():
+        right = (features[known].astype(np.float32) @ head.weight.T).argmax(axis=1) == labels[known]
+        print(
+            f"zero-shot: {right.mean():.1%} of {known.sum():,} labelled images of {data} are right",
+            flush=True,
+        )
+
+
 def encoded_row(data: Data, encoded: Encoded) -> dict[str, Any]:
     """A store's row in the table of features: rates are of images encoded in this run."""
     return {
@@ -154,4 +167,6 @@ def print_result(
                 "or more images, or give the shares of the classes (--prior)."
             )
     print()
-    print_places(out, run, probe="probe", summary="summary.json")
+    print_places(out, run, probe="probe", pictures="figures", summary="summary.json")
+    more = PredictJob(probe=shown(files.join(out, "probe")), data="FOLDER", out="labels.parquet")
+    print(f"next     label other images: {command_line('predict', more)}", flush=True)

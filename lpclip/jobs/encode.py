@@ -15,13 +15,15 @@ from lpclip.features.zero_shot_labels import ZeroShotLabels
 from lpclip.images.classes import resolve_classes
 from lpclip.images.views import parse_views
 from lpclip.jobs.console import encoded_row, print_plan
-from lpclip.jobs.runtime import output_folder, start_ray, versions
+from lpclip.jobs.process import start_ray
+from lpclip.jobs.runtime import Stopwatch, output_folder, versions
 from lpclip.report.tables import format_table
 
 
 def encode_job(job: EncodeJob) -> dict[str, Any]:
     """Encode images into a feature store under OUT/features, with zero-shot pseudo-labels for class names."""
     check(job)
+    watch = Stopwatch()
     views = parse_views(job.encode.views)
     with output_folder(job.out) as out:
         data = open_data(job.data, config=job.source, split="train", limit=job.limit)
@@ -46,12 +48,14 @@ def encode_job(job: EncodeJob) -> dict[str, Any]:
             if head
             else None
         )
+        watch.lap("start")
         encoded = encoding.store_of(data, views=views, zero_shot=labels)
+        watch.lap("encode")
         summary = {
             "features": encoded.store.path,
             "images": encoded.store.manifest.num_rows,
             "quarantined": encoded.store.manifest.num_quarantined,
-            "timings": {"encode": encoded.seconds},
+            "timings": watch.seconds,
             "rates": {"encode": encoded.rate},
             "config": to_dict(job),
             "versions": versions(),

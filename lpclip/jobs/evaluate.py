@@ -33,8 +33,9 @@ from lpclip.jobs.evaluate_sets import (
     parse_corruptions,
 )
 from lpclip.jobs.inputs import describe_probes_encoder, evaluation_encoding
+from lpclip.jobs.process import start_ray
 from lpclip.jobs.run import job_run
-from lpclip.jobs.runtime import claim, output_folder, start_ray
+from lpclip.jobs.runtime import Stopwatch, claim, output_folder
 from lpclip.method.probe import zero_shot_probe
 
 
@@ -58,6 +59,7 @@ def evaluate_job(job: EvaluateJob) -> dict[str, Any]:
     Retrieval alone has no page. Raises UserError for flags that do not go together, and for what cannot be read.
     """
     check(job)
+    watch = Stopwatch()
     probes = load_probes(job.probe)
     corruptions = parse_corruptions(job) if job.data is not None else []
     with output_folder(job.out) as out:
@@ -66,7 +68,8 @@ def evaluate_job(job: EvaluateJob) -> dict[str, Any]:
         claim(out, opened.identity, mark=False)
         first = opened.subjects.sets[0].name if opened.subjects else opened.pairs[0].name
         with job_run("evaluate", job, out=out, encoder=opened.encoding.info.name, data=first) as run:
-            return _measure_and_tell(opened, run)
+            watch.lap("start")
+            return _measure_and_tell(opened, run, watch)
 
 
 def _open(job: EvaluateJob, probes: Probes, corruptions: list[tuple[str, int]], *, out: str) -> _Opened:
@@ -144,20 +147,22 @@ def _print_plan(opened: _Opened) -> None:
     print_evaluation_plan(plan, probes, info=opened.encoding.info, out=opened.out)
 
 
-def _measure_and_tell(opened: _Opened, run: tracking.Run) -> dict[str, Any]:
+def _measure_and_tell(opened: _Opened, run: tracking.Run, watch: Stopwatch) -> dict[str, Any]:
     """Measure, write, track and print. Returns the summary."""
     job, out, subjects, info = opened.job, opened.out, opened.subjects, opened.encoding.info
-    measured = measure_sets(subjects) if subjects else None
+    measured = measure_sets(subjects, watch) if subjects else None
     pairs = measure_retrieval(opened.pairs, opened.encoding)
+    if pairs:
+        watch.lap("retrieval")
     run.log(retrieval_metrics_of(pairs))
     retrieval = [found.result for found in pairs]
     claim(out, opened.identity)
     if subjects is None or measured is None:
-        summary = write_retrieval(job, out, pairs, info=info, run_id=run.run_id)
+        summary = write_retrieval(job, out, pairs, info=info, watch=watch, run_id=run.run_id)
         run.artifact(files.join(out, "summary.json"))
         print_retrieval(retrieval, out=out, run=run)
         return summary
-    summary = write_evaluation(subjects, measured, pairs, run_id=run.run_id)
+    summary = write_evaluation(subjects, measured, pairs, watch=watch, run_id=run.run_id)
     track_evaluation(subjects, measured.results, run)
     print_evaluation(measured.results, retrieval, rates=measured.rates(), out=out, run=run)
     return summary

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from lpclip.features.find_or_encode import Encoding
 from lpclip.features.stored_views import Encoded, Views
 from lpclip.images.classes import ClassList, map_labels
 from lpclip.jobs.evaluate_sets import EvaluationSet
+from lpclip.jobs.runtime import Stopwatch
 from lpclip.method.probe import Probe
 
 
@@ -70,7 +70,6 @@ class Measured:
     sets: Sequence[MeasuredSet]
     results: Sequence[Result]
     clean: Clean
-    seconds: Mapping[str, float]
 
     def rates(self) -> Rates:
         """Images and features encoded in this run, a second."""
@@ -98,29 +97,24 @@ class Measured:
         )
 
 
-def measure_sets(subjects: Subjects) -> Measured:
+def measure_sets(subjects: Subjects, watch: Stopwatch) -> Measured:
     """Encode and judge all sets. Raises UserError when too many images are bad, or none has a label."""
     job = subjects.job
     sets: list[MeasuredSet] = []
-    encode_seconds = measure_seconds = 0.0
     for item in subjects.sets:
-        begin = time.monotonic()
         views = subjects.encoding.views_of(item.data, item.views)
-        encoded = time.monotonic()
+        watch.lap("encode")
         if item.kind == "ood":
             sets.append(_detect(item, views, subjects, clean=sets[0].clean))
         else:
             sets.append(_judge_set(item, views, subjects, clean=sets[0].clean if sets else None))
-        encode_seconds += encoded - begin
-        measure_seconds += time.monotonic() - encoded
-    begin = time.monotonic()
+        watch.lap("measure")
     means = _corruption_means(sets, seed=job.seed)
-    measure_seconds += time.monotonic() - begin
+    watch.lap("measure")
     return Measured(
         sets=sets,
         results=[*(result for found in sets for result in found.results), *means],
         clean=sets[0].clean,
-        seconds={"encode": encode_seconds, "measure": measure_seconds},
     )
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +17,7 @@ from lpclip.jobs.evaluate_examples import find_examples
 from lpclip.jobs.evaluate_measure import Measured, MeasuredSet, Subjects
 from lpclip.jobs.evaluate_retrieval import MeasuredPairs
 from lpclip.jobs.run import provenance
-from lpclip.jobs.runtime import versions
+from lpclip.jobs.runtime import Stopwatch, versions
 from lpclip.report.evaluation_figures import corruption_figure
 from lpclip.report.evaluation_page import evaluation_page
 from lpclip.report.evaluation_tables import corruption_curves, plain_values
@@ -26,10 +25,10 @@ from lpclip.report.style import save
 
 
 def write_evaluation(
-    subjects: Subjects, measured: Measured, pairs: Sequence[MeasuredPairs], *, run_id: str
+    subjects: Subjects, measured: Measured, pairs: Sequence[MeasuredPairs], *, watch: Stopwatch, run_id: str
 ) -> dict[str, Any]:
     """Write all files, summary.json last, and return the summary; its seconds of the report end before it."""
-    begin, out = time.monotonic(), subjects.out
+    out = subjects.out
     files.write_parquet(files.join(out, "results.parquet"), results_table(measured.results))
     classes = next(iter(subjects.classifiers.values())).class_names
     page = evaluation_page(
@@ -39,8 +38,8 @@ def write_evaluation(
     )
     files.write_bytes(files.join(out, "report.html"), page.encode())
     _draw(measured.results, files.join(out, "figures"))
-    seconds = {**measured.seconds, "report": time.monotonic() - begin}
-    summary = _summary(subjects, measured, seconds)
+    watch.lap("report")
+    summary = _summary(subjects, measured) | {"timings": watch.seconds}
     summary |= provenance(subjects.job, run_id)
     summary["retrieval"] = [found.to_json() for found in pairs]
     files.write_json(files.join(out, "summary.json"), summary)
@@ -48,20 +47,27 @@ def write_evaluation(
 
 
 def write_retrieval(
-    job: EvaluateJob, out: str, pairs: Sequence[MeasuredPairs], *, info: EncoderInfo, run_id: str
+    job: EvaluateJob,
+    out: str,
+    pairs: Sequence[MeasuredPairs],
+    *,
+    info: EncoderInfo,
+    watch: Stopwatch,
+    run_id: str,
 ) -> dict[str, Any]:
     """Write the summary of an evaluation of retrieval alone, and return it."""
     summary = {
         "retrieval": [found.to_json() for found in pairs],
         "encoder": info.identity,
         "encoder_name": info.name,
+        "timings": watch.seconds,
         **provenance(job, run_id),
     }
     files.write_json(files.join(out, "summary.json"), summary)
     return summary
 
 
-def _summary(subjects: Subjects, measured: Measured, seconds: Mapping[str, float]) -> dict[str, Any]:
+def _summary(subjects: Subjects, measured: Measured) -> dict[str, Any]:
     classifiers = subjects.classifiers
     losses = [
         {
@@ -86,7 +92,6 @@ def _summary(subjects: Subjects, measured: Measured, seconds: Mapping[str, float
         "classes": list(next(iter(classifiers.values())).class_names),
         "encoder": subjects.encoding.info.identity,
         "encoder_name": subjects.encoding.info.name,
-        "timings": {name: round(value, 3) for name, value in seconds.items()},
         "rates": measured.rates()._asdict(),
     }
 

@@ -32,6 +32,8 @@ from lpclip.images.named import CLASSES
 from lpclip.images.open import open_source
 from lpclip.images.source import Source
 from lpclip.images.views import base_views, parse_views
+from lpclip.jobs.console import print_zero_shot
+from lpclip.jobs.runtime import Stopwatch
 from lpclip.method.probe import Probe
 
 
@@ -61,7 +63,6 @@ class EncodedInputs:
     """(M,) int64 class indices, -1 where there is no label."""
     probe_encoder: dict[str, Any]
     """Everything a probe needs to compute the same features again."""
-    seconds: dict[str, float]
 
 
 def open_inputs(job: SelftrainJob | TuneJob) -> Inputs:
@@ -92,9 +93,18 @@ def open_pairs(
 
 
 def encode_inputs(
-    job: SelftrainJob | TuneJob, inputs: Inputs, *, info: EncoderInfo, head: Head, out: str
+    job: SelftrainJob | TuneJob,
+    inputs: Inputs,
+    *,
+    info: EncoderInfo,
+    head: Head,
+    out: str,
+    watch: Stopwatch,
 ) -> EncodedInputs:
-    """Find or make the features. Raises UserError when too many images are bad or a label is no class."""
+    """Find or make the features, those to evaluate on first, and tell zero-shot's accuracy as soon as it is known.
+
+    Raises UserError when too many images are bad or a label is no class.
+    """
     data, test, classes = inputs.data, inputs.test, inputs.classes
     encoding = Encoding(
         info=info,
@@ -104,21 +114,23 @@ def encode_inputs(
         batch_size=job.encode.batch_size,
         num_actors=job.encode.num_actors,
     )
-    labels = ZeroShotLabels(head=head, folder=files.join(out, f"zero_shot-{head.identity[:12]}"))
-    encoded = encoding.store_of(data, views=parse_views(job.encode.views), zero_shot=labels)
-    seconds = {"encode": encoded.seconds}
-    features = encoded.store.features(views=())
-    raw = features.labels
     tested = None
-    if test is None:
-        x, y = features.base, map_labels(raw, label_names=data.label_names, classes=classes, data=data.name)
-    else:
+    if test is not None:
         # Students alone need the other views.
         base = base_views(job.encode.views)
         found = encoding.views_of(test, base)
         x, tested = found.mean(*base), found.latest
         y = map_labels(found.labels, label_names=test.label_names, classes=classes, data=test.name)
-        seconds["encode_eval"] = tested.seconds
+        print_zero_shot(head, x, y, data=test.name)
+        watch.lap("encode_eval")
+    labels = ZeroShotLabels(head=head, folder=files.join(out, f"zero_shot-{head.identity[:12]}"))
+    encoded = encoding.store_of(data, views=parse_views(job.encode.views), zero_shot=labels)
+    features = encoded.store.features(views=())
+    raw = features.labels
+    if test is None:
+        x, y = features.base, map_labels(raw, label_names=data.label_names, classes=classes, data=data.name)
+        print_zero_shot(head, x, y, data=data.name)
+    watch.lap("encode")
     return EncodedInputs(
         encoded=encoded,
         tested=tested,
@@ -134,7 +146,6 @@ def encode_inputs(
             "logit_scale": info.logit_scale,
             "features": encoded.store.manifest.fingerprint,
         },
-        seconds=seconds,
     )
 
 

@@ -16,7 +16,8 @@ from lpclip.features.store_writer import write_quarantine
 from lpclip.images.views import base_views
 from lpclip.jobs.console import print_plan, shown
 from lpclip.jobs.inputs import describe_probes_encoder
-from lpclip.jobs.runtime import output_folder, start_ray
+from lpclip.jobs.process import start_ray
+from lpclip.jobs.runtime import output_folder
 from lpclip.method.probe import load_probe
 from lpclip.report.tables import format_table
 

@@ -28,8 +28,9 @@ from lpclip.images.source import Source
 from lpclip.jobs import tracking
 from lpclip.jobs.console import command_line, print_mlflow, shown
 from lpclip.jobs.inputs import open_pairs
+from lpclip.jobs.process import start_ray
 from lpclip.jobs.run import job_run, provenance
-from lpclip.jobs.runtime import claim, output_folder, start_ray, timed
+from lpclip.jobs.runtime import Stopwatch, claim, output_folder
 from lpclip.method.contrastive_step import check_num_pairs, num_steps
 from lpclip.progress import Progress, watched
 from lpclip.report.tables import format_table
@@ -42,6 +43,7 @@ COUNTED_TEXTS = 200_000
 def pretrain_job(job: PretrainJob) -> dict[str, Any]:
     """Train on pairs; the model goes to OUT/model, metrics to MLflow. Returns the summary."""
     check(job)
+    watch = Stopwatch()
     with output_folder(job.out) as out:
         source = open_pairs(
             job.data,
@@ -58,21 +60,21 @@ def pretrain_job(job: PretrainJob) -> dict[str, Any]:
         claim(out, identity, mark=False, shared="pairs")
         start_ray()
         _print_plan(job, source, trainable, out)
+        watch.lap("start")
         with job_run("pretrain", job, out=out, encoder=trainable.name, data=source.name) as run:
-            seconds: dict[str, float] = {}
-            with timed(seconds, "pairs"):
-                read = _read_pairs(job, source, trainable, out=out, identity=identity)
+            read = _read_pairs(job, source, trainable, out=out, identity=identity)
             cut = _count_cut_texts(read.pairs, trainable)
             if cut.cut:
                 print(
                     f"note      {cut.cut:,} of {cut.counted:,} texts fill the model's context, or are cut to it",
                     flush=True,
                 )
-            with timed(seconds, "training"):
-                work = _train(job, read, out=out, run=run)
+            watch.lap("pairs")
+            work = _train(job, read, out=out, run=run)
+            watch.lap("training")
             summary = {
                 **_summary(job, read, cut, work, trainable),
-                "timings": {name: round(value, 3) for name, value in seconds.items()},
+                "timings": watch.seconds,
                 **provenance(job, run.run_id),
             }
             files.write_json(files.join(out, "summary.json"), summary)

@@ -1,52 +1,24 @@
-"""Shared by all jobs: the start of Ray, one job for each output folder, versions."""
+"""Shared by all jobs: one job for each output folder, its identity, seconds and versions."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import logging
 import os
 import platform
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import filelock
-import ray
-import ray.data
 
 import lpclip
 from lpclip import files
 from lpclip.config import UserError
+from lpclip.jobs.process import job_began
 
 PACKAGES = ("ray", "torch", "open_clip_torch", "pyarrow", "mlflow", "numpy", "timm", "transformers")
-
-
-def start_ray() -> None:
-    """Join the cluster that RAY_ADDRESS names, as in a submitted job, or start a private one on this machine."""
-    if ray.is_initialized():
-        return
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    # An error that ends an execution is raised as well, and main prints it in one sentence.
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
-    else:
-        # "auto" would wait minutes for a dead cluster whose files are still there.
-        ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
-    if threading.current_thread() is threading.main_thread():
-        # Ray's own answer to SIGTERM is a list of C++ addresses.
-        signal.signal(signal.SIGTERM, on_sigterm)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    # Ray would walk each worker's memory map once a second, which stalls the page faults of a busy encoder.
-    context.memory_usage_poll_interval_s = None
 
 
 def in_submitted_job() -> bool:
@@ -110,14 +82,23 @@ def claim(out: str, identity: dict[str, Any], *, mark: bool = True, shared: str 
         )
 
 
-@contextlib.contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add the time that the block takes, in seconds, under a name."""
-    begin = time.monotonic()
-    try:
-        yield
-    finally:
-        seconds[name] = seconds.get(name, 0.0) + time.monotonic() - begin
+class Stopwatch:
+    """Seconds of a job by stage. A command's first stage begins with its process, so that no second is left out."""
+
+    def __init__(self) -> None:
+        self._last = job_began()
+        self._seconds: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        """All time since the last lap went into this stage."""
+        now = time.monotonic()
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._last
+        self._last = now
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each stage, to milliseconds."""
+        return {stage: round(value, 3) for stage, value in self._seconds.items()}
 
 
 def versions() -> dict[str, str]:

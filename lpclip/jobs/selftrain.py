@@ -22,8 +22,9 @@ from lpclip.images.views import parse_views
 from lpclip.jobs import tracking
 from lpclip.jobs.console import print_plan, print_result, print_training
 from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
+from lpclip.jobs.process import start_ray
 from lpclip.jobs.run import job_run, provenance, single_metrics
-from lpclip.jobs.runtime import claim, output_folder, start_ray, timed
+from lpclip.jobs.runtime import Stopwatch, claim, output_folder
 from lpclip.jobs.settle_prior import ChosenPrior, load_prior, settle_prior
 from lpclip.method.fit import finish_probe, is_last_student, zero_shot_labels
 from lpclip.method.priors import Prior
@@ -71,28 +72,35 @@ class _Trained:
 def selftrain_job(job: SelftrainJob) -> dict[str, Any]:
     """Encode what is missing, self-train, evaluate where labels exist; everything goes to OUT and MLflow."""
     check(job)
+    watch = Stopwatch()
     parse_views(job.encode.views)
     with output_folder(job.out) as out:
         opened = _open(job)
         inputs, info = opened.inputs, opened.info
         print_plan(inputs.data, inputs.test, info=info, views=job.encode.views, out=out)
         print_training(job, inputs.classes, opened.head)
+        watch.lap("start")
         with job_run("selftrain", job, out=out, encoder=info.name, data=inputs.data.name) as run:
-            known = encode_inputs(job, inputs, info=info, head=opened.head, out=out)
-            trained = _train(job, opened, known, out=out)
-            with timed(known.seconds, "evaluate"):
-                results = {name: evaluate(probe, known.x, known.y) for name, probe in trained.shown.items()}
-                history = [
-                    {
-                        "round": state.round,
-                        **state.metrics,
-                        "accuracy": evaluate(probe, known.x, known.y)["accuracy"],
-                    }
-                    for state, probe in zip(trained.rounds, trained.students, strict=True)
-                ]
-            summary = {**results, **_summary(opened, known, trained, history), **provenance(job, run.run_id)}
-            files.write_json(files.join(out, "summary.json"), summary)
+            known = encode_inputs(job, inputs, info=info, head=opened.head, out=out, watch=watch)
+            trained = _train(job, opened, known, out=out, watch=watch)
+            results = {name: evaluate(probe, known.x, known.y) for name, probe in trained.shown.items()}
+            history = [
+                {
+                    "round": state.round,
+                    **state.metrics,
+                    "accuracy": evaluate(probe, known.x, known.y)["accuracy"],
+                }
+                for state, probe in zip(trained.rounds, trained.students, strict=True)
+            ]
             _draw(job, trained, known, history, folder=files.join(out, "figures"))
+            watch.lap("evaluate")
+            summary = {
+                **results,
+                **_summary(opened, known, trained, history),
+                "timings": watch.seconds,
+                **provenance(job, run.run_id),
+            }
+            files.write_json(files.join(out, "summary.json"), summary)
             _track(run, summary, out)
             print_result(summary, inputs.data, known.encoded, inputs.test, known.tested, out, run)
             return summary
@@ -111,23 +119,26 @@ def _open(job: SelftrainJob) -> _Opened:
     return _Opened(inputs=inputs, prior=prior, info=info, head=head)
 
 
-def _train(job: SelftrainJob, opened: _Opened, known: EncodedInputs, *, out: str) -> _Trained:
+def _train(
+    job: SelftrainJob, opened: _Opened, known: EncodedInputs, *, out: str, watch: Stopwatch
+) -> _Trained:
     """Choose the prior, run the rounds, and make probes of them, which are saved to OUT."""
-    with timed(known.seconds, "prior"):
-        chosen = settle_prior(
-            job.training,
-            out=out,
-            features=known.features.base,
-            prior=opened.prior,
-            head=opened.head,
-            fingerprint=known.encoded.store.manifest.fingerprint,
-        )
+    chosen = settle_prior(
+        job.training,
+        out=out,
+        features=known.features.base,
+        prior=opened.prior,
+        head=opened.head,
+        fingerprint=known.encoded.store.manifest.fingerprint,
+    )
+    watch.lap("prior")
     rounds, labels = _run_rounds(job, opened, known, prior=chosen.prior, out=out)
-    with timed(known.seconds, "probes"):
-        trained = _make_probes(job, opened, known, chosen=chosen, rounds=rounds, labels=labels)
-        files.write_parquet(files.join(out, "pseudo_labels.parquet"), trained.pseudo_labels)
-        for name, probe in trained.shown.items():
-            probe.save(files.join(out, name))
+    watch.lap("rounds")
+    trained = _make_probes(job, opened, known, chosen=chosen, rounds=rounds, labels=labels)
+    files.write_parquet(files.join(out, "pseudo_labels.parquet"), trained.pseudo_labels)
+    for name, probe in trained.shown.items():
+        probe.save(files.join(out, name))
+    watch.lap("probes")
     return trained
 
 
@@ -146,16 +157,15 @@ def _run_rounds(
     )
     tested = known.tested.store.manifest.content_digest if known.tested else None
     claim(out, {**work.identity, "eval_data": tested})
-    with timed(known.seconds, "rounds"):
-        count = RECIPE.neighbour_count(
-            job.training, num_rows=manifest.num_rows, num_classes=len(opened.head.class_names)
+    count = RECIPE.neighbour_count(
+        job.training, num_rows=manifest.num_rows, num_classes=len(opened.head.class_names)
+    )
+    if count:
+        print(
+            f"rounds: at first, the {count} nearest neighbours of each of {manifest.num_rows:,} images are found",
+            flush=True,
         )
-        if count:
-            print(
-                f"rounds: at first, the {count} nearest neighbours of each of {manifest.num_rows:,} images are found",
-                flush=True,
-            )
-        rounds = run_rounds(work, storage=files.join(out, "ray"), tell=partial(print, flush=True))
+    rounds = run_rounds(work, storage=files.join(out, "ray"), tell=partial(print, flush=True))
     return rounds, read_pseudo_labels(work.folder)
 
 
@@ -233,7 +243,6 @@ def _summary(
         "classes": list(opened.head.class_names),
         "encoder": opened.info.identity,
         "features": {"train": encoded.store.path, "eval": tested.store.path if tested else None},
-        "timings": {name: round(value, 3) for name, value in known.seconds.items()},
         "rates": {"encode": encoded.rate, "encode_eval": tested.rate if tested else None},
     }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -32,8 +31,9 @@ from lpclip.images.views import parse_views
 from lpclip.jobs import tracking
 from lpclip.jobs.console import LITE_NOTE, command_line, print_plan
 from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
+from lpclip.jobs.process import start_ray
 from lpclip.jobs.run import job_run, provenance, single_metrics
-from lpclip.jobs.runtime import claim, output_folder, start_ray
+from lpclip.jobs.runtime import Stopwatch, claim, output_folder
 from lpclip.jobs.settle_prior import load_prior, settle_prior
 from lpclip.jobs.tune_print import print_sweep, print_sweep_plan
 from lpclip.method.calibration import label_free_temperature
@@ -75,6 +75,7 @@ ALIAS = "champion"
 def tune_job(job: TuneJob) -> dict[str, Any]:
     """Search without labels on features that are encoded once; everything goes to OUT and MLflow."""
     check(job)
+    watch = Stopwatch()
     parse_views(job.encode.views)
     space = read_space(job.space)
     if job.search == "optuna" and space.undrawable:
@@ -106,7 +107,8 @@ def tune_job(job: TuneJob) -> dict[str, Any]:
         print_plan(inputs.data, inputs.test, info=info, views=job.encode.views, out=out)
         print_sweep_plan(job, space, classes=inputs.classes, count=count, concurrent=concurrent)
         with job_run("tune", job, out=out, encoder=info.name, data=inputs.data.name) as run:
-            sweep = _Sweep(job, out, space, inputs, info, head, run)
+            watch.lap("start")
+            sweep = _Sweep(job, out, space, inputs, info, head, run, watch)
             return sweep.run(trials, configs, priors, count=count, concurrent=concurrent)
 
 
@@ -168,9 +170,10 @@ class _Sweep:
         info: EncoderInfo,
         head: Head,
         run: tracking.Run,
+        watch: Stopwatch,
     ) -> None:
         self._job, self._out, self._space, self._inputs = job, out, space, inputs
-        self._info, self._head, self._run = info, head, run
+        self._info, self._head, self._run, self._watch = info, head, run, watch
         self._folder = files.join(out, "trials")
         self._children: dict[str, tracking.Run] = {}
         self._prior: ChosenPrior | None = None
@@ -185,12 +188,11 @@ class _Sweep:
         concurrent: int,
     ) -> dict[str, Any]:
         """All of it. Returns the summary."""
-        job, out, head = self._job, self._out, self._head
-        known = encode_inputs(job, self._inputs, info=self._info, head=head, out=out)
-        self._x, self._y, seconds = known.x, known.y, known.seconds
+        job, out, head, watch = self._job, self._out, self._head, self._watch
+        known = encode_inputs(job, self._inputs, info=self._info, head=head, out=out, watch=watch)
+        self._x, self._y = known.x, known.y
         fingerprint = known.encoded.store.manifest.fingerprint
         claim(out, self._identity(fingerprint))
-        begin = time.monotonic()
         # Whichever priors are searched: where a sample's views do not agree on the rounds, no trial is to be trusted.
         spec = next(iter(priors)) if len(priors) == 1 else "auto"
         self._prior = settle_prior(
@@ -201,18 +203,15 @@ class _Sweep:
             head=head,
             fingerprint=fingerprint,
         )
-        seconds["prior"] = time.monotonic() - begin
-        begin = time.monotonic()
+        watch.lap("prior")
         material = self._prepare(known, configs, priors)
-        seconds["prepare"] = time.monotonic() - begin
-        begin = time.monotonic()
+        watch.lap("prepare")
         records = self._run_trials(material, trials, count=count, concurrent=concurrent)
-        seconds["trials"] = time.monotonic() - begin
-        begin = time.monotonic()
+        watch.lap("trials")
         choice = self._choose(known, records, material)
         summary = self._summary(known, records, choice)
-        seconds["choose"] = time.monotonic() - begin
-        summary["timings"] = {name: round(value, 3) for name, value in seconds.items()}
+        watch.lap("choose")
+        summary["timings"] = watch.seconds
         self._tell_all(summary)
         print_sweep(summary, out=out, run=self._run)
         return summary

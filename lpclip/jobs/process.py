@@ -1,0 +1,130 @@
+"""A command's process: when it began, the Ray that starts while modules are imported, and a quick end.
+
+Nothing heavy is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import NoReturn
+
+_BEGAN = time.monotonic()
+# Set while a command runs; a job called from a notebook or a test begins when it is called.
+_starting: Future[None] | None = None
+_spilled: str | None = None
+
+
+def begin_command() -> None:
+    """Start Ray in a thread, while the command's modules are imported and its inputs are opened."""
+    global _starting
+    _starting = Future()
+    # Linux ends Ray's processes with the thread that started them, so the thread lives as long as this process.
+    threading.Thread(target=_start_and_stay, args=(_starting,), daemon=True).start()
+
+
+def job_began() -> float:
+    """When a job began, on the clock `time.monotonic`: a command's with its process, any other job now."""
+    return _BEGAN if _starting else time.monotonic()
+
+
+def start_ray() -> None:
+    """Join the cluster that RAY_ADDRESS names, as in a submitted job, or start a private one on this machine.
+
+    Where `begin_command` did so already, wait for it.
+    """
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    if _starting is not None:
+        _starting.result()
+    else:
+        _init()
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own answer to SIGTERM is a list of C++ addresses.
+        signal.signal(signal.SIGTERM, on_sigterm)
+    import ray.data
+
+    # An error that ends an execution is raised as well, and main prints it in one sentence.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # Ray would walk each worker's memory map once a second, which stalls the page faults of a busy encoder.
+    context.memory_usage_poll_interval_s = None
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once: everything is on disk, and a private Ray ends with it.
+
+    Taking Ray and Python down in order would take seconds, for nothing.
+    """
+    # Nothing is left to interrupt.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            code = code or 120  # as Python does itself
+    is_private = _spilled is not None
+    if is_private and sys.platform == "linux":
+        # The kernel ends some of Ray's processes with this one. Its agents would stay for another minute.
+        for child in list(_descendants(os.getpid())):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+    elif _starting is not None and _starting.done() and not _starting.exception():
+        sys.modules["ray"].shutdown()
+    if _spilled is not None:
+        shutil.rmtree(_spilled, ignore_errors=True)
+    os._exit(code)
+
+
+def _descendants(pid: int) -> Iterator[int]:
+    """The processes that a process started, each before those that it started itself. Linux alone tells."""
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            for child in file.read_text().split():
+                yield int(child)
+                yield from _descendants(int(child))
+
+
+def _start_and_stay(started: Future[None]) -> None:
+    try:
+        _init()
+    except BaseException as error:
+        started.set_exception(error)
+    else:
+        started.set_result(None)
+    threading.Event().wait()
+
+
+def _init() -> None:
+    global _spilled
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        return
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    else:
+        # Ray removes what it has put on disk when it is taken down in order, which `leave` does not do.
+        _spilled = tempfile.mkdtemp(prefix="lpclip-spilled-", dir=os.environ.get("RAY_TMPDIR"))
+        # "auto" would wait minutes for a dead cluster whose files are still there.
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            object_spilling_directory=_spilled,
+        )
