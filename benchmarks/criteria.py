@@ -34,8 +34,8 @@ import numpy as np
 import torch
 import tyro
 from methods import STORES, Images, find_stores, load_encoder_of, long_tailed, pick
+from scipy.stats import spearmanr
 from torch import Tensor
-from torchmetrics.functional import spearman_corrcoef
 
 from lpclip.config import ClassConfig, SelfTrainingConfig, digest
 from lpclip.encoders.encoder import resolve_precision
@@ -229,7 +229,7 @@ def sweep(setting: Setting, options: Options) -> list[Row]:
                 accuracy=float(chosen),
                 regret=float(best - chosen),
                 rank=float((accuracies > chosen).mean()),
-                spearman=float(spearman_corrcoef(torch.tensor(values), torch.tensor(accuracies))),
+                spearman=float(spearmanr(values, accuracies).statistic),
             )
         )
     return rows

@@ -126,6 +126,9 @@ class PairsConfig(SourceConfig):
     per line."""
 
 
+Engine = Literal["auto", "openvino", "torch"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
     """The frozen encoder, and the precision it runs in."""
@@ -137,7 +140,7 @@ class EncoderConfig:
     """Weights of the encoder: an open_clip tag (laion2b_s34b_b79k, openai, ...) or a local checkpoint file."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights. auto is bfloat16 on devices that compute in it, else float32."""
-    engine: Literal["auto", "openvino", "torch"] = "auto"
+    engine: Engine = "auto"
     """Library that computes image features on CPUs. auto is openvino where it can run the model, else torch. GPUs
     always use torch."""
 
@@ -524,6 +527,8 @@ class EvaluateJob:
     pretrained: str | None = None
     """Weights of --encoder: an open_clip tag or a local checkpoint file. With --probe, it is the new place of the
     local checkpoint of their encoder, if the file has moved since training."""
+    engine: Engine = EncoderConfig.engine
+    """Library that computes image features on CPUs: auto, openvino or torch, as for lpclip selftrain."""
     batch_size: int = EncodeConfig.batch_size
     """Images in one forward pass on a GPU. On CPUs a pass always takes 8."""
     num_actors: int | None = None
@@ -581,6 +586,8 @@ class PredictJob:
     """Use only this many images. A hash of the ids chooses them."""
     pretrained: str | None = None
     """New place of the local checkpoint of the encoder, if the file has moved since training."""
+    engine: Engine = EncoderConfig.engine
+    """Library that computes image features on CPUs: auto, openvino or torch, as for lpclip selftrain."""
     batch_size: int = EncodeConfig.batch_size
     """Images in one forward pass on a GPU. On CPUs a pass always takes 8."""
     features: str | None = None

@@ -262,7 +262,9 @@ def test_predict_keeps_the_list_of_the_images_that_it_left_out(
     (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
     command = f"predict.py --probe {work}/trained/probe --data {folder} --out {tmp_path}/labels.parquet"
     assert run(command, monkeypatch) == {"images": 9, "quarantined": 2}
-    assert f"2 quarantined, listed in {tmp_path}/labels.quarantine.parquet" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"2 quarantined, listed in {tmp_path}/labels.quarantine.parquet" in printed
+    assert " by OpenVINO" in printed
     rows = pq.read_table(tmp_path / "labels.quarantine.parquet").to_pylist()
     assert {(row["id"], row["stage"]) for row in rows} == {("100.png", "decode"), ("gone.png", "read")}
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -272,8 +274,13 @@ def test_predict_keeps_the_list_of_the_images_that_it_left_out(
     }
     for name in ("100.png", "gone.png"):
         (folder / name).unlink()
-    assert run(command, monkeypatch) == {"images": 9, "quarantined": 0}
+    labels = pq.read_table(tmp_path / "labels.parquet")
+    assert run(f"{command} --engine torch", monkeypatch) == {"images": 9, "quarantined": 0}
+    assert "by OpenVINO" not in capsys.readouterr().out
     assert not (tmp_path / "labels.quarantine.parquet").exists()
+    again = pq.read_table(tmp_path / "labels.parquet")
+    assert again.select(["id", "label"]) == labels.select(["id", "label"])
+    assert np.allclose(again["probability"], labels["probability"], atol=1e-3)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from lpclip.evaluation.bootstrap import bootstrap_blocks, percentiles
 from lpclip.evaluation.evidence import Reliability
@@ -33,7 +32,7 @@ def classification_metrics(probabilities: Tensor, labels: Tensor) -> dict[str, f
     probable; of equally probable classes the first comes first. Top-5 is None when there are at most five classes.
     mean_recall: the mean of `per_class_recall` over the classes that occur, also called balanced accuracy.
     ece: expected calibration error of the top label, L1, 15 bins of equal width (Guo et al., 2017). Bins hold
-    their lower edge; torchmetrics gives a confidence of exactly 1 a bin of its own.
+    their lower edge, and a confidence of exactly 1 has a bin of its own, as in torchmetrics.
     adaptive_ece: the same with 15 bins of equal mass, the rows in order of confidence cut into runs whose sizes
     differ by at most one, the first ones longer (Nixon et al., 2019). Tied rows share their errors evenly.
     nll: mean negative log-likelihood in nats, of probabilities of at least 1e-12.
@@ -49,16 +48,15 @@ def classification_metrics(probabilities: Tensor, labels: Tensor) -> dict[str, f
     if len(y) == 0:
         return found
     confidence, predicted = p.max(dim=1)
-    error = multiclass_calibration_error(
-        p, y, num_classes=p.shape[1], n_bins=NUM_BINS, norm="l1", validate_args=False
-    )
+    # A bin's share of the error is the absolute sum of accuracy less confidence over its rows.
+    gaps = torch.bincount(_ece_bins(confidence), (predicted == y).double() - confidence.double())
     _, selective, generalized = risk_coverage(confidence, predicted == y)
     return (
         found
         | {name: float(column.mean()) for name, column in _columns(p, y).items()}
         | {
             "mean_recall": float(per_class_recall(predicted, y, num_classes=p.shape[1]).nanmean()),
-            "ece": float(error),
+            "ece": float(gaps.abs().sum() / len(y)),
             "adaptive_ece": _adaptive_calibration_error(confidence, predicted == y),
             "aurc": float(selective.mean()),
             "augrc": float(generalized.mean()),
@@ -125,10 +123,10 @@ def metric_intervals(
     p, y = p[order], y[order]
     means = _columns(p, y)
     errors = 1 - means["accuracy"]
-    # A bin's share of the ECE is the absolute sum of accuracy less confidence over its rows.
-    edges = torch.linspace(0, 1, NUM_BINS + 1)
-    bins = torch.bucketize(confidence.float(), edges, right=True) - 1
-    gaps = torch.nn.functional.one_hot(bins, NUM_BINS + 1) * (1 - errors - confidence.double())[:, None]
+    gaps = (
+        torch.nn.functional.one_hot(_ece_bins(confidence), NUM_BINS + 1)
+        * (1 - errors - confidence.double())[:, None]
+    )
     columns = torch.cat([torch.stack(list(means.values()), dim=1), gaps], dim=1).float()
     areas = _RiskAreas(confidence, errors)
     draws = []
@@ -184,8 +182,12 @@ def _labelled(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if (labels >= probabilities.shape[1]).any():
         raise ValueError(f"a label is {int(labels.max())}, but there are {probabilities.shape[1]} classes")
     known = labels >= 0
-    # torchmetrics takes what lies outside [0, 1], however little, for logits.
     return probabilities[known].clamp(0, 1), labels[known]
+
+
+def _ece_bins(confidence: Tensor) -> Tensor:
+    """The bins of the ECE, int64 from 0 to NUM_BINS, of confidence (N,)."""
+    return torch.bucketize(confidence.float(), torch.linspace(0, 1, NUM_BINS + 1), right=True) - 1
 
 
 def _columns(p: Tensor, y: Tensor) -> dict[str, Tensor]:

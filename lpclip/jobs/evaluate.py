@@ -88,11 +88,11 @@ def _open(job: EvaluateJob, probes: Probes, corruptions: list[tuple[str, int]], 
     start_ray()
     if reference is None:
         assert job.encoder is not None
-        encoder = EncoderConfig(encoder=job.encoder, pretrained=job.pretrained)
+        encoder = EncoderConfig(encoder=job.encoder, pretrained=job.pretrained, engine=job.engine)
         info = describe_encoder(encoder)
     else:
         encoder, info = describe_probes_encoder(
-            reference, pretrained=job.pretrained, with_head=classes is not None
+            reference, pretrained=job.pretrained, engine=job.engine, with_head=classes is not None
         )
     encoding = evaluation_encoding(job, info=info, encoder=encoder, out=out)
     subjects = None

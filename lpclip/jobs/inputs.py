@@ -10,6 +10,7 @@ import numpy as np
 from lpclip import files
 from lpclip.config import (
     EncoderConfig,
+    Engine,
     EvaluateJob,
     PairsConfig,
     SelftrainJob,
@@ -198,7 +199,7 @@ def _check_label_names(data: Data, test: Data | None, classes: ClassList, *, sup
 
 
 def describe_probes_encoder(
-    probe: Probe, *, pretrained: str | None, with_head: bool
+    probe: Probe, *, pretrained: str | None, engine: Engine, with_head: bool
 ) -> tuple[EncoderConfig, EncoderInfo]:
     """The encoder that a probe was trained with, `pretrained` being where its checkpoint lies now, if it has moved.
 
@@ -206,7 +207,10 @@ def describe_probes_encoder(
     """
     made = probe.encoder["config"]
     encoder = EncoderConfig(
-        encoder=made["encoder"], pretrained=pretrained or made["pretrained"], precision=made["precision"]
+        encoder=made["encoder"],
+        pretrained=pretrained or made["pretrained"],
+        precision=made["precision"],
+        engine=engine,
     )
     names = probe.class_names if with_head else ()
     templates = tuple(probe.encoder["templates"]) if with_head else ()

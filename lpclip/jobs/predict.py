@@ -31,7 +31,9 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
     probe = load_probe(job.probe)
     data = open_data(job.data, config=job.source, split="test", limit=job.limit)
     start_ray()
-    encoder, info = describe_probes_encoder(probe, pretrained=job.pretrained, with_head=False)
+    encoder, info = describe_probes_encoder(
+        probe, pretrained=job.pretrained, engine=job.engine, with_head=False
+    )
     views = base_views(probe.encoder["views"])
     folder = job.features or files.add_suffix(job.out, ".features")
     with output_folder(folder) as held:

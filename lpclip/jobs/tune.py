@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import ray
 import torch
-from torchmetrics.functional import spearman_corrcoef
+from scipy.stats import spearmanr
 
 from lpclip import files
 from lpclip.config import (
@@ -495,7 +495,7 @@ def _evidence(
     first, second = torch.tensor(pairs, dtype=torch.float64).T
     varied = len(first.unique()) > 1 and len(second.unique()) > 1
     return {
-        "spearman": float(spearman_corrcoef(first, second)) if varied else None,
+        "spearman": float(spearmanr(first, second).statistic) if varied else None,
         "regret": max(known.values()) - known[chosen],
         "best_accuracy": max(known.values()),
         "rank": 1 + sum(value > known[chosen] for value in known.values()),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 
 from lpclip.config import UserError
 from lpclip.method.probe import Probe
@@ -16,6 +15,8 @@ def supervised_probe(features: np.ndarray, labels: np.ndarray, *, like: Probe) -
     Features (N, d) in row order, class indices (N,) with -1 for none. Classes that never occur keep a logit
     far below all others. Raises UserError with fewer than two classes or ten labelled rows.
     """
+    from sklearn.linear_model import LogisticRegression  # takes a second, and most trainings have no ceiling
+
     known = labels >= 0
     x, y = features[known].astype(np.float32), labels[known]
     held = len(y) // 5
