@@ -7,6 +7,11 @@ neither torch nor Ray.
 from __future__ import annotations
 
 import importlib
+import os
+
+# Threads of OpenMP, which torch computes with, spin while they wait for each other. Where something else uses the CPU
+# too, that takes many times as long as the arithmetic. It counts if torch is imported later, and in Ray's processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 TYPE_CHECKING = False  # type checkers take it for True; typing's own would be half of the time of this import
 if TYPE_CHECKING:

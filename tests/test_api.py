@@ -66,6 +66,12 @@ def python(code: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
 
 
+@pytest.mark.parametrize(("before", "after"), [("", "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_that_wait_leave_the_cpu_to_others(before: str, after: str) -> None:
+    own = f"os.environ['OMP_WAIT_POLICY'] = '{before}'" if before else "del os.environ['OMP_WAIT_POLICY']"
+    assert python(f"import os; {own}; import lpclip; print(os.environ['OMP_WAIT_POLICY'])") == f"{after}\n"
+
+
 def test_the_import_loads_nothing_heavy() -> None:
     loaded = set(python("import sys, lpclip; print(*sys.modules)").split())
     assert "lpclip" in loaded
