@@ -2,6 +2,7 @@
 
     python benchmarks/methods.py runs/benchmark/features
     python benchmarks/methods.py runs/benchmark/features --quick --json methods.json
+    python benchmarks/methods.py --features pets.npz food101.npz --seeds 5
 
 The folder holds finished feature stores, found by what stands before the hash of their names. These make them:
 
@@ -34,6 +35,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +44,8 @@ import torch
 import torch.nn.functional as F
 import tyro
 from baselines import METHODS, NUM_NEIGHBOURS, Problem, cosine_neighbours, supervised
+from feature_files import file_settings, read_file
+from method_data import Data, Images, Setting, long_tailed, only_classes, with_foreign
 from sklearn.metrics import adjusted_mutual_info_score
 from torch import Tensor
 
@@ -96,57 +100,18 @@ HEADINGS = {
 class Options:
     """Compare label-free methods on finished feature stores."""
 
-    folder: tyro.conf.Positional[str]
+    folder: tyro.conf.Positional[str | None] = None
     """Folder of feature stores."""
+    features: tuple[str, ...] = ()
+    """Feature files (.npz, see feature_files.py), such as real CLIP's, as further data sets."""
     quick: bool = False
     """One seed and fewer images: some minutes on two cores."""
     json: str | None = None
     """File to write the rows to."""
     seeds: int = 3
-    """Samples of each setting that is one."""
+    """Samples of each setting that is one, and cuts of each feature file into halves."""
     data: str = ",".join(STORES)
     """Data sets, by comma."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Images:
-    """Features (n, d) float16 of unit norm and class indices (n,), -1 for none."""
-
-    features: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, rows: Any) -> Images:
-        """Those rows: a slice, places or a mask."""
-        return Images(features=self.features[rows], labels=self.labels[rows])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """A data set with all that its settings need."""
-
-    name: str
-    head: Tensor
-    single_head: Tensor
-    temperature: float
-    train: Images
-    test: Images
-    foreign: np.ndarray | None
-    corrupted: dict[str, tuple[Images, Images]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """The images that methods see, and those they are tested on."""
-
-    name: str
-    seed: int
-    unlabelled: Images
-    test: Images
-    balanced: Images | None = None
-    """The test images before the cut, where there is one."""
 
 
 Kind = Literal["inductive", "transductive", "balanced", "temperature"]
@@ -178,32 +143,6 @@ class Trial:
     """By candidate."""
     choices: dict[str, str]
     """Candidate by criterion."""
-
-
-def long_tailed(images: Images, *, ratio: float, order: np.ndarray, limit: float = np.inf) -> Images:
-    """Class order[k] keeps n ratio^(-k / (K - 1)) images, n as large as classes and the limit allow."""
-    shares = ratio ** -np.linspace(0, 1, len(order))
-    counts = np.bincount(images.labels, minlength=len(order))[order]
-    largest = min((counts / shares).min(), limit / shares.sum())
-    keep = np.maximum(1, (largest * shares + 1e-9).astype(int))
-    places = [np.flatnonzero(images.labels == k)[:n] for k, n in zip(order, keep, strict=True)]
-    return images.take(np.sort(np.concatenate(places)))
-
-
-def only_classes(images: Images, classes: np.ndarray) -> Images:
-    """The images of these classes."""
-    return images.take(np.isin(images.labels, classes))
-
-
-def with_foreign(
-    images: Images, foreign: np.ndarray, *, share: float, limit: int, rng: np.random.Generator
-) -> Images:
-    """As many images as the limit allows, a share of them from `foreign` and without a label, shuffled."""
-    own = int(min(len(images), (1 - share) * limit, len(foreign) * (1 - share) / share))
-    added = rng.choice(len(foreign), round(own * share / (1 - share)), replace=False)
-    features = np.concatenate([images.features[:own], foreign[added]])
-    labels = np.concatenate([images.labels[:own], np.full(len(added), -1)])
-    return Images(features=features, labels=labels).take(rng.permutation(len(labels)))
 
 
 def settings(data: Data, *, seed: int, limit: int, limit_all: int) -> Iterator[Setting]:
@@ -624,16 +563,15 @@ def print_tables(rows: Sequence[Row], trials: Sequence[Trial]) -> None:
         print(f"\n{title}\n\n{format_table(table)}" if table else "")
 
 
-def main(options: Options) -> None:
-    """Run every setting, print the tables, write the rows."""
-    begin, clock = time.perf_counter(), Clock()
+def _of_stores(options: Options) -> Iterator[tuple[Data, Setting]]:
+    """The settings of the feature stores' data sets."""
+    if options.folder is None:
+        return
     names = options.data.split(",")
     if unknown := set(names) - set(STORES):
         raise ValueError(f"unknown data {', '.join(sorted(unknown))}: use {', '.join(STORES)}")
     stores = find_stores(options.folder)
     encoder = load_encoder_of(next(iter(stores.values())).manifest.identity["encoder"])
-    rows: list[Row] = []
-    trials = []
     for name in names:
         data = load_data(stores, name, encoder=encoder)
         if data is None:
@@ -642,13 +580,30 @@ def main(options: Options) -> None:
         limit_all = len(data.train) if name == "cifar10" and not options.quick else limit
         for seed in range(1 if options.quick else options.seeds):
             for setting in settings(data, seed=seed, limit=limit, limit_all=limit_all):
-                clock.lap()
-                found, trial = run(data, setting)
-                rows += found
-                trials.append(trial)
-                size, running = len(setting.unlabelled), time.perf_counter() - begin
-                took = f"{clock.lap():.0f} s, running {running:.0f} s"
-                print(f"{name}, {setting.name}, seed {seed}: {size:,} images, {took}", flush=True)
+                yield data, setting
+
+
+def _of_files(options: Options) -> Iterator[tuple[Data, Setting]]:
+    """The settings of the feature files."""
+    files = [read_file(path) for path in options.features]
+    for file in files:
+        for seed in range(1 if options.quick else options.seeds):
+            yield from file_settings(file, seed=seed, others=[other for other in files if other is not file])
+
+
+def main(options: Options) -> None:
+    """Run every setting, print the tables, write the rows."""
+    begin, clock = time.perf_counter(), Clock()
+    rows: list[Row] = []
+    trials = []
+    for data, setting in chain(_of_stores(options), _of_files(options)):
+        clock.lap()
+        found, trial = run(data, setting)
+        rows += found
+        trials.append(trial)
+        size, running = len(setting.unlabelled), time.perf_counter() - begin
+        took = f"{clock.lap():.0f} s, running {running:.0f} s"
+        print(f"{data.name}, {setting.name}, seed {setting.seed}: {size:,} images, {took}", flush=True)
     means = over_seeds(rows)
     print_tables(means, trials)
     if options.json:
