@@ -28,7 +28,6 @@ from PIL import Image, ImageDraw
 
 from lpclip.config import (
     EncodeJob,
-    EncoderConfig,
     EvaluateJob,
     PredictJob,
     PretrainJob,
@@ -36,7 +35,6 @@ from lpclip.config import (
     TuneJob,
     UiJob,
 )
-from lpclip.encoders.load import load_encoder
 from lpclip.images.source import ROWS, Reader
 from lpclip.jobs.cli import main
 from lpclip.jobs.encode import encode_job
@@ -78,10 +76,39 @@ def cluster(environment: None) -> Iterator[None]:
     ray.shutdown()
 
 
+MAKE_LITE = f"""
+from lpclip.config import EncoderConfig
+from lpclip.encoders.on_cpu import describe_on_cpu
+from lpclip.encoders.prompts import DEFAULT_TEMPLATES
+describe_on_cpu(EncoderConfig(), {CLASSES}, DEFAULT_TEMPLATES)
+"""
+
+
+def needs_lite(item: pytest.Item) -> bool:
+    return "lite_map" in getattr(item, "fixturenames", ())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Test files that need no lite encoder come first: it is made meanwhile."""
+    later = {item.path for item in items if needs_lite(item)}
+    items.sort(key=lambda item: item.path in later)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def lite_in_the_making(environment: None, request: pytest.FixtureRequest) -> subprocess.Popen[bytes] | None:
+    """The process in which the lite encoder's text map and its network are made from nothing, if a test needs them."""
+    if not any(map(needs_lite, request.session.items)):
+        return None
+    # One thread: the other processor is for the tests.
+    return subprocess.Popen(
+        [sys.executable, "-c", MAKE_LITE], env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    )
+
+
 @pytest.fixture(scope="session")
-def lite_map(environment: None) -> None:
-    """The lite encoder's text map, built from nothing, once for all tests."""
-    load_encoder(EncoderConfig()).encode_text(["a dog"])
+def lite_map(lite_in_the_making: subprocess.Popen[bytes]) -> None:
+    """The lite encoder as jobs find it in the cache folder after the first one: made once, for all tests."""
+    assert lite_in_the_making.wait() == 0
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from lpclip.config import EncoderConfig, SourceConfig
 from lpclip.encoders.head import EncoderInfo
 from lpclip.features.data import Data, open_data
 from lpclip.features.describe import describe_encoder
+from lpclip.features.encode_stage import store_identity
 from lpclip.features.find_or_encode import Encoding
 from lpclip.features.store import matrix
 from lpclip.features.store_writer import Part, StoreWriter
@@ -86,6 +87,7 @@ def spread(table: Path, info: EncoderInfo, tmp_path_factory: pytest.TempPathFact
     return Spread(folder=folder, first=first, both=both, written=written)
 
 
+@pytest.mark.slow
 def test_only_missing_views_are_encoded(spread: Spread, table: Path, info: EncoderInfo) -> None:
     (first,) = spread.first.stores
     assert not first.reused
@@ -102,6 +104,7 @@ def test_only_missing_views_are_encoded(spread: Spread, table: Path, info: Encod
     assert times(spread.folder) == after
 
 
+@pytest.mark.slow
 def test_the_mean_of_weak_and_mirror_is_the_stores_base(spread: Spread) -> None:
     loaded = spread.both.stores[0].store.features()
     for views in (spread.first, spread.both):
@@ -110,6 +113,7 @@ def test_the_mean_of_weak_and_mirror_is_the_stores_base(spread: Spread) -> None:
         assert [int(name.removeprefix("row-")) % 3 for name in views.ids] == views.labels.tolist()
 
 
+@pytest.mark.slow
 def test_views_of_both_stores_are_in_one_order(spread: Spread) -> None:
     parts = pa.concat_tables(spread.both.stores[1].store.tables(["id", *NAMES[:2]]))
     rows = np.argsort(parts["id"].to_pylist())[np.argsort(np.argsort(spread.both.ids))]
@@ -154,17 +158,25 @@ def test_a_worker_corrupts_an_image_as_this_process_does() -> None:
     assert [pixels.tobytes() for pixels in ray.get(there)] == [here[view] for view in views]
 
 
+def written(
+    path: Path, identity: dict[str, Any], *, ids: list[str], features: np.ndarray, labels: list[int] | None
+) -> Encoded:
+    """A complete store of features (V, N, d) of the identity's V views."""
+    writer = StoreWriter(str(path), identity)
+    writer.begin()
+    columns: dict[str, Any] = {"id": ids, "label": pa.array(labels or [None] * len(ids), pa.int32())}
+    for view, rows in zip(identity["views"], features, strict=True):
+        flat = pa.array(rows.astype(np.float16).reshape(-1))
+        columns[view] = pa.FixedSizeListArray.from_arrays(flat, rows.shape[1])
+    part = Part(unit=0, start=0, stop=len(ids), last=True)
+    writer.write_part(part, rows=pa.table(columns), quarantine=[], content_digest=0)
+    return Encoded(store=writer.finish(num_units=1, rate=None), seconds=0, reused=True, rate=None)
+
+
 def small_store(path: Path, ids: list[str], view: str) -> Encoded:
     """A complete store of two-dimensional features."""
     identity = {"views": [view], "encoder": {"dim": 2}, "source": {}}
-    writer = StoreWriter(str(path), identity)
-    writer.begin()
-    features = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(2 * len(ids), np.float16)), 2)
-    rows = pa.table({"id": ids, "label": pa.nulls(len(ids), pa.int32()), view: features})
-    part = Part(unit=0, start=0, stop=len(ids), last=True)
-    writer.write_part(part, rows=rows, quarantine=[], content_digest=0)
-    store = writer.finish(num_units=1, rate=None)
-    return Encoded(store=store, seconds=0, reused=True, rate=None)
+    return written(path, identity, ids=ids, features=np.ones((1, len(ids), 2)), labels=None)
 
 
 def test_stores_of_different_images_are_never_put_together(tmp_path: Path) -> None:
@@ -179,17 +191,41 @@ def test_stores_of_different_images_are_never_put_together(tmp_path: Path) -> No
             Views({WEAK: weak, MIRROR: other})
 
 
-def test_a_given_store_must_hold_every_view_of_the_seed(
-    spread: Spread, info: EncoderInfo, tmp_path: Path
+@pytest.fixture(scope="module")
+def given(table: Path, info: EncoderInfo, tmp_path_factory: pytest.TempPathFactory) -> Encoded:
+    """A store of the table's weak view and corruptions with seed 0, as encoding leaves it, of random features."""
+    data = images(table)
+    identity = store_identity(data.source, info, (WEAK, *CORRUPTED), seed=0)
+    features = np.random.default_rng(0).normal(size=(5, 7, 1280))
+    features /= np.linalg.norm(features, axis=2, keepdims=True)
+    path = tmp_path_factory.mktemp("given") / f"{data.name}-0"
+    return written(path, identity, ids=IDS, features=features, labels=[i % 3 for i in range(7)])
+
+
+def test_views_that_lie_in_a_folder_are_found_and_not_encoded(
+    given: Encoded, table: Path, info: EncoderInfo
 ) -> None:
-    given = spread.both.stores[1].store.path
-    data = open_data(given, config=SourceConfig(), split="test")
+    folder = Path(given.store.path).parent
+    before = times(folder)
+    found = run(images(table), info, folder, (WEAK, *CORRUPTED))
+    assert [(item.store.path, item.reused) for item in found.stores] == [(given.store.path, True)]
+    assert times(folder) == before
+
+
+def test_a_given_store_must_hold_every_view_of_the_seed(
+    given: Encoded, info: EncoderInfo, tmp_path: Path
+) -> None:
+    path = given.store.path
+    data = open_data(path, config=SourceConfig(), split="test")
     assert (data.source, data.has_labels) == (None, True)
     found = run(data, info, tmp_path, (WEAK, *CORRUPTED))
-    assert [item.store.path for item in found.stores] == [given]
-    assert found.mean(CORRUPTED[0]).tobytes() == spread.both.mean(CORRUPTED[0]).tobytes()
+    assert [item.store.path for item in found.stores] == [path]
+    order = [IDS.index(name) for name in found.ids]
+    for view in CORRUPTED:
+        (rows,) = given.store.tables([str(view)])
+        np.testing.assert_array_equal(found.mean(view), matrix(rows, str(view), 1280)[order])
     message = (
-        f"{given} is a feature store without the view fog:1: name the images, or encode them with --views"
+        f"{path} is a feature store without the view fog:1: name the images, or encode them with --views"
     )
     with pytest.raises(ValueError, match=f"{message} weak,fog:1"):
         run(data, info, tmp_path, (WEAK, View(name="fog", level=1)))
@@ -204,10 +240,11 @@ def test_a_given_store_must_hold_every_view_of_the_seed(
 
 
 def test_a_cut_manifest_is_told_with_the_way_out(
-    spread: Spread, table: Path, info: EncoderInfo, tmp_path: Path
+    given: Encoded, table: Path, info: EncoderInfo, tmp_path: Path
 ) -> None:
-    shutil.copytree(spread.folder, tmp_path / "stores")
-    manifest = tmp_path / "stores" / Path(spread.both.stores[0].store.path).name / "manifest.json"
+    path = Path(given.store.path)
+    shutil.copytree(path, tmp_path / "stores" / path.name)
+    manifest = tmp_path / "stores" / path.name / "manifest.json"
     manifest.write_text(manifest.read_text()[:100])
     with pytest.raises(ValueError, match="is not valid JSON .* remove the store .* it is encoded again"):
         run(images(table), info, tmp_path / "stores", BASE)

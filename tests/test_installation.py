@@ -121,6 +121,7 @@ def installed(clone: Path) -> set[str]:
     return {name for name in names if not name.startswith(("pip-", "setuptools-"))}
 
 
+@pytest.mark.slow
 def test_pytorchs_cpu_build_comes_without_cuda_and_stays_when_the_tools_come(clone: Path) -> None:
     index = f"CPU_INDEX={(clone.parent / 'cpu').as_uri()}"
     status, said = make(clone, ".installed", index)
@@ -134,6 +135,7 @@ def test_pytorchs_cpu_build_comes_without_cuda_and_stays_when_the_tools_come(clo
     assert installed(clone) == users | {"tool-1.0"}
 
 
+@pytest.mark.slow
 def test_an_index_that_does_not_answer_costs_a_sentence_and_a_failure_leaves_no_stamp(clone: Path) -> None:
     index = "CPU_INDEX=http://127.0.0.1:9/whl/cpu"
     status, said = make(clone, ".installed", index)

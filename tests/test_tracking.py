@@ -117,7 +117,7 @@ def test_a_run_names_its_user_and_the_commit_of_its_code(client: MlflowClient) -
     assert (tags["mlflow.user"], tags.get("mlflow.source.git.commit")) == (getpass.getuser(), commit)
 
 
-@pytest.mark.parametrize("checkout", [True, False])
+@pytest.mark.parametrize("checkout", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_code_without_git_names_no_commit(database: str, tmp_path: Path, checkout: bool) -> None:
     """In a checkout where no program `git` is found, and in an installed or copied package."""
     (tmp_path / "lpclip").symlink_to(ROOT / "lpclip")
@@ -307,6 +307,7 @@ def server(database: str, folder: Path) -> Iterator[tuple[str, subprocess.Popen[
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_server_takes_runs_and_its_death_does_not_stop_the_job(
     database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
