@@ -79,8 +79,10 @@ def cluster(environment: None) -> Iterator[None]:
 MAKE_LITE = f"""
 from lpclip.config import EncoderConfig
 from lpclip.encoders.on_cpu import describe_on_cpu
-from lpclip.encoders.prompts import DEFAULT_TEMPLATES
-describe_on_cpu(EncoderConfig(), {CLASSES}, DEFAULT_TEMPLATES)
+from lpclip.encoders.prompts import templates
+for names in ({CLASSES}, {(*CLASSES, "fire truck")}):
+    for kind in ("default", "simple"):
+        describe_on_cpu(EncoderConfig(), names, templates(kind))
 """
 
 
@@ -96,7 +98,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def lite_in_the_making(environment: None, request: pytest.FixtureRequest) -> subprocess.Popen[bytes] | None:
-    """The process in which the lite encoder's text map and its network are made from nothing, if a test needs them."""
+    """The process that makes lite's text map, its network and the tests' zero-shot heads, if a test needs them."""
     if not any(map(needs_lite, request.session.items)):
         return None
     # One thread: the other processor is for the tests.

@@ -566,6 +566,7 @@ def test_predict_refuses_what_it_cannot_do(
     assert "probe.safetensors is damaged" in line
 
 
+@pytest.mark.slow
 def test_a_wrong_path_ends_a_real_job_with_one_line(tmp_path: Path) -> None:
     job = start(f"selftrain.py --data {tmp_path}/nowhere --out {tmp_path}/out")
     _, stderr = job.communicate(timeout=240)
