@@ -62,11 +62,12 @@ def read_file(path: str) -> FeatureFile:
 def file_settings(
     file: FeatureFile, *, seed: int, others: Sequence[FeatureFile]
 ) -> Iterator[tuple[Data, Setting]]:
-    """All settings of a seed. Foreign images come from the file itself, or from `others`."""
+    """All settings of a seed. Foreign images come from the file itself, or from `others` of the same encoder."""
     rng = np.random.default_rng(seed)
     data = _with_texts(file, rng) if file.texts is not None else _with_one_image_heads(file, rng)
-    if data.foreign is None and others:
-        data = replace(data, foreign=np.concatenate([other.images.features for other in others]))
+    alike = [o.images.features for o in others if o.images.features.shape[1] == data.head.shape[1]]
+    if data.foreign is None and alike:
+        data = replace(data, foreign=np.concatenate(alike))
     for setting in _settings(data, seed=seed, rng=rng):
         yield data, setting
     everything = Setting(name="random head", seed=seed, unlabelled=data.train, test=data.test)

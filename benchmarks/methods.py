@@ -60,6 +60,7 @@ from lpclip.images.classes import map_labels, resolve_classes
 from lpclip.jobs.cli import OPTIONS
 from lpclip.method.calibration import CALIBRATION_ROWS, expected_accuracy, mean_confidence, temperature_at
 from lpclip.method.confirmation import Sample, choose_prior, with_neighbours
+from lpclip.method.presence import with_absent
 from lpclip.method.priors import PRIORS
 from lpclip.method.probe import Probe, zero_shot_probe
 from lpclip.method.self_training import Rounds
@@ -292,13 +293,18 @@ class Trained:
     temperatures: dict[str, float]
 
 
-def train(problem: Problem, shard: Shard, *, prior: str, agreement: float | None) -> Trained:
-    """The rounds with a prior, and their probe at the default temperature."""
-    head, temperature = problem.head, problem.temperature
-    *_, (state, found) = Rounds(shard, head=head / temperature, config=CONFIG, prior=PRIORS[prior]).run()
-    student = state.classifier(head / temperature)
+def train(
+    problem: Problem, shard: Shard, *, prior: str, agreement: float | None, present: np.ndarray | None = None
+) -> Trained:
+    """The rounds with a prior, and their probe at the default temperature; among the names `present`, if given."""
+    zero_shot = zero_shot_probe(problem.head, temperature=problem.temperature)
+    head = zero_shot.weight if present is None else zero_shot.weight[present]
+    *_, (state, found) = Rounds(shard, head=head, config=CONFIG, prior=PRIORS[prior]).run()
+    student = state.classifier(head)
+    if present is not None:
+        found = replace(found, labels=present[found.labels])
+        student = with_absent(student, present, zero_shot=zero_shot, features=problem.features)
     probe = Probe(weight=student.weight, bias=student.bias)
-    zero_shot = zero_shot_probe(head, temperature=temperature)
     options = temperatures(probe, zero_shot=zero_shot, features=problem.features, agreement=agreement)
     probe = replace(probe, temperature=options[DEFAULT_TEMPERATURE])
     return Trained(probe=probe, labels=found.labels, temperatures=options)
@@ -383,6 +389,18 @@ class Bench:
             rows.append(self.row(f"lpclip {prior}", "inductive", p, seconds=seconds[prior]))
         trial = self._trial(rows, found, chosen=chosen)
         best = found[chosen]
+        present = sample.present()
+        if len(present) < len(head):
+            clock.lap()
+            shard = with_neighbours(
+                replace(shard, neighbours=None),
+                config=CONFIG,
+                num_classes=len(present),
+                whitening=whitening,
+                dtype=torch.bfloat16,
+            )
+            best = train(self.problem, shard, prior="weak", agreement=None, present=present)
+            seconds[chosen] += clock.lap()
         if not views[chosen].trusted:
             print(f"  {self.data.name}, {self.setting.name}: not trusted, zero-shot stays", flush=True)
             labels = self.zero_shot.logits(x).argmax(dim=1).numpy()

@@ -194,6 +194,10 @@ class SelfTrainingConfig:
     """Class shares that the pseudo-labels are pulled toward: uniform (equal shares), weak (equal shares at strength
     0.3), none, or a text file with one weight, or `name<TAB>weight`, per line. auto tries uniform and weak on a sample
     and takes uniform if rounds in random halves of the features' directions repeat its labels, else weak."""
+    present: Literal["auto", "all"] = "auto"
+    """Class names that the rounds use. auto leaves out names that have no images, as far as zero-shot and trial rounds
+    can tell, if a quarter of the names is without (only with --prior auto and the gaussian solver). The probe still
+    knows these names, and takes one for an image that is much like it."""
     neighbours: int | None = None
     """Number of nearest neighbours whose labels influence each pseudo-label (gaussian solver only); 0 turns this
     off. The default is half the mean number of images per class, between 3 and 30, and 0 above 100,000 images."""

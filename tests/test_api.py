@@ -265,7 +265,7 @@ def test_the_api_gives_the_jobs_probe_on_the_same_features(blind: Training, tmp_
         (entry["round"], {key: value for key, value in entry.items() if key not in ("round", "accuracy")})
         for entry in summary["rounds"]
     ]
-    assert found.prior.summary() == summary["prior"]
+    assert found.prior.summary(head.class_names) == summary["prior"]
     other = replace(
         head, encoder=head.encoder | {"identity": head.encoder["identity"] | {"precision": "float16"}}
     )

@@ -21,6 +21,7 @@ from conftest import CLASSES, Training, draw, refusal, run, start, write_tar
 from mlflow import MlflowClient
 from safetensors.torch import save_file
 
+import lpclip
 from lpclip.config import SelftrainJob
 from lpclip.evaluation.metrics import METRICS
 from lpclip.features.store import Store
@@ -283,29 +284,33 @@ def test_predict_keeps_the_list_of_the_images_that_it_left_out(
     assert np.allclose(again["probability"], labels["probability"], atol=1e-3)
 
 
-@pytest.fixture(scope="module")
-def crowd(base: dict[str, Any], work: Path) -> Path:
-    """A store of 4,200 rows, two chunks of the rounds: the base run's features and noise around them."""
-    made = Store.open(base["features"]["train"])
-    seen = made.features()
-    identity = {**made.manifest.identity, "source": {"made": "from noise", "label_names": None}}
-    path = work / "crowd"
+def write_store(path: Path, *, like: Store, base: np.ndarray, labels: np.ndarray) -> Path:
+    """A store of 4,200 rows, two chunks of the rounds: noise around `base` (n, 1280), with labels (n,)."""
+    identity = {**like.manifest.identity, "source": {"made": "from noise", "label_names": None}}
     writer = StoreWriter(str(path), identity)
     writer.begin()
     random = np.random.default_rng(0)
     for unit in range(6):
         columns: dict[str, Any] = {
             "id": [f"{unit}-{i}" for i in range(700)],
-            "label": pa.array(seen.labels[np.arange(700) % 60], pa.int32()),
+            "label": pa.array(labels[np.arange(700) % len(labels)], pa.int32()),
         }
         for view in ("weak", "mirror", "strong"):
-            rows = seen.base[np.arange(700) % 60] + random.normal(0, 0.03, (700, 1280))
+            rows = base[np.arange(700) % len(labels)] + random.normal(0, 0.03, (700, 1280))
             rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
             columns[view] = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), 1280)
         part = Part(unit=unit, start=0, stop=700, last=True)
         writer.write_part(part, rows=pa.table(columns), quarantine=[], content_digest=unit)
     writer.finish(num_units=6, rate=0)
     return path
+
+
+@pytest.fixture(scope="module")
+def crowd(base: dict[str, Any], work: Path) -> Path:
+    """A store of the base run's features and noise around them."""
+    made = Store.open(base["features"]["train"])
+    seen = made.features()
+    return write_store(work / "crowd", like=made, base=seen.base, labels=seen.labels)
 
 
 @pytest.mark.slow
@@ -329,6 +334,36 @@ def test_the_probe_does_not_depend_on_the_number_of_workers(
     assert torch.equal(other.logits(features).argmax(dim=1), probe.logits(features).argmax(dim=1))
     table = pq.read_table(work / f"{solver}-2" / "pseudo_labels.parquet")
     assert table.select(["id", "label"]) == labels.select(["id", "label"])
+
+
+@pytest.mark.slow
+def test_names_without_images_are_left_out_of_the_rounds_and_stay_in_the_probe(
+    base: dict[str, Any], work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = (*NAMES.split(","), "zebra", "submarine", "piano", "castle", "violin", "tractor")
+    head = lpclip.zero_shot_head(names)
+    # Images of the first three names, as the texts would have them.
+    store = write_store(
+        work / "three", like=Store.open(base["features"]["train"]), base=head.weight[:3], labels=np.arange(3)
+    )
+    words = ",".join(names).replace(" ", "%20")
+    command = f"selftrain.py --data {store} --classes {words} --out {work}/absent"
+    found = run(command, monkeypatch)
+    assert found["prior"]["absent"] == list(names[3:])
+    assert "classes: 3 of 9 names seem to have images" in capsys.readouterr().out
+    assert found["probe"]["accuracy"] > 0.98
+    assert all(entry["accuracy"] > 0.99 for entry in found["rounds"])
+    labels = pq.read_table(work / "absent" / "pseudo_labels.parquet")["label"].to_numpy()
+    assert set(labels) == {0, 1, 2}
+    probe = load_probe(str(work / "absent" / "probe"))
+    assert probe.predict(head.weight).tolist() == list(range(9)), "an image of another name may come later"
+    # The Python API takes the same store to the same probe.
+    same = lpclip.fit(Store.open(str(store)).features(views=("strong",)), head)
+    assert (same.labels == labels).all()
+    assert float((same.probe.weight - probe.weight).abs().max()) <= 1e-4 * float(probe.weight.abs().max())
+    capsys.readouterr()
+    assert run(command, monkeypatch)["probe"] == found["probe"]
+    assert "trying the rounds" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

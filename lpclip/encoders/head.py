@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,16 @@ def make_head(info: EncoderInfo, names: tuple[str, ...], *, temperature: float |
     used = temperature if temperature is not None else 1 / info.logit_scale
     identity = digest([info.identity, names, hashlib.sha256(info.head.tobytes()).hexdigest(), used])
     return Head(class_names=names, weight=info.head, temperature=used, identity=identity)
+
+
+def take_names(head: Head, places: np.ndarray) -> Head:
+    """The head of the class names at `places` alone."""
+    return replace(
+        head,
+        class_names=tuple(head.class_names[place] for place in places),
+        weight=head.weight[places],
+        identity=digest([head.identity, places.tolist()]),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import torch
 
 from lpclip import files
 from lpclip.config import SelftrainJob, UserError, check
-from lpclip.encoders.head import EncoderInfo, Head, make_head
+from lpclip.encoders.head import EncoderInfo, Head, make_head, take_names
 from lpclip.encoders.prompts import templates
 from lpclip.evaluation.judge import evaluate, probe_curves
 from lpclip.features.describe import describe_encoder
@@ -27,6 +27,7 @@ from lpclip.jobs.run import job_run, provenance, single_metrics
 from lpclip.jobs.runtime import Stopwatch, claim, output_folder
 from lpclip.jobs.settle_prior import ChosenPrior, load_prior, settle_prior
 from lpclip.method.fit import finish_probe, is_last_student, zero_shot_labels
+from lpclip.method.presence import among_all
 from lpclip.method.priors import Prior
 from lpclip.method.probe import Probe, zero_shot_probe
 from lpclip.method.recipe import RECIPE
@@ -132,7 +133,7 @@ def _train(
         fingerprint=known.encoded.store.manifest.fingerprint,
     )
     watch.lap("prior")
-    rounds, labels = _run_rounds(job, opened, known, prior=chosen.prior, out=out)
+    rounds, labels = _run_rounds(job, opened, known, chosen=chosen, out=out)
     watch.lap("rounds")
     trained = _make_probes(job, opened, known, chosen=chosen, rounds=rounds, labels=labels)
     files.write_parquet(files.join(out, "pseudo_labels.parquet"), trained.pseudo_labels)
@@ -143,22 +144,23 @@ def _train(
 
 
 def _run_rounds(
-    job: SelftrainJob, opened: _Opened, known: EncodedInputs, *, prior: Prior, out: str
+    job: SelftrainJob, opened: _Opened, known: EncodedInputs, *, chosen: ChosenPrior, out: str
 ) -> tuple[list[State], pa.Table]:
     """All rounds, oldest first, and the pseudo-labels of the last one."""
     manifest = known.encoded.store.manifest
+    head = opened.head if chosen.present is None else take_names(opened.head, chosen.present)
     work = make_work(
         store_path=known.encoded.store.path,
         fingerprint=manifest.fingerprint,
-        head=opened.head,
-        prior=prior,
+        head=head,
+        prior=chosen.prior,
         config=job.training,
         folder=files.join(out, "rounds"),
     )
     tested = known.tested.store.manifest.content_digest if known.tested else None
     claim(out, {**work.identity, "eval_data": tested})
     count = RECIPE.neighbour_count(
-        job.training, num_rows=manifest.num_rows, num_classes=len(opened.head.class_names)
+        job.training, num_rows=manifest.num_rows, num_classes=len(head.class_names)
     )
     if count:
         print(
@@ -166,7 +168,11 @@ def _run_rounds(
             flush=True,
         )
     rounds = run_rounds(work, storage=files.join(out, "ray"), tell=partial(print, flush=True))
-    return rounds, read_pseudo_labels(work.folder)
+    labels = read_pseudo_labels(work.folder)
+    if chosen.present is not None:
+        places = pa.array(chosen.present[labels["label"].to_numpy()], pa.int32())
+        labels = labels.set_column(labels.schema.get_field_index("label"), "label", places)
+    return rounds, labels
 
 
 def _make_probes(
@@ -183,7 +189,11 @@ def _make_probes(
     about: dict[str, Any] = {"class_names": head.class_names, "encoder": known.probe_encoder}
     weight = torch.tensor(head.weight)
     zero_shot = zero_shot_probe(weight, temperature=head.temperature, **about)
-    linears = [state.classifier(zero_shot.weight) for state in rounds]
+    if chosen.present is None:
+        linears = [state.classifier(zero_shot.weight) for state in rounds]
+    else:
+        places, present = chosen.present, zero_shot.weight[chosen.present]
+        linears = [among_all(state.classifier(present), places, num_classes=len(weight)) for state in rounds]
     probe = finish_probe(
         rounds[-1],
         zero_shot=zero_shot,
@@ -191,7 +201,7 @@ def _make_probes(
         calibrated=zero_shot_probe(weight, temperature=1 / opened.info.logit_scale),
         features=features.base,
         config=job.training,
-        trusted=chosen.trusted,
+        chosen=chosen,
     )
     return _Trained(
         chosen=chosen,
@@ -239,7 +249,7 @@ def _summary(
             "eval_quarantined": tested.store.manifest.num_quarantined if tested else None,
         },
         "probe_temperature": trained.probe.temperature,
-        "prior": trained.chosen.summary(),
+        "prior": trained.chosen.summary(opened.head.class_names),
         "classes": list(opened.head.class_names),
         "encoder": opened.info.identity,
         "features": {"train": encoded.store.path, "eval": tested.store.path if tested else None},

@@ -51,6 +51,7 @@ def settle_prior(
     spec = training.prior
     name = "weak" if spec == "auto" else spec
     tried: dict[str, Confirmation] = {}
+    present = None
     if training.solver == "gaussian":
         path = files.join(out, "prior.json")
         shares = None if prior is None or prior.shares is None else prior.shares.tolist()
@@ -71,10 +72,15 @@ def settle_prior(
                 show=print_tried,
             )
             outcome = {k: asdict(v) for k, v in found.tried.items()}
-            kept = {"identity": identity, "name": found.name, "tried": outcome}
+            present = None if found.present is None else found.present.tolist()
+            kept = {"identity": identity, "name": found.name, "tried": outcome, "present": present}
             files.write_json(path, kept)
         name, tried = kept["name"], {k: Confirmation(**v) for k, v in kept["tried"].items()}
-    chosen = ChosenPrior(name=name, prior=PRIORS[name] if prior is None else prior, tried=tried)
+        present = None if kept["present"] is None else np.array(kept["present"])
+    prior = PRIORS[name] if prior is None else prior
+    chosen = ChosenPrior(name=name, prior=prior, tried=tried, present=present)
+    if present is not None:
+        print_present(head.class_names, present)
     print_prior(name, tried, trusted=chosen.trusted)
     return chosen
 
@@ -84,6 +90,16 @@ def print_tried(name: str, found: Confirmation) -> None:
     print(
         f"  {name}: rounds in the halves repeat {found.agreement:.1%} of its labels "
         f"(kappa {found.kappa:.2f}; 0 is chance, 1 is all)",
+        flush=True,
+    )
+
+
+def print_present(names: tuple[str, ...], places: np.ndarray) -> None:
+    """Print which class names seem to have images."""
+    shown = ", ".join(names[place] for place in places[:8]) + (", ..." if len(places) > 8 else "")
+    print(
+        f"classes: {len(places)} of {len(names)} names seem to have images, and the rounds use these: {shown}. The "
+        "probe knows the others too; --present all uses all names.",
         flush=True,
     )
 

@@ -76,6 +76,8 @@ def tune_job(job: TuneJob) -> dict[str, Any]:
     """Search without labels on features that are encoded once; everything goes to OUT and MLflow."""
     check(job)
     watch = Stopwatch()
+    # Trials are compared on all names.
+    job = replace(job, training=replace(job.training, present="all"))
     parse_views(job.encode.views)
     space = read_space(job.space)
     if job.search == "optuna" and space.undrawable:
@@ -372,7 +374,7 @@ class _Sweep:
             "trusted": choice.trusted,
             "evidence": _evidence(choice.accuracy, choice.worth, choice.best, criterion=criterion),
             "evaluated_on": evaluated_on(self._inputs, self._y),
-            "prior": self._prior.summary() if self._prior else None,
+            "prior": self._prior.summary(self._head.class_names) if self._prior else None,
             "classes": list(self._head.class_names),
             "encoder": self._info.identity,
             "features": {"train": encoded.path, "eval": tested.path if tested else None},

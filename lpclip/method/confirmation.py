@@ -21,6 +21,7 @@ from lpclip.config import SelfTrainingConfig
 from lpclip.method.agreement import Agreement, agreement
 from lpclip.method.gaussian import Whitening
 from lpclip.method.neighbours import nearest
+from lpclip.method.presence import present_classes
 from lpclip.method.priors import PRIORS, Prior
 from lpclip.method.recipe import RECIPE, Recipe
 from lpclip.method.self_training import Rounds
@@ -111,9 +112,29 @@ class Sample:
             entropy=float(entropy),
         )
 
-    def _labels(self, shard: Shard, *, prior: Prior, rounds: int, recipe: Recipe = RECIPE) -> np.ndarray:
+    def present(self) -> np.ndarray:
+        """Places (K',) of the class names that have images in the sample."""
+        zero_shot = torch.from_numpy(self._whole.features).float() @ self._head.T
+
+        def label(places: np.ndarray) -> np.ndarray:
+            return self._labels(
+                self._whole, prior=PRIORS["none"], rounds=HALF_ROUNDS, head=self._head[places]
+            )
+
+        return present_classes(zero_shot, label=label)
+
+    def _labels(
+        self,
+        shard: Shard,
+        *,
+        prior: Prior,
+        rounds: int,
+        recipe: Recipe = RECIPE,
+        head: Tensor | None = None,
+    ) -> np.ndarray:
         config = replace(self._config, rounds=rounds, threshold=0.0)
-        *_, (_, found) = Rounds(shard, head=self._head, prior=prior, config=config, recipe=recipe).run()
+        head = self._head if head is None else head
+        *_, (_, found) = Rounds(shard, head=head, prior=prior, config=config, recipe=recipe).run()
         return found.labels
 
 

@@ -16,6 +16,7 @@ from lpclip.method.arrays import StoredFeatures, ZeroShotHead, arrange, check_he
 from lpclip.method.calibration import label_free_temperature
 from lpclip.method.confirmation import with_neighbours
 from lpclip.method.neighbours import comparison_dtype
+from lpclip.method.presence import with_absent
 from lpclip.method.priors import PRIORS, Prior, read_prior
 from lpclip.method.probe import Probe, zero_shot_probe
 from lpclip.method.recipe import RECIPE
@@ -106,17 +107,22 @@ def fit(
     )
     doubt = "" if chosen.trusted else "; too little confirms the rounds: the probe will be zero-shot"
     tell(f"prior: {chosen.name}{doubt}")
+    places = np.arange(len(names)) if chosen.present is None else chosen.present
+    if len(places) < len(names):
+        tell(f"classes: {len(places)} of {len(names)} names have images, the rounds use these")
     shard = Shard(features=rows, strong=views, num_rows=len(rows), device=compute_device())
-    states, last = _run(shard, head=zero_shot.weight, prior=chosen.prior, config=config, tell=tell)
+    states, last = _run(shard, head=zero_shot.weight[places], prior=chosen.prior, config=config, tell=tell)
     probe = finish_probe(
         states[-1],
         zero_shot=zero_shot,
         calibrated=zero_shot_probe(weight, temperature=head.temperature),
         features=rows,
         config=config,
-        trusted=chosen.trusted,
+        chosen=chosen,
     )
-    found = (last.labels, last.confidence, last.kept) if chosen.trusted else zero_shot_labels(probe, rows)
+    found = zero_shot_labels(probe, rows)
+    if chosen.trusted:
+        found = places[last.labels].astype(np.int32), last.confidence, last.kept
     labels, confidence, kept = (values[np.argsort(order)] for values in found)
     return SelfTraining(
         probe=probe,
@@ -136,20 +142,22 @@ def finish_probe(
     calibrated: Probe,
     features: np.ndarray,
     config: SelfTrainingConfig,
-    trusted: bool,
+    chosen: ChosenPrior,
 ) -> Probe:
-    """The last round's probe with its label-free temperature, or zero-shot where the rounds are not `trusted`.
+    """The last round's probe with its label-free temperature, or zero-shot where the rounds are not trusted.
 
     `zero_shot` is the first teacher. `calibrated` is zero-shot at the encoder's own temperature, whatever the
     teacher's: that is the one it was calibrated with. `features` are (N, d).
     """
-    probe, temperature = zero_shot, 1.0
-    if trusted:
-        trained = last.classifier(zero_shot.weight)
+    probe, temperature, places = zero_shot, 1.0, chosen.present
+    if chosen.trusted:
+        trained = last.classifier(zero_shot.weight if places is None else zero_shot.weight[places])
+        if places is not None:
+            trained = with_absent(trained, places, zero_shot=zero_shot, features=features)
         probe = replace(zero_shot, weight=trained.weight, bias=trained.bias)
         temperature = label_free_temperature(probe, zero_shot=calibrated, features=features)
     summary = {
-        "method": "self-trained" if trusted else "zero-shot (fallback)",
+        "method": "self-trained" if chosen.trusted else "zero-shot (fallback)",
         "training": to_dict(config),
         "rounds": last.round,
         "images": len(features),

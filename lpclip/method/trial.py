@@ -23,17 +23,21 @@ class ChosenPrior:
     prior: Prior
     tried: dict[str, Confirmation]
     """By candidate; empty for the gradient solver, whose rounds are too slow to try."""
+    present: np.ndarray | None = None
+    """Places (K',) of the class names that the rounds use; None for all of them."""
 
     @property
     def trusted(self) -> bool:
         """True when the rounds are to be used at all."""
         return self.name not in self.tried or self.tried[self.name].trusted
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self, class_names: tuple[str, ...]) -> dict[str, Any]:
         """For OUT/summary.json."""
+        present = range(len(class_names)) if self.present is None else self.present
         return {
             "name": self.name,
             "trusted": self.trusted,
+            "absent": [name for place, name in enumerate(class_names) if place not in present],
             "tried": {name: asdict(found) for name, found in self.tried.items()},
         }
 
@@ -54,12 +58,19 @@ def try_priors(
     """
     name = "weak" if config.prior == "auto" else config.prior
     tried: dict[str, Confirmation] = {}
+    present = None
     if config.solver == "gaussian":
         dtype = comparison_dtype()
         sample = Sample(features, zero_shot=zero_shot, temperature=temperature, config=config, dtype=dtype)
         if prior is None:
             name, tried = choose_prior(sample, show=show)
+            if config.present == "auto" and tried[name].trusted:
+                found = sample.present()
+                if len(found) < len(zero_shot):
+                    # Some absent names may be left: equal shares would be ruinous.
+                    name, present = "weak", found
         else:
             tried = {name: sample.confirm(prior)}
             show(name, tried[name])
-    return ChosenPrior(name=name, prior=PRIORS[name] if prior is None else prior, tried=tried)
+    prior = PRIORS[name] if prior is None else prior
+    return ChosenPrior(name=name, prior=prior, tried=tried, present=present)
