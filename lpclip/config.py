@@ -196,8 +196,8 @@ class SelfTrainingConfig:
     and takes uniform if rounds in random halves of the features' directions repeat its labels, else weak."""
     present: Literal["auto", "all"] = "auto"
     """Class names that the rounds use. auto leaves out names that have no images, as far as zero-shot and trial rounds
-    can tell, if a quarter of the names is without (only with --prior auto and the gaussian solver). The probe still
-    knows these names, and takes one for an image that is much like it."""
+    can tell, if a quarter of the names is without (only with --prior auto and the gaussian solver; trials of a sweep
+    use all). The probe still knows these names, and takes one for an image that is much like it."""
     neighbours: int | None = None
     """Number of nearest neighbours whose labels influence each pseudo-label (gaussian solver only); 0 turns this
     off. The default is half the mean number of images per class, between 3 and 30, and 0 above 100,000 images."""

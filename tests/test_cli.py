@@ -164,6 +164,8 @@ def job(config):
     print(json.dumps(list(process._descendants(os.getpid()))))
     if end in ("early", "mistake"):
         raise UserError("no such class")
+    if end == "bug":
+        raise KeyError("bug")
     if end in ("SIGINT", "SIGTERM"):
         os.kill(os.getpid(), getattr(signal, end))
 
@@ -177,6 +179,7 @@ cli.run_command("encode", args=["--out", sys.argv[1]])
     [
         pytest.param("well", 0, "", marks=pytest.mark.slow),
         pytest.param("mistake", 1, "error: no such class\n", marks=pytest.mark.slow),
+        pytest.param("bug", 1, f"KeyError: 'bug'\n{REPORT_IT}\n", marks=pytest.mark.slow),
         # Ray is still starting then.
         ("early", 1, "error: no such class\n"),
         pytest.param(
@@ -201,7 +204,12 @@ def test_a_command_ends_with_one_sentence_and_leaves_nothing_behind(
             check=False,
         )
         left = [path.name for path in Path(folder).iterdir()]
-    assert (done.returncode, done.stderr) == (code, sentence)
+    assert done.returncode == code
+    if end == "bug":
+        assert done.stderr.startswith("Traceback")
+        assert done.stderr.endswith(sentence)
+    else:
+        assert done.stderr == sentence
     pids = json.loads(done.stdout)
     assert end == "early" or len(pids) > 3
     time.sleep(1)

@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -89,6 +90,9 @@ def run_command(name: str, *, prog: str | None = None, args: Sequence[str] | Non
         main(run, COMMANDS[name], prog=prog, args=args)
     except SystemExit as end:
         leave(end.code if isinstance(end.code, int) else 0)
+    except Exception:
+        traceback.print_exc()
+        leave(1)
     leave(0)
 
 
