@@ -42,13 +42,13 @@ def test_the_line_has_the_start_and_the_time_of_an_image() -> None:
 
 def test_a_run_is_measured_whole_and_a_failing_one_is_told_in_a_sentence(tmp_path: Path) -> None:
     (folder := tmp_path / "run").mkdir()
-    # Half a second of one core in a process below the one that is started.
-    busy = "import time\nwhile time.process_time() < 0.5: pass"
+    # Half a second of one core in a process below the one that is started, and memory that is seen once a second.
+    busy = "import time\nheld = b'x' * (50 << 20)\nwhile time.process_time() < 0.5: pass\ntime.sleep(2.5)"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {busy!r}])"
     found = peers.measure(([sys.executable, "-c", code], {}), folder, arm="busy")
     assert found["seconds"] >= 0.5
     assert found["processor"] >= 0.5
-    assert found["peak_mb"] > 5
+    assert found["peak_mb"] > 50
     with pytest.raises(UserError, match="broken ended with exit code 3 .the reason.; all that it printed"):
         peers.measure(
             ([sys.executable, "-c", "print('the reason'); raise SystemExit(3)"], {}), folder, arm="broken"
