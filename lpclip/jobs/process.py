@@ -71,6 +71,8 @@ def leave(code: int) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
+        if stream is None:  # closed by the shell before the start
+            continue
         try:
             stream.flush()
         except OSError:
