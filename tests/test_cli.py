@@ -195,7 +195,7 @@ def test_a_command_ends_with_one_sentence_and_leaves_nothing_behind(
     end: str, code: int, sentence: str
 ) -> None:
     # Ray's sockets need a short path.
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         done = subprocess.run(
             [sys.executable, "-c", WITH_RAY, end],
             env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": folder},

@@ -28,6 +28,7 @@ _spilled: str | None = None
 def begin_command() -> None:
     """Start Ray in a thread, while the command's modules are imported and its inputs are opened."""
     global _starting
+    _make_spill_folder()  # here, so that `leave` knows of it whenever it comes
     _starting = Future()
     # Linux ends Ray's processes with the thread that started them, so the thread lives as long as this process.
     threading.Thread(target=_start_and_stay, args=(_starting,), daemon=True).start()
@@ -110,7 +111,6 @@ def _start_and_stay(started: Future[None]) -> None:
 
 
 def _init() -> None:
-    global _spilled
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
@@ -120,8 +120,7 @@ def _init() -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
     else:
-        # Ray removes what it has put on disk when it is taken down in order, which `leave` does not do.
-        _spilled = tempfile.mkdtemp(prefix="lpclip-spilled-", dir=os.environ.get("RAY_TMPDIR"))
+        _make_spill_folder()
         # "auto" would wait minutes for a dead cluster whose files are still there.
         ray.init(
             address="local",
@@ -130,3 +129,10 @@ def _init() -> None:
             log_to_driver=False,
             object_spilling_directory=_spilled,
         )
+
+
+def _make_spill_folder() -> None:
+    """Make a private Ray's folder on disk: Ray empties its own when it is taken down in order, as `leave` does not."""
+    global _spilled
+    if _spilled is None and not os.environ.get("RAY_ADDRESS"):
+        _spilled = tempfile.mkdtemp(prefix="lpclip-spilled-", dir=os.environ.get("RAY_TMPDIR"))
