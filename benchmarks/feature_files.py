@@ -31,7 +31,7 @@ FEW_A_CLASS = (10, 3)
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureFile:
-    """What a file holds."""
+    """The contents of a feature file."""
 
     name: str
     images: Images

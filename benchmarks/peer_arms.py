@@ -44,7 +44,7 @@ Labels = Mapping[str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a run reads, and the folder `out` that it may write to and begins in. Paths are absolute."""
+    """The input of a run, and its working directory `out`, the only place that it writes to. Paths are absolute."""
 
     encoder: str
     checkpoint: str

@@ -5,8 +5,8 @@
     python benchmarks/peers.py --images photos/ --pretrained ViT-B-32.pt
 
 Every arm labels the same JPEGs with the same checkpoint, class names and prompts, in batches of --batch-size, and has
-every core. Arms take turns. A first turn with 64 images is not counted: files come into the page cache, lpclip
-converts the model and keeps it with the class names' head, and a tool that does not run is told at once.
+every core. Arms take turns. A first turn with 64 images is not counted. It brings files into the page cache, lets
+lpclip convert the model and keep the class names' head, and shows at once which tool does not run.
 
 - lpclip auto, lpclip torch: jobs/encode.py --views weak, with --engine auto and torch.
 - CLIP_benchmark: its zero-shot classification, of the same files in a tar.

@@ -115,6 +115,8 @@ def run(job):
         open("photos/missing")
     if job.end == "bug":
         raise KeyError("bug")
+    if job.end == "unread":
+        print("a table", flush=True)
     if job.end == "interrupt":
         # A process that was started in the background may have been told to ignore it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -149,6 +151,22 @@ def test_how_a_job_ends(end: str, code: int, last_lines: list[str]) -> None:
         command, env={**environment, "LPCLIP_TRACEBACK": "1"}, capture_output=True, text=True, check=False
     )
     assert ("Traceback" in traced.stderr) == (end in ("value", "file", "bug"))
+
+
+def test_output_that_nothing_reads_any_more_ends_a_job_in_one_sentence() -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(
+        [sys.executable, "-c", JOB, "--end", "unread"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=writes,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writes)
+    assert done.stderr.splitlines()[0] == "error: nothing reads the output any more; finished work is kept"
+    assert "Traceback" not in done.stderr
 
 
 WITH_RAY = """

@@ -45,7 +45,7 @@ def options(endpoint: str) -> str:
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
-    """What was printed since the last look; the secret is not in it."""
+    """The text that was printed since the last call. It must not hold the secret."""
     stdout, stderr = capsys.readouterr()
     assert SECRET not in stdout + stderr
     return stdout

@@ -122,7 +122,9 @@ def test_rounds_that_nothing_confirms_are_not_believed(
         monkeypatch,
     )
     assert not found["prior"]["trusted"]
-    assert "WARNING" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "WARNING: OUT/probe will be zero-shot, because the rounds cannot be trusted: the halves" in printed
+    assert "images for each class name" not in printed
     assert probe_bytes(work / "doubted") == probe_bytes(work / "doubted", "zero_shot")
     assert found["probe"] == found["zero_shot"]
     probe = load_probe(str(work / "doubted" / "probe"))
@@ -210,11 +212,13 @@ def test_an_output_folder_belongs_to_one_configuration(
         f"--features {work}/features --out {work}/trained"
     )
     before = probe_bytes(work / "trained")
+    prior = (work / "trained" / "prior.json").read_bytes()
     message = refusal(f"{command} --classes {WORDS} --rounds 2", monkeypatch, capsys)
     assert f"{work}/trained holds the results of other work (it differs in training)" in message
     other_words = refusal(f"{command} --classes {WORDS} --templates simple", monkeypatch, capsys)
     assert "differs in head" in other_words
     assert probe_bytes(work / "trained") == before
+    assert (work / "trained" / "prior.json").read_bytes() == prior
 
 
 def test_a_second_job_on_one_output_folder_is_refused(
@@ -588,6 +592,7 @@ def test_predict_refuses_what_it_cannot_do(
     probe = f"--probe {work}/trained/probe"
     for flags, message in {
         f"--probe {tmp_path} --data {photos} --out {tmp_path}/x.parquet": "holds no probe",
+        f"--probe {work}/trained --data {photos} --out {tmp_path}/x.parquet": f"; {work}/trained/probe holds one",
         f"{probe} --data {photos} --out {tmp_path}/labels": "its name must end in .parquet",
         f"{probe} --data {tmp_path}/none --out {tmp_path}/x.parquet": "no such path",
         f"{probe} --data {photos} --out {tmp_path}/x.parquet --top-k 0": "--top-k must be at least 1",

@@ -10,6 +10,7 @@ import errno
 import importlib
 import os
 import re
+import select
 import signal
 import sys
 import traceback
@@ -89,7 +90,7 @@ def run_command(name: str, *, prog: str | None = None, args: Sequence[str] | Non
     try:
         main(run, COMMANDS[name], prog=prog, args=args)
     except SystemExit as end:
-        leave(end.code if isinstance(end.code, int) else 0)
+        leave(end.code if isinstance(end.code, int) else int(end.code is not None))
     except Exception:
         traceback.print_exc()
         leave(1)
@@ -106,7 +107,8 @@ def main(
     """Parse the flags into `config_type` and run the job with them.
 
     The flags are the dataclass's fields, nested stages merged. The process exits with 2 on wrong flags, with
-    1 and `error: ...` on a UserError or a full disk, here or in a Ray worker, with 130 on Ctrl-C and 143 on SIGTERM.
+    1 and `error: ...` on a UserError or a full disk, here or in a Ray worker, with 130 on Ctrl-C, 143 on SIGTERM and
+    141 where the output goes to a process that has ended.
     Anything else is a fault of the program: it keeps its traceback and asks to be reported. LPCLIP_TRACEBACK=1 shows
     the tracebacks of UserErrors too.
     """
@@ -122,6 +124,9 @@ def main(
         print(f"\n{what}: finished work is kept, and the same command resumes from there", file=sys.stderr)
         sys.exit(code)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            print("error: nothing reads the output any more; finished work is kept", file=sys.stderr)
+            sys.exit(141)
         mistake = users_mistake(error)
         if mistake is None:
             error.add_note("This is a fault of lpclip. Please report it with the traceback and the command.")
@@ -139,6 +144,13 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _output_is_closed() -> bool:
+    """Say whether the process that reads the output has ended, as `| head` does; a server may end a pipe too."""
+    poll = select.poll()
+    poll.register(1, 0)  # standard output
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -63,10 +63,11 @@ def output_folder(out: str) -> Iterator[str]:
 
 
 def claim(out: str, identity: dict[str, Any], *, mark: bool = True, shared: str = "features") -> None:
-    """Mark the output folder with the identity of this work, unless `mark` is off.
+    """Mark the output folder with the identity of this work.
 
-    `shared` names the folder in it, and the flag, that spares other work reading the images again. Raises UserError
-    when the folder holds the results of other work.
+    With `mark` off, only look: `identity` may be the part of it that is known so far. `shared` names the folder in it,
+    and the flag, that spares other work reading the images again. Raises UserError when the folder holds the results
+    of other work.
     """
     path = files.join(out, "job.json")
     if not files.exists(path):
@@ -74,7 +75,8 @@ def claim(out: str, identity: dict[str, Any], *, mark: bool = True, shared: str 
             files.write_json(path, identity)
         return
     found = files.read_json(path)
-    changed = sorted(k for k in {*found, *identity} if found.get(k) != identity.get(k))
+    compared = {*found, *identity} if mark else set(identity)
+    changed = sorted(k for k in compared if found.get(k) != identity.get(k))
     if changed:
         raise UserError(
             f"{out} holds the results of other work (it differs in {', '.join(changed)}); choose another --out. "

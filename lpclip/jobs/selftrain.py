@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from lpclip import files
-from lpclip.config import SelftrainJob, UserError, check
+from lpclip.config import SelftrainJob, UserError, check, config_identity
 from lpclip.encoders.head import EncoderInfo, Head, make_head, take_names
 from lpclip.encoders.prompts import templates
 from lpclip.evaluation.judge import evaluate, probe_curves
@@ -124,16 +124,25 @@ def _train(
     job: SelftrainJob, opened: _Opened, known: EncodedInputs, *, out: str, watch: Stopwatch
 ) -> _Trained:
     """Choose the prior, run the rounds, and make probes of them, which are saved to OUT."""
+    fingerprint = known.encoded.store.manifest.fingerprint
+    identity = {
+        "features": fingerprint,
+        "head": opened.head.identity,
+        "training": config_identity(job.training),
+        "eval_data": known.tested.store.manifest.content_digest if known.tested else None,
+    }
+    # Before anything is written: OUT may hold the results of other work.
+    claim(out, identity, mark=False)
     chosen = settle_prior(
         job.training,
         out=out,
         features=known.features.base,
         prior=opened.prior,
         head=opened.head,
-        fingerprint=known.encoded.store.manifest.fingerprint,
+        fingerprint=fingerprint,
     )
     watch.lap("prior")
-    rounds, labels = _run_rounds(job, opened, known, chosen=chosen, out=out)
+    rounds, labels = _run_rounds(job, opened, known, chosen=chosen, identity=identity, out=out)
     watch.lap("rounds")
     trained = _make_probes(job, opened, known, chosen=chosen, rounds=rounds, labels=labels)
     files.write_parquet(files.join(out, "pseudo_labels.parquet"), trained.pseudo_labels)
@@ -144,9 +153,18 @@ def _train(
 
 
 def _run_rounds(
-    job: SelftrainJob, opened: _Opened, known: EncodedInputs, *, chosen: ChosenPrior, out: str
+    job: SelftrainJob,
+    opened: _Opened,
+    known: EncodedInputs,
+    *,
+    chosen: ChosenPrior,
+    identity: dict[str, Any],
+    out: str,
 ) -> tuple[list[State], pa.Table]:
-    """All rounds, oldest first, and the pseudo-labels of the last one."""
+    """All rounds, oldest first, and the pseudo-labels of the last one.
+
+    `identity` is the job's, except for the prior.
+    """
     manifest = known.encoded.store.manifest
     head = opened.head if chosen.present is None else take_names(opened.head, chosen.present)
     work = make_work(
@@ -157,8 +175,7 @@ def _run_rounds(
         config=job.training,
         folder=files.join(out, "rounds"),
     )
-    tested = known.tested.store.manifest.content_digest if known.tested else None
-    claim(out, {**work.identity, "eval_data": tested})
+    claim(out, {**work.identity, **identity})
     count = RECIPE.neighbour_count(
         job.training, num_rows=manifest.num_rows, num_classes=len(head.class_names)
     )

@@ -10,7 +10,7 @@ import torch
 from lpclip import files
 from lpclip.config import SelfTrainingConfig, UserError, config_identity, did_you_mean, digest
 from lpclip.encoders.head import Head
-from lpclip.method.confirmation import MIN_IMAGES_PER_CLASS, MIN_KAPPA, Confirmation
+from lpclip.method.confirmation import Confirmation
 from lpclip.method.priors import PRIORS, Prior, read_prior
 from lpclip.method.trial import ChosenPrior, try_priors
 
@@ -108,9 +108,7 @@ def print_prior(name: str, tried: dict[str, Confirmation], *, trusted: bool) -> 
     """Print the prior that the rounds go on with, and a warning if their result cannot be trusted."""
     print(f"prior: {name}{MEANINGS.get(name, '')}", flush=True)
     if not trusted:
-        kappa, images = tried[name].kappa, tried[name].images_per_class
+        why = "; ".join(tried[name].doubts)
         print(
-            f"WARNING: the rounds cannot be trusted (kappa {kappa:.2f}, {images:.3g} images per class name): OUT/probe "
-            f"will be zero-shot. Trust takes a kappa of {MIN_KAPPA} and {MIN_IMAGES_PER_CLASS} images per name.",
-            flush=True,
+            f"WARNING: OUT/probe will be zero-shot, because the rounds cannot be trusted: {why}", flush=True
         )

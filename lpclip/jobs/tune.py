@@ -110,8 +110,8 @@ def tune_job(job: TuneJob) -> dict[str, Any]:
         print_sweep_plan(job, space, classes=inputs.classes, count=count, concurrent=concurrent)
         with job_run("tune", job, out=out, encoder=info.name, data=inputs.data.name) as run:
             watch.lap("start")
-            sweep = _Sweep(job, out, space, inputs, info, head, run, watch)
-            return sweep.run(trials, configs, priors, count=count, concurrent=concurrent)
+            sweep = _Sweep(job, out, space, inputs, info, head, run)
+            return sweep.run(trials, configs, priors, count=count, concurrent=concurrent, watch=watch)
 
 
 def _strong_views(job: TuneJob) -> tuple[str, ...]:
@@ -172,10 +172,9 @@ class _Sweep:
         info: EncoderInfo,
         head: Head,
         run: tracking.Run,
-        watch: Stopwatch,
     ) -> None:
         self._job, self._out, self._space, self._inputs = job, out, space, inputs
-        self._info, self._head, self._run, self._watch = info, head, run, watch
+        self._info, self._head, self._run = info, head, run
         self._folder = files.join(out, "trials")
         self._children: dict[str, tracking.Run] = {}
         self._prior: ChosenPrior | None = None
@@ -188,9 +187,10 @@ class _Sweep:
         *,
         count: int,
         concurrent: int,
+        watch: Stopwatch,
     ) -> dict[str, Any]:
         """All of it. Returns the summary."""
-        job, out, head, watch = self._job, self._out, self._head, self._watch
+        job, out, head = self._job, self._out, self._head
         known = encode_inputs(job, self._inputs, info=self._info, head=head, out=out, watch=watch)
         self._x, self._y = known.x, known.y
         fingerprint = known.encoded.store.manifest.fingerprint

@@ -58,7 +58,20 @@ class Confirmation:
     @property
     def trusted(self) -> bool:
         """True where the rounds found something at all."""
-        return self.kappa >= MIN_KAPPA and self.images_per_class >= MIN_IMAGES_PER_CLASS
+        return not self.doubts
+
+    @property
+    def doubts(self) -> list[str]:
+        """The reasons not to trust the rounds, each a clause."""
+        found = []
+        if self.kappa < MIN_KAPPA:
+            found.append(f"the halves hardly confirm them (kappa {self.kappa:.2f}, {MIN_KAPPA} is needed)")
+        if self.images_per_class < MIN_IMAGES_PER_CLASS:
+            found.append(
+                f"there are {self.images_per_class:.3g} images for each class name, and {MIN_IMAGES_PER_CLASS} are "
+                "needed: take more images, or leave out names that have none"
+            )
+        return found
 
 
 class Sample:

@@ -97,19 +97,8 @@ def fit(
     temperature = head.temperature if config.temperature is None else config.temperature
     origin = join_origins(features, head)
     zero_shot = zero_shot_probe(weight, temperature=temperature, class_names=names, encoder=origin)
-    chosen = try_priors(
-        rows,
-        weight,
-        temperature=temperature,
-        config=config,
-        prior=prior,
-        show=lambda name, found: tell(f"prior {name}: halves of the features confirm {found.agreement:.1%}"),
-    )
-    doubt = "" if chosen.trusted else "; too little confirms the rounds: the probe will be zero-shot"
-    tell(f"prior: {chosen.name}{doubt}")
+    chosen = _try_priors(rows, weight, temperature=temperature, config=config, prior=prior, tell=tell)
     places = np.arange(len(names)) if chosen.present is None else chosen.present
-    if len(places) < len(names):
-        tell(f"classes: {len(places)} of {len(names)} names have images, the rounds use these")
     shard = Shard(features=rows, strong=views, num_rows=len(rows), device=compute_device())
     states, last = _run(shard, head=zero_shot.weight[places], prior=chosen.prior, config=config, tell=tell)
     probe = finish_probe(
@@ -206,6 +195,31 @@ def _read_options(
             f"prior {config.prior!r} is none of auto, uniform, weak, none; give the classes' shares as shares="
         )
     return config, read_prior(config.prior, class_names)
+
+
+def _try_priors(
+    rows: np.ndarray,
+    weight: Tensor,
+    *,
+    temperature: float,
+    config: SelfTrainingConfig,
+    prior: Prior | None,
+    tell: Callable[[str], None],
+) -> ChosenPrior:
+    """The outcome of `try_priors`, told in a line for each step."""
+    chosen = try_priors(
+        rows,
+        weight,
+        temperature=temperature,
+        config=config,
+        prior=prior,
+        show=lambda name, found: tell(f"prior {name}: halves of the features confirm {found.agreement:.1%}"),
+    )
+    doubt = "" if chosen.trusted else "; too little confirms the rounds: the probe will be zero-shot"
+    tell(f"prior: {chosen.name}{doubt}")
+    if chosen.present is not None:
+        tell(f"classes: {len(chosen.present)} of {len(weight)} names have images, the rounds use these")
+    return chosen
 
 
 def _run(

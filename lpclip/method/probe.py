@@ -64,7 +64,11 @@ def load_probe(folder: str) -> Probe:
         text = files.read_json(files.join(folder, "probe.json"))
         tensors = load_tensors(files.read_bytes(files.join(folder, "probe.safetensors")))
     except FileNotFoundError as error:
-        raise UserError(f"{folder} holds no probe: probe.json and probe.safetensors belong there") from error
+        inside = files.join(folder, "probe")
+        hint = f"; {inside} holds one" if files.exists(files.join(inside, "probe.json")) else ""
+        raise UserError(
+            f"{folder} holds no probe: probe.json and probe.safetensors belong there{hint}"
+        ) from error
     except SafetensorError as error:
         raise UserError(f"{files.join(folder, 'probe.safetensors')} is damaged: {error}") from error
     if not isinstance(text, dict) or text.get("format") != FORMAT:

@@ -64,10 +64,10 @@ def try_priors(
         sample = Sample(features, zero_shot=zero_shot, temperature=temperature, config=config, dtype=dtype)
         if prior is None:
             name, tried = choose_prior(sample, show=show)
-            if config.present == "auto" and tried[name].trusted:
+            # Some absent names may be left: equal shares would be ruinous, so the weak prior is taken.
+            if config.present == "auto" and tried[name].trusted and tried["weak"].trusted:
                 found = sample.present()
                 if len(found) < len(zero_shot):
-                    # Some absent names may be left: equal shares would be ruinous.
                     name, present = "weak", found
         else:
             tried = {name: sample.confirm(prior)}
