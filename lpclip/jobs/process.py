@@ -5,6 +5,7 @@ Nothing heavy is imported before it is needed.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -136,3 +137,5 @@ def _make_spill_folder() -> None:
     global _spilled
     if _spilled is None and not os.environ.get("RAY_ADDRESS"):
         _spilled = tempfile.mkdtemp(prefix="lpclip-spilled-", dir=os.environ.get("RAY_TMPDIR"))
+        # For a process that ends otherwise than by `leave`.
+        atexit.register(shutil.rmtree, _spilled, ignore_errors=True)
