@@ -177,6 +177,9 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     if distributed:
         dist.barrier()
     if rank == 0:
+        # A run that was interrupted may have gone further: rounding decides whether hardly a label changed.
+        for name in _round_names(work.folder)[state.round :]:
+            files.delete(files.join(work.folder, name))
         files.write_json(
             files.join(work.folder, "finished.json"), {"round": state.round, "num_workers": size}
         )
