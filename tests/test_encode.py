@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from lpclip.encoders.engine import CPU_BATCH
 from lpclip.encoders.head import EncoderInfo, Head, make_head
 from lpclip.encoders.load import load_encoder
 from lpclip.encoders.prompts import DEFAULT_TEMPLATES
+from lpclip.features.commit_stage import commit
 from lpclip.features.data import open_data
 from lpclip.features.decode_stage import decode_unit
 from lpclip.features.describe import describe_encoder
@@ -36,9 +38,10 @@ from lpclip.features.device_passes import DevicePasses
 from lpclip.features.encode_stage import EncodeStage, plan_actors
 from lpclip.features.find_or_encode import Encoding
 from lpclip.features.store import Manifest, Store, matrix
+from lpclip.features.store_writer import StoreWriter
 from lpclip.features.zero_shot_labels import ZeroShotLabels, pseudo_label
 from lpclip.images.open import open_source
-from lpclip.images.views import parse_views
+from lpclip.images.views import View, parse_views
 from lpclip.jobs.cli import users_mistake
 
 pytestmark = pytest.mark.usefixtures("cluster", "lite_map")
@@ -262,6 +265,43 @@ def test_batches_run_on_from_view_to_view(info: EncoderInfo, batch_size: int) ->
         np.testing.assert_allclose(features[[0, 2]], expected[[0, 2]], atol=4e-3)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_an_image_without_a_feature_is_quarantined(info: EncoderInfo, tmp_path: Path, value: float) -> None:
+    views = parse_views("weak,mirror")
+    stage = EncodeStage(LITE, info, views, 8, 1)
+    dim, size = info.identity["dim"], info.preprocess.size
+
+    def passes(pixels: Mapping[View, np.ndarray], views: Sequence[View]) -> np.ndarray:
+        found = np.eye(2 * len(pixels[views[0]]), dim, dtype=np.float16)
+        # Of the last image, in the second view.
+        found[-1, found[-1] == 1] = value
+        return found
+
+    stage.passes = passes
+    pixels = table_of_pixels({"weak": np.zeros((3, size, size, 3), np.uint8)}, [None, "damaged", None])
+    places = {"unit": [0, 0, 0], "row": [0, 1, 2], "last": [False, False, True], "digest": [b"a", b"b", b"c"]}
+    for name, column in {**places, "stage": pa.array([None, "decode", None], pa.string())}.items():
+        pixels = pixels.append_column(name, pa.array(column))
+    identity = {"encoder": info.identity, "views": ["weak", "mirror"], "seed": None, "source": {}}
+    writer = StoreWriter(str(tmp_path), identity)
+    writer.begin()
+    commit(stage(pixels), writer=writer, columns=("id", "weak", "mirror"))
+    store = writer.finish(num_units=1, rate=None)
+    assert store.ids().tolist() == ["0"]
+    quarantine = {row["id"]: row for row in pq.read_table(tmp_path / "quarantine.parquet").to_pylist()}
+    assert (quarantine["1"]["stage"], quarantine["1"]["error"]) == ("decode", "damaged")
+    assert quarantine["2"]["stage"] == "encode"
+    assert "NaN" in quarantine["2"]["error"]
+
+
+def test_a_class_name_without_an_embedding_is_refused(info: EncoderInfo) -> None:
+    assert info.head is not None
+    head = info.head.copy()
+    head[1, 5] = np.nan
+    with pytest.raises(ValueError, match=f"infinite embedding of '{CLASSES[1]}'"):
+        make_head(replace(info, head=head), CLASSES, temperature=None)
+
+
 @pytest.mark.slow
 def test_a_node_with_another_encoder_is_refused(tars: Path, info: EncoderInfo, tmp_path: Path) -> None:
     began_with = replace(info, identity={**info.identity, "weights": "of yesterday"})
@@ -379,7 +419,7 @@ def test_bad_images_are_quarantined_with_their_reason(mixed: Path, kept: Store, 
 
     # Now the store is complete: a stricter limit refuses it all the same, encoded or found.
     strict = SourceConfig(max_bad_fraction=0.25)
-    message = r"4 of 10 images of mixed\d* cannot be read, more than --max-bad-fraction 0.25 allows"
+    message = r"4 of 10 images of mixed\d* cannot be used, more than --max-bad-fraction 0.25 allows"
     with pytest.raises(ValueError, match=message):
         run(mixed, info, Path(kept.path), source=strict)
     data = open_data(str(mixed), config=strict, split="train")
@@ -393,7 +433,7 @@ def test_bad_images_alone_are_refused_however_often_one_tries(info: EncoderInfo,
         write_tar(tmp_path / "images" / name, {"0.png": b"no image", "1.png": b""})
     data = open_data(str(tmp_path / "images"), config=SourceConfig(max_bad_fraction=1.0), split="train")
     for _ in range(2):
-        with pytest.raises(ValueError, match="4 of 4 images of images cannot be read"):
+        with pytest.raises(ValueError, match="4 of 4 images of images cannot be used"):
             encoding(info, tmp_path / "features").store_of(data, views=parse_views(CONFIG.views))
 
 

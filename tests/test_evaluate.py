@@ -680,14 +680,14 @@ def test_foreign_images_that_cannot_be_read_are_refused(work: Work, tmp_path: Pa
         source=SourceConfig(max_bad_fraction=1.0),
         tracking=TrackingConfig(experiment="broken"),
     )
-    with pytest.raises(ValueError, match="3 of 3 images of broken cannot be read"):
+    with pytest.raises(ValueError, match="3 of 3 images of broken cannot be used"):
         evaluate_job(job)
     client = MlflowClient()
     experiment = client.get_experiment_by_name("broken")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FAILED"
-    assert "3 of 3 images of broken cannot be read" in run.data.tags["lpclip.error"]
+    assert "3 of 3 images of broken cannot be used" in run.data.tags["lpclip.error"]
 
 
 def test_a_spec_is_parsed_into_a_name_and_a_path() -> None:

@@ -311,12 +311,15 @@ def test_a_changed_byte_is_noticed_by_whoever_reads_it(tmp_path: Path, column: s
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.5])
-def test_without_checksums_features_that_no_encoder_makes_are_refused(tmp_path: Path, value: float) -> None:
+@pytest.mark.parametrize("mark", [{}, {CHECKSUMS: b"1"}])
+def test_features_that_are_none_are_refused_in_parts_of_earlier_versions(
+    tmp_path: Path, value: float, mark: dict[bytes, bytes]
+) -> None:
     path = make(tmp_path)
     expected = Store.open(path).features()
     for file in Path(path).glob("part-*.parquet"):
         table = pq.read_table(file)
-        meta = {key: text for key, text in table.schema.metadata.items() if key != CHECKSUMS}
+        meta = {key: text for key, text in table.schema.metadata.items() if key != CHECKSUMS} | mark
         pq.write_table(table.replace_schema_metadata(meta), file)
     assert np.array_equal(bits(Store.open(path).features().base), bits(expected.base))
     table = pq.read_table(file := Path(path) / part(1, 3, 8).name)

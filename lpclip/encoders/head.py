@@ -40,9 +40,17 @@ def refuse_another(found: dict[str, Any], identity: dict[str, Any]) -> None:
 
 
 def make_head(info: EncoderInfo, names: tuple[str, ...], *, temperature: float | None) -> Head:
-    """The zero-shot head of the class names that `info` was asked for; the encoder's own temperature by default."""
+    """The zero-shot head of the class names that `info` was asked for; the encoder's own temperature by default.
+
+    Raises UserError when the encoder's embedding of a name is NaN or infinite.
+    """
     assert info.head is not None
     assert temperature is None or temperature > 0, temperature
+    lost = np.flatnonzero(~np.isfinite(info.head).all(axis=1))
+    if len(lost):
+        raise UserError(
+            f"the encoder gives a NaN or an infinite embedding of {names[lost[0]]!r}: try --precision float32"
+        )
     used = temperature if temperature is not None else 1 / info.logit_scale
     identity = digest([info.identity, names, hashlib.sha256(info.head.tobytes()).hexdigest(), used])
     return Head(class_names=names, weight=info.head, temperature=used, identity=identity)

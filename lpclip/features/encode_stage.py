@@ -15,6 +15,7 @@ from lpclip.encoders.on_cpu import load_tower
 from lpclip.features.decode_stage import pixel_array
 from lpclip.features.describe import has_gpus
 from lpclip.features.passes import CpuPasses, Passes
+from lpclip.features.store import has_unit_norm
 from lpclip.images.pixels import REDUCING_GAP, preprocess_identity
 from lpclip.images.source import Source
 from lpclip.images.views import STRONG_VERSION, View, pixel_views
@@ -28,6 +29,10 @@ TORCH_ENV = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
+
+NO_FEATURE = (
+    "the encoder gives it no feature of unit norm, but a NaN or an infinite one: try --precision float32"
+)
 
 
 def store_identity(
@@ -99,12 +104,25 @@ class EncodeStage:
         size = self.info.preprocess.size
         pixels = {view: pixel_array(good[f"pixels:{view}"], size=size) for view in pixel_views(self.views)}
         features = self.passes(pixels, self.views)
+        sound = has_unit_norm(features).reshape(len(self.views), len(good)).all(axis=0)
+        if not sound.all():
+            kept = _refuse(kept, np.flatnonzero(is_good)[~sound])
         for place, view in enumerate(self.views):
             found = np.zeros((len(table), self.info.identity["dim"]), np.float16)
             found[is_good] = features[place * len(good) : (place + 1) * len(good)]
             flat = pa.FixedSizeListArray.from_arrays(pa.array(found.reshape(-1)), self.info.identity["dim"])
             kept = kept.append_column(str(view), flat)
         return kept
+
+
+def _refuse(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    """Quarantine rows (indices) that the encoder has no features of: one NaN would spoil every sum over the images."""
+    for name, text in {"error": NO_FEATURE, "stage": "encode"}.items():
+        values = table[name].to_pylist()
+        for row in rows:
+            values[row] = text
+        table = table.set_column(table.column_names.index(name), name, pa.array(values, pa.string()))
+    return table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -206,7 +206,7 @@ def _check_bad(source: Source, path: str, *, bad: int, seen: int | None) -> None
     if seen and (bad > limit * seen or bad == seen):
         first = write_quarantine(path)[0]
         raise UserError(
-            f"{bad:,} of {seen:,} images of {source.name} cannot be read, more than --max-bad-fraction {limit:g} "
+            f"{bad:,} of {seen:,} images of {source.name} cannot be used, more than --max-bad-fraction {limit:g} "
             f"allows; the first is {first['id']} ({first['error']}), all are in "
             f"{files.join(path, 'quarantine.parquet')}"
         )

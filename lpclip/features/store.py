@@ -30,6 +30,8 @@ from lpclip.images.views import BASE_VIEWS
 FORMAT = 1
 CHECKSUMS = b"checksums"
 """Key in a part's metadata: its pages have checksums, which are verified whenever they are read."""
+SOUND = b"2"
+"""Its value where all features had unit norm when they were written; it was 1 before they were looked at."""
 NORM_TOLERANCE = 0.01
 _ENCODE_AGAIN = "run the command that made the store again, it encodes the images of this part alone"
 _MEND_PART = f"remove this file and {_ENCODE_AGAIN}"
@@ -163,7 +165,7 @@ class Store:
         for name in self.manifest.parts:
             with open_part(self.path, name) as part:
                 table = part.read(columns=columns)
-                if CHECKSUMS not in part.metadata.metadata:
+                if part.metadata.metadata.get(CHECKSUMS) != SOUND:
                     _refuse_damage(table, files.join(self.path, name))
             yield table
 
@@ -292,15 +294,20 @@ def _lost_parts(path: str, manifest: Manifest) -> list[str]:
 
 
 def _refuse_damage(table: pa.Table, path: str) -> None:
-    """Raise UserError for features that no encoder makes: parts of earlier versions have no checksums."""
+    """Raise UserError for features that are none: nobody looked when parts of earlier versions were written."""
     for name in table.column_names:
         if not pa.types.is_fixed_size_list(table[name].type):
             continue
-        rows = matrix(table, name, table[name].type.list_size).astype(np.float32)
-        norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
-        # Float16 keeps the norm within 0.001. Without the negation, NaN would pass.
-        if not (np.abs(norms - 1) < NORM_TOLERANCE).all():
+        if not has_unit_norm(matrix(table, name, table[name].type.list_size)).all():
             raise UserError(f"{path} is damaged (a feature is not of unit norm): {_MEND_PART}")
+
+
+def has_unit_norm(features: np.ndarray) -> np.ndarray:
+    """Say of each of the features (N, d) float16 whether it is a direction: (N,) bool, False for a NaN too."""
+    rows = features.astype(np.float32)
+    norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    # Float16 keeps the norm within 0.001.
+    return np.asarray(np.abs(norms - 1) < NORM_TOLERANCE)
 
 
 def mean_view(views: list[np.ndarray]) -> np.ndarray:

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from lpclip import files
 from lpclip.config import UserError
-from lpclip.features.store import CHECKSUMS, Manifest, Store, fingerprint, open_part, refuse_other
+from lpclip.features.store import CHECKSUMS, SOUND, Manifest, Store, fingerprint, open_part, refuse_other
 
 DIGEST_MODULUS = 1 << 128
 QUARANTINE = pa.schema([("id", pa.string()), ("stage", pa.string()), ("error", pa.string())])
@@ -99,11 +99,14 @@ class StoreWriter:
     def write_part(
         self, part: Part, *, rows: pa.Table, quarantine: list[dict[str, str]], content_digest: int
     ) -> None:
-        """Commit a part: its encoded rows, its quarantined rows and the digest of their ids and image bytes."""
+        """Commit a part: its encoded rows, its quarantined rows and the digest of their ids and image bytes.
+
+        Features must be of unit norm: nobody looks again.
+        """
         meta = {
             b"quarantine": json.dumps(quarantine).encode(),
             b"digest": b"%x" % content_digest,
-            CHECKSUMS: b"1",
+            CHECKSUMS: SOUND,
         }
         # Random mantissas do not compress: an attempt would cost time and gain nothing.
         files.write_parquet(
