@@ -112,16 +112,18 @@ def test_rounds_that_nothing_confirms_are_not_believed(
     base: dict[str, Any],
     work: Path,
     lake: Path,
+    photos: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("lpclip.method.confirmation.MIN_KAPPA", 1.1)
     found = run(
-        f"selftrain.py --data {lake}/labelled.parquet --classes {WORDS} --features {work}/features "
-        f"--rounds 2 --prior weak --out {work}/doubted",
+        f"selftrain.py --data {lake}/labelled.parquet --eval-data {photos} --classes {WORDS} --rounds 2 --prior weak "
+        f"--features {work}/features --temperature 1 --out {work}/doubted",
         monkeypatch,
     )
     assert not found["prior"]["trusted"]
+    assert found["zero_shot"] == base["zero_shot"], "the teacher's temperature is not zero-shot's"
     printed = capsys.readouterr().out
     assert "WARNING: OUT/probe will be zero-shot, because the rounds cannot be trusted: the halves" in printed
     assert "images for each class name" not in printed

@@ -47,6 +47,9 @@ class _Opened:
     """None when the job has to choose it."""
     info: EncoderInfo
     head: Head
+    """Zero-shot at the encoder's own temperature, which it was calibrated with."""
+    teacher: Head
+    """The same at the temperature of the first teacher."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +119,9 @@ def _open(job: SelftrainJob) -> _Opened:
         raise UserError("--supervised needs labels in --data, and there are none")
     start_ray()
     info = describe_encoder(job.encoder, class_names=names, templates=templates(job.names.templates))
-    head = make_head(info, names, temperature=job.training.temperature)
-    return _Opened(inputs=inputs, prior=prior, info=info, head=head)
+    head = make_head(info, names, temperature=None)
+    teacher = make_head(info, names, temperature=job.training.temperature)
+    return _Opened(inputs=inputs, prior=prior, info=info, head=head, teacher=teacher)
 
 
 def _train(
@@ -127,7 +131,7 @@ def _train(
     fingerprint = known.encoded.store.manifest.fingerprint
     identity = {
         "features": fingerprint,
-        "head": opened.head.identity,
+        "head": opened.teacher.identity,
         "training": config_identity(job.training),
         "eval_data": known.tested.store.manifest.content_digest if known.tested else None,
     }
@@ -138,7 +142,7 @@ def _train(
         out=out,
         features=known.features.base,
         prior=opened.prior,
-        head=opened.head,
+        head=opened.teacher,
         fingerprint=fingerprint,
     )
     watch.lap("prior")
@@ -166,7 +170,7 @@ def _run_rounds(
     `identity` is the job's, except for the prior.
     """
     manifest = known.encoded.store.manifest
-    head = opened.head if chosen.present is None else take_names(opened.head, chosen.present)
+    head = opened.teacher if chosen.present is None else take_names(opened.teacher, chosen.present)
     work = make_work(
         store_path=known.encoded.store.path,
         fingerprint=manifest.fingerprint,
@@ -206,16 +210,16 @@ def _make_probes(
     about: dict[str, Any] = {"class_names": head.class_names, "encoder": known.probe_encoder}
     weight = torch.tensor(head.weight)
     zero_shot = zero_shot_probe(weight, temperature=head.temperature, **about)
+    teacher = weight / opened.teacher.temperature
     if chosen.present is None:
-        linears = [state.classifier(zero_shot.weight) for state in rounds]
+        linears = [state.classifier(teacher) for state in rounds]
     else:
-        places, present = chosen.present, zero_shot.weight[chosen.present]
+        places, present = chosen.present, teacher[chosen.present]
         linears = [among_all(state.classifier(present), places, num_classes=len(weight)) for state in rounds]
     probe = finish_probe(
         rounds[-1],
         zero_shot=zero_shot,
-        # Zero-shot is calibrated at the encoder's own temperature, whatever temperature the teacher has.
-        calibrated=zero_shot_probe(weight, temperature=1 / opened.info.logit_scale),
+        teacher=teacher,
         features=features.base,
         config=job.training,
         chosen=chosen,

@@ -33,7 +33,7 @@ class SelfTraining:
     probe: Probe
     """The self-trained probe; zero-shot itself where the rounds cannot be trusted."""
     zero_shot: Probe
-    """The classifier that the rounds began with."""
+    """The head as a probe, at its own temperature, whatever `config.temperature` makes of the first teacher."""
     prior: ChosenPrior
     """The class prior, and the evidence for it."""
     rounds: tuple[State, ...]
@@ -96,18 +96,14 @@ def fit(
     rows, views, order = arrange(features, strong, dim=weight.shape[1])
     temperature = head.temperature if config.temperature is None else config.temperature
     origin = join_origins(features, head)
-    zero_shot = zero_shot_probe(weight, temperature=temperature, class_names=names, encoder=origin)
+    zero_shot = zero_shot_probe(weight, temperature=head.temperature, class_names=names, encoder=origin)
+    teacher = weight / temperature
     chosen = _try_priors(rows, weight, temperature=temperature, config=config, prior=prior, tell=tell)
     places = np.arange(len(names)) if chosen.present is None else chosen.present
     shard = Shard(features=rows, strong=views, num_rows=len(rows), device=compute_device())
-    states, last = _run(shard, head=zero_shot.weight[places], prior=chosen.prior, config=config, tell=tell)
+    states, last = _run(shard, head=teacher[places], prior=chosen.prior, config=config, tell=tell)
     probe = finish_probe(
-        states[-1],
-        zero_shot=zero_shot,
-        calibrated=zero_shot_probe(weight, temperature=head.temperature),
-        features=rows,
-        config=config,
-        chosen=chosen,
+        states[-1], zero_shot=zero_shot, teacher=teacher, features=rows, config=config, chosen=chosen
     )
     found = zero_shot_labels(probe, rows)
     if chosen.trusted:
@@ -128,23 +124,23 @@ def finish_probe(
     last: State,
     *,
     zero_shot: Probe,
-    calibrated: Probe,
+    teacher: Tensor,
     features: np.ndarray,
     config: SelfTrainingConfig,
     chosen: ChosenPrior,
 ) -> Probe:
     """The last round's probe with its label-free temperature, or zero-shot where the rounds are not trusted.
 
-    `zero_shot` is the first teacher. `calibrated` is zero-shot at the encoder's own temperature, whatever the
-    teacher's: that is the one it was calibrated with. `features` are (N, d).
+    `zero_shot` has the encoder's own temperature: that is the one it was calibrated with. `teacher` (K, d) is the head
+    in units of the rounds' logits. `features` are (N, d).
     """
     probe, temperature, places = zero_shot, 1.0, chosen.present
     if chosen.trusted:
-        trained = last.classifier(zero_shot.weight if places is None else zero_shot.weight[places])
+        trained = last.classifier(teacher if places is None else teacher[places])
         if places is not None:
             trained = with_absent(trained, places, zero_shot=zero_shot, features=features)
         probe = replace(zero_shot, weight=trained.weight, bias=trained.bias)
-        temperature = label_free_temperature(probe, zero_shot=calibrated, features=features)
+        temperature = label_free_temperature(probe, zero_shot=zero_shot, features=features)
     summary = {
         "method": "self-trained" if chosen.trusted else "zero-shot (fallback)",
         "training": to_dict(config),
