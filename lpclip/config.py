@@ -520,7 +520,8 @@ class EvaluateJob:
     of CIFAR-10-C."""
     shift: tuple[str, ...] = ()
     """NAME=PATH of labelled images of the same classes from other origins. For the names imagenet-v2,
-    imagenet-sketch, imagenet-r and objectnet the effective robustness is reported as well."""
+    imagenet-sketch, imagenet-r and objectnet the effective robustness is reported as well, if all their classes are
+    there."""
     ood: tuple[str, ...] = ()
     """NAME=PATH of images of other classes, about which a classifier should not be sure."""
     classes: str | None = None

@@ -32,7 +32,7 @@ from lpclip.config import (
 )
 from lpclip.evaluation.bootstrap import mean_interval
 from lpclip.evaluation.results import ZERO_SHOT
-from lpclip.evaluation.shift import ALEXNET_ERROR, effective_robustness
+from lpclip.evaluation.shift import ALEXNET_ERROR
 from lpclip.features.store import Store, row_order
 from lpclip.jobs.evaluate import evaluate_job
 from lpclip.jobs.evaluate_examples import EXAMPLES
@@ -449,12 +449,13 @@ def test_other_probes_under_other_names_encode_nothing(
     assert not [
         r for r in found["results"] if r["metric"] in ("corruption_error_alexnet", "effective_robustness")
     ]
-    clean, shifted = (
-        value(again, metric, "trained/probe", "imagenet-v2")[0]
-        for metric in ("clean_accuracy_of_classes", "accuracy_of_classes")
+    # Three classes are not ImageNet's thousand, for which the published line holds.
+    assert not [row for row in again["results"] if row["metric"] == "effective_robustness"]
+    page = (Path(other.out) / "report.html").read_text()
+    assert (
+        "Mean corruption error over 1 of 15 corruptions, which is no mCE (AlexNet has 100%): zero-shot "
+        in page
     )
-    beyond = value(again, "effective_robustness", "trained/probe", "imagenet-v2")[0]
-    assert beyond == pytest.approx(effective_robustness(shifted, accuracy=clean, fit="imagenet-v2"))
 
 
 @pytest.mark.slow

@@ -176,8 +176,23 @@ def test_alexnets_errors_are_a_reference_for_all_five_severities_alone() -> None
     assert not values(corruption_results(None, five, alexnet=False, seed=0), metric)
     four = {key: found for key, found in five.items() if key.severity != 3}
     assert not values(corruption_results(None, four, alexnet=True, seed=0), metric)
-    extra = {cell("saturate", severity): judgements("1100", "1110") for severity in range(1, 6)}
-    assert not values(corruption_results(None, five | extra, alexnet=True, seed=0), metric)
+    extra = {cell("saturate", severity): judgements("1100", "0000") for severity in range(1, 6)}
+    more = values(corruption_results(None, five | extra, alexnet=True, seed=0), metric)
+    assert more == values(rows, metric), "AlexNet's error is known for ImageNet-C's 15 corruptions"
+
+
+def test_the_mean_is_called_mce_where_all_of_imagenet_cs_corruptions_are_there() -> None:
+    all_15 = {
+        cell(name, severity): judgements("1100", "1110") for name in ALEXNET_ERROR for severity in range(1, 6)
+    }
+    expected = np.mean([0.25 / error for error in ALEXNET_ERROR.values()])
+    rows = corruption_results(None, all_15, alexnet=True, seed=0)
+    assert values(rows, "mce")["mean", None, "mine"] == pytest.approx(expected)
+    assert len(values(rows, "corruption_error_alexnet")) == 2 * 15, "for both classifiers, without a mean"
+    del all_15[cell("fog", 4)]
+    rows = corruption_results(None, all_15, alexnet=True, seed=0)
+    assert not values(rows, "mce")
+    assert len(values(rows, "corruption_error_alexnet")) == 2 * (14 + 1)
 
 
 def unit(*rows: tuple[float, ...]) -> np.ndarray:
@@ -232,16 +247,38 @@ def test_shift_is_measured_among_the_classes_that_occur() -> None:
         {"clean_accuracy_of_classes": 2 / 3, "accuracy_of_classes": 0.5, "retained_accuracy": 0.75}
     )
 
-    known = Cell(set="imagenet-v2", kind="shift")
-    rows = shift_results(known, {"mine": probe}, clean=clean, shifted=shifted)
-    (beyond,) = [row.value for row in rows if row.metric == "effective_robustness"]
-    assert beyond == pytest.approx(effective_robustness(0.5, accuracy=2 / 3, fit="imagenet-v2"))
+    # A class that occurs in the shifted set alone has no clean accuracy.
+    rows = shift_results(elsewhere, {"mine": probe}, clean=shifted, shifted=clean)
+    assert {row.metric: row.value for row in rows} == pytest.approx(
+        {"clean_accuracy_of_classes": 0.5, "accuracy_of_classes": 2 / 3, "retained_accuracy": 4 / 3}
+    )
+
+
+@pytest.mark.parametrize(("name", "num_classes"), [("imagenet-v2", 1000), ("imagenet-r", 200)])
+def test_effective_robustness_is_measured_among_all_classes_of_its_fit(name: str, num_classes: int) -> None:
+    right = np.arange(num_classes)
+    features = np.eye(num_classes, dtype=np.float16)
+    probe, known = identity_probe(*[1] * num_classes), Cell(set=name, kind="shift")
+
+    def beyond(clean: np.ndarray, shifted: np.ndarray) -> list[float | None]:
+        images = [
+            Labelled(features=np.concatenate([features[labels], features[:1]]), labels=np.append(labels, 1))
+            for labels in (clean, shifted)
+        ]
+        rows = shift_results(known, {"mine": probe}, clean=images[0], shifted=images[1])
+        return [row.value for row in rows if row.metric == "effective_robustness"]
+
+    accuracy = num_classes / (num_classes + 1)
+    expected = effective_robustness(accuracy, accuracy=accuracy, fit=name)
+    assert beyond(right, right) == pytest.approx([expected])
+    assert beyond(right[:-1], right) == []
+    assert beyond(right, right[2:]) == []
 
 
 def test_shift_without_clean_accuracy_or_common_classes_retains_nothing() -> None:
     probes, shifted = {"mine": identity_probe(1, 1)}, labelled([0], (3, 1))
     elsewhere = Cell(set="cards", kind="shift")
-    wrong = labelled([0], (1, 3))
+    wrong = labelled([0, 1], (1, 3), (3, 1))
     # Among one class alone everything is right, so two are there.
     both = labelled([0, 1], (3, 1), (3, 1))
     rows = shift_results(elsewhere, probes, clean=wrong, shifted=both)

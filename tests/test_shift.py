@@ -29,7 +29,7 @@ def test_zero_shot_is_more_robust_than_models_of_its_accuracy():
 
 @pytest.mark.parametrize("fit", FITS)
 def test_the_fit_is_a_line_of_logits(fit: str):
-    a, b = FITS[fit]
+    a, b, _ = FITS[fit]
     for accuracy in np.linspace(0.01, 0.99, 7):
         expected = expit(a * logit(accuracy) + b)
         assert effective_robustness(0.5, accuracy=accuracy, fit=fit) == pytest.approx(0.5 - expected)

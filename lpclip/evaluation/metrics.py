@@ -33,8 +33,8 @@ def classification_metrics(probabilities: Tensor, labels: Tensor) -> dict[str, f
     mean_recall: the mean of `per_class_recall` over the classes that occur, also called balanced accuracy.
     ece: expected calibration error of the top label, L1, 15 bins of equal width (Guo et al., 2017). Bins hold
     their lower edge, and a confidence of exactly 1 has a bin of its own, as in torchmetrics.
-    adaptive_ece: the same with 15 bins of equal mass, the rows in order of confidence cut into runs whose sizes
-    differ by at most one, the first ones longer (Nixon et al., 2019). Tied rows share their errors evenly.
+    adaptive_ece: the same with 15 bins of equal mass (Nguyen and O'Connor, 2015), the rows in order of confidence cut
+    into runs whose sizes differ by at most one, the first ones longer. Tied rows share their errors evenly.
     nll: mean negative log-likelihood in nats, of probabilities of at least 1e-12.
     brier: mean squared error summed over classes, 0 to 2 (Brier, 1950).
     aurc, augrc: means of the selective and the generalized risk of `risk_coverage`, the confidence being the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 # AlexNet's error on ImageNet-C, the mean over severities 1 to 5 (Hendrycks and Dietterich, 2019). It was measured on
 # the published files, which are 224 pixels wide already: no resizing, no crop.
@@ -27,13 +28,22 @@ ALEXNET_ERROR: dict[str, float] = {
 # As a reference for `corruption_error`: only the sum over the five severities matters.
 ALEXNET_ERRORS: dict[str, tuple[float, ...]] = {name: (error,) * 5 for name, error in ALEXNET_ERROR.items()}
 
-# (a, b): logit(accuracy under shift) = a logit(ImageNet accuracy) + b, over the standard ImageNet models of Taori et
-# al. (2020). V2 is the matched-frequency set; ImageNet-R and ObjectNet take the accuracy on their classes.
-FITS: dict[str, tuple[float, float]] = {
-    "imagenet-v2": (0.9232, -0.4977),
-    "imagenet-sketch": (1.0709, -2.3701),
-    "imagenet-r": (0.6368, -2.1077),
-    "objectnet": (0.9809, -1.9283),
+
+class Fit(NamedTuple):
+    """logit(accuracy under shift) = a logit(accuracy on ImageNet) + b, over standard ImageNet models."""
+
+    a: float
+    b: float
+    num_classes: int
+    """Both accuracies are among so many classes."""
+
+
+# Of Taori et al. (2020). V2 is the matched-frequency set; ImageNet-R and ObjectNet take the accuracy on their classes.
+FITS: dict[str, Fit] = {
+    "imagenet-v2": Fit(0.9232, -0.4977, 1000),
+    "imagenet-sketch": Fit(1.0709, -2.3701, 1000),
+    "imagenet-r": Fit(0.6368, -2.1077, 200),
+    "objectnet": Fit(0.9809, -1.9283, 113),
 }
 
 
@@ -42,7 +52,7 @@ def corruption_error(
 ) -> dict[str, float | None]:
     """For each corruption the sum of errors over severities, over the reference's (Hendrycks and Dietterich, 2019).
 
-    Errors are fractions, one for each severity, the same severities on both sides. The mean over the 15 corruptions
+    Errors are fractions, one for each severity, the same severities on both sides. The mean over all 15 corruptions
     with `ALEXNET_ERRORS` as the reference is ImageNet-C's mCE; it needs all five severities. A reference without
     errors gives None. Raises ValueError when the reference lacks a corruption or has other severities, or when an
     error is no fraction.
@@ -64,14 +74,14 @@ def corruption_error(
 def effective_robustness(accuracy_shift: float, *, accuracy: float, fit: str) -> float:
     """Accuracy under shift beyond what ImageNet models of this accuracy have: shift - sigmoid(a logit(acc) + b).
 
-    Accuracies are fractions, `accuracy` on ImageNet; (a, b) is `FITS[fit]` (Taori et al., 2020). At 0 and 1 the
-    sigmoid's limits hold. Raises ValueError for other accuracies and unknown fits.
+    Accuracies are fractions among the classes of `FITS[fit]`, whose a and b are taken (Taori et al., 2020); `accuracy`
+    is ImageNet's. At 0 and 1 the sigmoid's limits hold. Raises ValueError for other accuracies and unknown fits.
     """
     if fit not in FITS:
         raise ValueError(f"no fit for {fit!r}: there are {', '.join(FITS)}")
     if not (0 <= accuracy <= 1 and 0 <= accuracy_shift <= 1):
         raise ValueError(f"accuracies must be fractions, not {accuracy_shift} and {accuracy}")
-    a, b = FITS[fit]
+    a, b, _ = FITS[fit]
     # In odds rather than logits, which are infinite at 0 and 1.
     right, wrong = accuracy**a * math.exp(b), (1 - accuracy) ** a
     return accuracy_shift - right / (right + wrong)

@@ -46,10 +46,11 @@ def corruption_results(
 ) -> list[Result]:
     """Means over corruptions, at each severity and overall, and corruption errors, of the cells of one set.
 
-    Corruption error is the sum of errors over severities relative to zero-shot's; with `alexnet`, where all five
-    severities are there, to AlexNet's as well, which is defined on ImageNet-C's published files alone (Hendrycks
-    and Dietterich 2019). `clean` judgements give the share of clean accuracy that is kept. `same_images` says that
-    all cells' rows are the same images in the same order; otherwise corruptions, not images, are resampled.
+    Corruption error is the sum of errors over severities relative to zero-shot's; with `alexnet`, for ImageNet-C's
+    corruptions that are there in all five severities, to AlexNet's as well, which is defined on its published files
+    alone (Hendrycks and Dietterich 2019). The mean of these is the mCE where all 15 are there. `clean` judgements give
+    the share of clean accuracy that is kept. `same_images` says that all cells' rows are the same images in the same
+    order; otherwise corruptions, not images, are resampled.
     """
     results: list[Result] = []
     any_cell = next(iter(cells))
@@ -97,21 +98,24 @@ def _mean(values: Iterable[float | None]) -> float:
 
 def _corruption_errors(cells: Mapping[Cell, Judgements], name: str, *, alexnet: bool) -> list[Result]:
     any_cell = next(iter(cells))
-    errors, zero_shot = _errors(cells, name), _errors(cells, ZERO_SHOT)
-    references: dict[str, Mapping[str, Sequence[float]]] = {}
+    errors = _errors(cells, name)
+    found: dict[str, dict[str, float | None]] = {}
     if name != ZERO_SHOT:
-        references["corruption_error"] = zero_shot
-    if alexnet and all(len(v) == 5 and c in ALEXNET_ERRORS for c, v in errors.items()):
-        references["corruption_error_alexnet"] = ALEXNET_ERRORS
+        found["corruption_error"] = corruption_error(errors, reference=_errors(cells, ZERO_SHOT))
+    of_imagenet_c = {c: v for c, v in errors.items() if c in ALEXNET_ERRORS and len(v) == 5}
+    if alexnet and of_imagenet_c:
+        found["corruption_error_alexnet"] = corruption_error(of_imagenet_c, reference=ALEXNET_ERRORS)
     results = []
-    for metric, reference in references.items():
-        found = corruption_error(errors, reference=reference)
-        known = [value for value in found.values() if value is not None]
-        for corruption, value in found.items():
+    for metric, by_corruption in found.items():
+        for corruption, value in by_corruption.items():
             cell = Cell(set=any_cell.set, kind=any_cell.kind, corruption=corruption)
             results.append(cell.result(name, metric, value))
+        known = [value for value in by_corruption.values() if value is not None]
         mean = Cell(set=any_cell.set, kind=any_cell.kind, corruption=MEAN)
-        results.append(mean.result(name, metric, float(np.mean(known)) if known else None))
+        is_mce = metric == "corruption_error_alexnet" and len(by_corruption) == len(ALEXNET_ERRORS)
+        results.append(
+            mean.result(name, "mce" if is_mce else metric, float(np.mean(known)) if known else None)
+        )
     return results
 
 
@@ -127,21 +131,22 @@ def _errors(cells: Mapping[Cell, Judgements], name: str) -> dict[str, list[float
 def shift_results(
     cell: Cell, probes: Mapping[str, Probe], *, clean: Labelled, shifted: Labelled
 ) -> list[Result]:
-    """The share of clean accuracy that a shifted set keeps, both over the classes that occur in it.
+    """The share of clean accuracy that a shifted set keeps, both among the classes that occur in both sets.
 
     For a set named as one of `shift.FITS`, effective robustness as well (Taori et al. 2020): what it has beyond the
-    accuracy that ImageNet models of the same clean accuracy have there.
+    accuracy that ImageNet models of the same clean accuracy have there. It is left out where classes are missing, as in
+    a few images of each set: accuracies among fewer classes are higher, and the published line is not theirs.
     """
     results = []
-    present = np.unique(shifted.labels)
-    if not np.isin(clean.labels, present).any():
+    common = np.intersect1d(clean.labels, shifted.labels)
+    if not len(common):
         return []
     for name, probe in probes.items():
-        before, after = (accuracy_among(probe, images, classes=present) for images in (clean, shifted))
+        before, after = (accuracy_among(probe, images, classes=common) for images in (clean, shifted))
         results.append(cell.result(name, "clean_accuracy_of_classes", before))
         results.append(cell.result(name, "accuracy_of_classes", after))
         results.append(cell.result(name, "retained_accuracy", after / before if before else None))
-        if cell.set in FITS:
+        if cell.set in FITS and len(common) == FITS[cell.set].num_classes:
             beyond = effective_robustness(after, accuracy=before, fit=cell.set)
             results.append(cell.result(name, "effective_robustness", beyond))
     return results

@@ -7,7 +7,7 @@ from typing import Any
 
 from lpclip.evaluation.evidence import Evidence
 from lpclip.evaluation.results import MEAN, Result, RetrievalResult, worse_than_zero_shot
-from lpclip.evaluation.shift import FITS
+from lpclip.evaluation.shift import ALEXNET_ERROR, FITS
 from lpclip.report.evaluation_figures import (
     corruption_figure,
     effective_robustness_figure,
@@ -112,7 +112,7 @@ def _corruptions_of(name: str, results: Sequence[Result], clean: Mapping[str, fl
     return Section(
         title=f"Corruptions of {name}",
         text=f"{origin} Corruption error is the sum of errors over severities relative to zero-shot's: under "
-        "1 is better than zero-shot.",
+        f"1 is better than zero-shot.{_beside_alexnet(results)}",
         tables=[
             ("Mean over severities", _without_images(corruption_table(results))),
             (
@@ -123,6 +123,23 @@ def _corruptions_of(name: str, results: Sequence[Result], clean: Mapping[str, fl
         legend=colours(clean),
         pictures=[overview, *panels],
     )
+
+
+def _beside_alexnet(results: Sequence[Result]) -> str:
+    """A sentence with each classifier's mCE, or with the mean over those of ImageNet-C's corruptions that are there."""
+    errors = [found for found in results if found.metric in ("corruption_error_alexnet", "mce")]
+    means = [
+        f"{r.probe} {100 * r.value:.1f}%" for r in errors if r.corruption == MEAN and r.value is not None
+    ]
+    if not means:
+        return ""
+    count, total = len({found.corruption for found in errors} - {MEAN}), len(ALEXNET_ERROR)
+    title = (
+        "mCE"
+        if count == total
+        else f"Mean corruption error over {count} of {total} corruptions, which is no mCE"
+    )
+    return f"\n\n{title} (AlexNet has 100%): {', '.join(means)}."
 
 
 def _without_images(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -139,16 +156,17 @@ def _shifted(results: Sequence[Result]) -> Iterator[Section]:
     for name, found in shifted.items():
         for probe, value in found.items():
             points.setdefault(probe, {})[name] = (before[name][probe], value)
+    beyond = plain_values(results, "shift", "effective_robustness")
     yield Section(
         title="Natural shifts",
-        text="Accuracy among the classes that occur in the shifted set, there and on the clean one. Effective "
+        text="Accuracy on the shifted images and on the clean ones, among the classes that occur in both. Effective "
         "robustness (Taori et al. 2020) is what a classifier has beyond the accuracy that ImageNet models of its "
-        "clean accuracy have; it is defined for the sets whose fit was published.",
+        "clean accuracy have; it is defined for the sets whose fit was published, among all of their classes.",
         tables=[("Accuracy under shift", shift_table(results))],
         pictures=[
             Picture(
                 caption="Shifted against clean accuracy: on the solid line a shift costs nothing",
-                figure=effective_robustness_figure(points, fits={n: FITS[n] for n in shifted if n in FITS}),
+                figure=effective_robustness_figure(points, fits={name: FITS[name][:2] for name in beyond}),
                 alt="Accuracy on shifted sets against accuracy on the clean set, by classifier",
             )
         ],
