@@ -10,7 +10,7 @@ beyond a fixed seed. Features stay in float16 and are widened in blocks; no n x 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from lpclip.config import SelfTrainingConfig
 from lpclip.method.priors import Prior
 from lpclip.method.probe import Probe, zero_shot_probe
+from lpclip.method.recipe import RECIPE
 from lpclip.method.self_training import Rounds
 from lpclip.method.shard import Shard
 from lpclip.method.supervised import supervised_probe
@@ -34,6 +35,8 @@ NUM_NEIGHBOURS = 5
 # The probes of `fit_probe`: the middle of the strengths that the supervised ceiling tries.
 STRENGTH = 10.0
 FIT_STEPS = 100
+
+LP_CLIP_RATE = 0.1
 
 INMAP_ROWS = 20_000
 INMAP_STEPS = 2000
@@ -117,12 +120,14 @@ def naive_hard_labels(problem: Problem) -> Solution:
 def lp_clip(problem: Problem) -> Solution:
     """LP-CLIP (arXiv 2309.10361), reconstructed: confidence-weighted cross-entropy on the teacher's labels, in rounds.
 
-    The student sees the features that the teacher sees: a Problem has no strong views.
+    The student sees the features that the teacher sees: a Problem has no strong views. What lpclip's gradient solver
+    adds is left out: class prior, neighbours, class shares in the loss, a lower learning rate.
     """
     shard = Shard(features=problem.features, num_rows=len(problem.features))
     head = problem.head / problem.temperature
     config = SelfTrainingConfig(solver="gradient", rounds=4, prior="none")
-    *_, (state, _) = Rounds(shard, head=head, config=config, prior=Prior(strength=0.0)).run()
+    prior, recipe = Prior(strength=0.0), replace(RECIPE, gradient_rate=LP_CLIP_RATE, gradient_balance=0.0)
+    *_, (state, _) = Rounds(shard, head=head, config=config, prior=prior, recipe=recipe).run()
     student = state.classifier(head)
     return Solution(predict=Probe(weight=student.weight, bias=student.bias).probabilities)
 

@@ -94,6 +94,7 @@ HEADINGS = {
     "naive hard labels": "hard labels",
     "LP-CLIP (reconstructed)": "LP-CLIP",
     "logit centring": "logits",
+    "lpclip --solver gradient": "gradient",
 }
 
 
@@ -113,6 +114,8 @@ class Options:
     """Samples of each setting that is one, and cuts of each feature file into halves."""
     data: str = ",".join(STORES)
     """Data sets, by comma."""
+    baselines: tuple[str, ...] = tuple(METHODS)
+    """Baselines beside zero-shot, by the names in the tables."""
 
 
 Kind = Literal["inductive", "transductive", "balanced", "temperature"]
@@ -294,12 +297,18 @@ class Trained:
 
 
 def train(
-    problem: Problem, shard: Shard, *, prior: str, agreement: float | None, present: np.ndarray | None = None
+    problem: Problem,
+    shard: Shard,
+    *,
+    prior: str,
+    agreement: float | None,
+    present: np.ndarray | None = None,
+    config: SelfTrainingConfig = CONFIG,
 ) -> Trained:
     """The rounds with a prior, and their probe at the default temperature; among the names `present`, if given."""
     zero_shot = zero_shot_probe(problem.head, temperature=problem.temperature)
     head = zero_shot.weight if present is None else zero_shot.weight[present]
-    *_, (state, found) = Rounds(shard, head=head, config=CONFIG, prior=PRIORS[prior]).run()
+    *_, (state, found) = Rounds(shard, head=head, config=config, prior=PRIORS[prior]).run()
     student = state.classifier(head)
     if present is not None:
         found = replace(found, labels=present[found.labels])
@@ -318,6 +327,8 @@ class Bench:
     setting: Setting
     problem: Problem
     zero_shot: Probe
+    methods: tuple[str, ...]
+    """Names of the baselines."""
 
     def row(
         self,
@@ -350,9 +361,9 @@ class Bench:
         x, clock = unlabelled.features, Clock()
         _, graph = cosine_neighbours(x, among=x, count=NUM_NEIGHBOURS, same=True)
         problem, graph_seconds = replace(self.problem, neighbours=graph), clock.lap()
-        for name, method in METHODS.items():
+        for name in self.methods:
             clock.lap()
-            solution = method(problem)
+            solution = METHODS[name](problem)
             p, q = solution.predict(test.features), solution.transductive
             seconds = clock.lap() + graph_seconds * (name in GRAPH_METHODS)
             yield self.row(name, "inductive", p, seconds=seconds)
@@ -388,7 +399,7 @@ class Bench:
             seconds[prior] = graph_seconds + clock.lap()
             rows.append(self.row(f"lpclip {prior}", "inductive", p, seconds=seconds[prior]))
         trial = self._trial(rows, found, chosen=chosen)
-        best = found[chosen]
+        best, prior, places = found[chosen], chosen, None
         present = sample.present()
         if len(present) < len(head):
             clock.lap()
@@ -399,13 +410,21 @@ class Bench:
                 whitening=whitening,
                 dtype=torch.bfloat16,
             )
-            best = train(self.problem, shard, prior="weak", agreement=None, present=present)
+            prior, places = "weak", present
+            best = train(self.problem, shard, prior=prior, agreement=None, present=places)
             seconds[chosen] += clock.lap()
+        clock.lap()
+        other = replace(CONFIG, solver="gradient")
+        gradient = train(self.problem, shard, prior=prior, agreement=None, present=places, config=other).probe
+        gradient_seconds = choice_seconds + graph_seconds + clock.lap()
         if not views[chosen].trusted:
             print(f"  {self.data.name}, {self.setting.name}: not trusted, zero-shot stays", flush=True)
             labels = self.zero_shot.logits(x).argmax(dim=1).numpy()
             same = dict.fromkeys(best.temperatures, 1.0)
             best = Trained(probe=self.zero_shot, labels=labels, temperatures=same)
+            gradient = self.zero_shot
+        p = gradient.probabilities(test.features)
+        rows.append(self.row("lpclip --solver gradient", "inductive", p, seconds=gradient_seconds))
         rows += self._product(best, seconds=choice_seconds + seconds[chosen])
         return rows, trial
 
@@ -446,16 +465,19 @@ class Bench:
         )
 
 
-def run(data: Data, setting: Setting) -> tuple[list[Row], Trial]:
-    """All methods on a setting."""
+def run(
+    data: Data, setting: Setting, *, baselines: Sequence[str] = tuple(METHODS)
+) -> tuple[list[Row], Trial]:
+    """lpclip, zero-shot and the baselines on a setting."""
     head, temperature = data.head, data.temperature
     x = setting.unlabelled.features
     problem = Problem(features=x, head=head, single_head=data.single_head, temperature=temperature)
     zero_shot = zero_shot_probe(head, temperature=temperature)
-    bench = Bench(data=data, setting=setting, problem=problem, zero_shot=zero_shot)
-    baselines = list(bench.baselines())
+    methods = tuple(name for name in METHODS if name == "zero-shot" or name in baselines)
+    bench = Bench(data=data, setting=setting, problem=problem, zero_shot=zero_shot, methods=methods)
+    others = list(bench.baselines())
     rows, trial = bench.ours()
-    return baselines + rows, trial
+    return others + rows, trial
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -616,7 +638,7 @@ def main(options: Options) -> None:
     trials = []
     for data, setting in chain(_of_stores(options), _of_files(options)):
         clock.lap()
-        found, trial = run(data, setting)
+        found, trial = run(data, setting, baselines=options.baselines)
         rows += found
         trials.append(trial)
         size, running = len(setting.unlabelled), time.perf_counter() - begin

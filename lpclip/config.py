@@ -183,7 +183,7 @@ class SelfTrainingConfig:
 
     solver: Literal["gaussian", "gradient"] = "gaussian"
     """Solver that fits the probe in each round. gaussian computes it in closed form from class means and one
-    covariance; gradient trains it step by step, as LP-CLIP does (reconstructed)."""
+    covariance; gradient trains it step by step, with LP-CLIP's loss (reconstructed). All else is the same."""
     rounds: int = 20
     """Maximum number of rounds. They end earlier once fewer than 0.2% of the labels change."""
     temperature: float | None = None
@@ -196,11 +196,11 @@ class SelfTrainingConfig:
     and takes uniform if rounds in random halves of the features' directions repeat its labels, else weak."""
     present: Literal["auto", "all"] = "auto"
     """Class names that the rounds use. auto leaves out names that have no images, as far as zero-shot and trial rounds
-    can tell, if a quarter of the names is without (only with --prior auto and the gaussian solver; trials of a sweep
-    use all). The probe still knows these names, and takes one for an image that is much like it."""
+    can tell, if a quarter of the names is without (only with --prior auto; trials of a sweep use all). The
+    probe still knows these names, and takes one for an image that is much like it."""
     neighbours: int | None = None
-    """Number of nearest neighbours whose labels influence each pseudo-label (gaussian solver only); 0 turns this
-    off. The default is half the mean number of images per class, between 3 and 30, and 0 above 100,000 images."""
+    """Number of nearest neighbours whose labels influence each pseudo-label; 0 turns this off. The default is half
+    the mean number of images per class, between 3 and 30, and 0 above 100,000 images."""
     num_workers: int = 0
     """Number of Ray Train workers that run the rounds. 0 runs the same code in this process."""
     seed: int = 0
@@ -213,8 +213,6 @@ class SelfTrainingConfig:
         _below_one(self, "threshold")
         _at_least(self, 0, "neighbours", "num_workers")
         _check_seed(self)
-        if self.neighbours and self.solver == "gradient":
-            raise UserError("--neighbours is for the gaussian solver: the gradient solver uses none")
 
 
 @dataclass(frozen=True, kw_only=True)

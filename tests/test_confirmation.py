@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from lpclip.config import SelfTrainingConfig
 from lpclip.method.confirmation import MIN_IMAGES_PER_CLASS, MIN_KAPPA, Confirmation, Sample, choose_prior
 from lpclip.method.priors import PRIORS, Prior
+from lpclip.method.trial import try_priors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,6 +49,21 @@ def test_unequal_classes_are_recognised(counts: list[int]) -> None:
     name, found = choose_prior(sample(features, head))
     assert name == "weak"
     assert found["weak"].trusted
+
+
+@pytest.mark.parametrize("counts", [[150] * 6, [700, 60, 40, 20, 10, 5], [500, 400, 300, 0, 0, 0], [9] * 6])
+def test_both_solvers_get_the_same_classes_prior_and_trust(counts: list[int]) -> None:
+    features, _, head = planted(counts)
+
+    def chosen(solver: str) -> dict[str, Any]:
+        config = replace(CONFIG, solver=solver)
+        options: dict[str, Any] = {"config": config, "prior": None, "show": lambda name, found: None}
+        return try_priors(features, head, temperature=0.05, **options).summary(tuple("abcdef"))
+
+    found = chosen("gradient")
+    assert found["tried"].keys() == {"uniform", "weak"}
+    assert found["trusted"] == (sum(counts) >= 60)
+    assert found == chosen("gaussian")
 
 
 def test_noise_is_not_believed() -> None:

@@ -68,16 +68,16 @@ def test_the_flag_decides_and_never_asks_for_more_neighbours_than_there_are() ->
     config = SelfTrainingConfig(neighbours=7)
     assert RECIPE.neighbour_count(config, num_rows=1_000_000, num_classes=10) == 7
     assert RECIPE.neighbour_count(config, num_rows=5, num_classes=2) == 4
-    assert RECIPE.neighbour_count(SelfTrainingConfig(solver="gradient"), num_rows=5_000, num_classes=2) == 0
 
 
-def rounds(shard: Shard, all_reduce=lambda tensor: tensor) -> State:
-    config, prior = SelfTrainingConfig(rounds=4), Prior(strength=0.3)
+def rounds(shard: Shard, all_reduce=lambda tensor: tensor, *, solver: str) -> State:
+    config, prior = SelfTrainingConfig(rounds=4, solver=solver), Prior(strength=0.3)
     steps = Rounds(shard, head=HEAD / 0.05, config=config, prior=prior, all_reduce=all_reduce).run()
     return [state for state, _ in steps][-1]
 
 
-def test_rounds_with_neighbours_do_not_depend_on_the_workers() -> None:
+@pytest.mark.parametrize("solver", ["gaussian", "gradient"])
+def test_rounds_with_neighbours_do_not_depend_on_the_workers(solver: str) -> None:
     features, _, _ = planted(CHUNK_ROWS + 500)
     whitening = fit_whitening(Shard(features=features, num_rows=len(features)))
     options = {"among": features, "whitening": whitening, "count": 5, "dtype": torch.float32}
@@ -94,7 +94,7 @@ def test_rounds_with_neighbours_do_not_depend_on_the_workers() -> None:
             num_rows=len(features),
             neighbours=nearest(features[rows], first_row=rows.start, **options),
         )
-        found[rank] = rounds(shard, workers.all_reduce(rank))
+        found[rank] = rounds(shard, workers.all_reduce(rank), solver=solver)
 
     threads = [
         threading.Thread(target=work, args=(rank, rows))
@@ -104,16 +104,17 @@ def test_rounds_with_neighbours_do_not_depend_on_the_workers() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert_same_probe(found[0], rounds(whole))
+    assert_same_probe(found[0], rounds(whole, solver=solver))
     assert_same_probe(found[1], found[0])
 
 
-def test_neighbours_mend_labels_that_the_teacher_gets_wrong() -> None:
+@pytest.mark.parametrize("solver", ["gaussian", "gradient"])
+def test_neighbours_mend_labels_that_the_teacher_gets_wrong(solver: str) -> None:
     plain = Shard(features=FEATURES, num_rows=len(FEATURES))
     helped = Shard(features=FEATURES, num_rows=len(FEATURES), neighbours=find(FEATURES, count=10))
 
     def last_labels(shard: Shard) -> np.ndarray:
-        config = SelfTrainingConfig(rounds=1)
+        config = SelfTrainingConfig(rounds=1, solver=solver)
         steps = Rounds(shard, head=HEAD / 0.05, config=config, prior=Prior(strength=0.0)).run()
         return [found.labels for _, found in steps][-1]
 

@@ -165,6 +165,20 @@ def test_the_seed_decides_the_gradient_s_batches():
     assert not torch.equal(states[0].weight, states[1].weight)
 
 
+def test_a_class_that_zero_shot_hardly_names_grows_because_the_loss_knows_the_labels_shares():
+    features, labels, head = planted(1500)
+    # The two classes' text weights nearly coincide, a little to the advantage of one.
+    head[1] = F.normalize(head[0] + 0.3 * (head[1] - head[0]), dim=0)
+    shard = Shard(features=features, num_rows=len(features))
+    found = {}
+    for balance in (0.0, RECIPE.gradient_balance):
+        options: dict[str, Any] = {"config": GRADIENT, "prior": Prior(strength=0.0)}
+        recipe = replace(RECIPE, gradient_balance=balance)
+        *_, (state, _) = Rounds(shard, head=head / TEMPERATURE, recipe=recipe, **options).run()
+        found[balance] = (labels_of(state, features, head=head) == labels).mean()
+    assert found[RECIPE.gradient_balance] > found[0.0] + 0.02
+
+
 def test_rounds_beat_their_teacher_and_come_near_to_the_supervised_rule():
     features, labels, head = planted(4000, dim=8)
     zero_shot = float(((torch.tensor(features).float() @ head.T).argmax(dim=1).numpy() == labels).mean())

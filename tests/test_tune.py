@@ -873,7 +873,6 @@ def test_four_sweeps_at_once_share_one_database(tmp_path: Path) -> None:
         ("--space {here}/syntax.py", "syntax.py does not run: SyntaxError"),
         ("--space {here}/both.py", "both.py has both temperature and temperature_factor"),
         ("--space {here}/prior.py", "--prior {here}/nowhere.txt is none of auto, uniform, weak, none, nor a text"),
-        ("--space {here}/solvers.py", "--neighbours is for the gaussian solver"),
         ("--space {here}/grid.py --search optuna", "--search optuna draws values itself, and cannot draw"),
         ("--threshold 1", "--threshold must be at least 0 and below 1"),
         ("--views blurry", "blurry"),
@@ -902,7 +901,6 @@ def test_what_cannot_be_searched_is_refused_in_a_sentence(
         "syntax": "SPACE = {",
         "both": 'SPACE = {"temperature": tune.uniform(0.1, 1.0), "temperature_factor": 1.0}',
         "prior": f'SPACE = {{"prior": tune.choice(["weak", "{tmp_path}/nowhere.txt"])}}',
-        "solvers": 'SPACE = {"solver": tune.choice(["gaussian", "gradient"]), "neighbours": 5}',
         "grid": 'SPACE = {"rounds": tune.grid_search([1, 2])}',
     }.items():
         (tmp_path / f"{name}.py").write_text(f"from ray import tune\n\n{text}\n")

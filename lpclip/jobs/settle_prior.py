@@ -48,35 +48,30 @@ def settle_prior(
 
     OUT/prior.json keeps the outcome, so that a job which goes on goes on with the same prior.
     """
-    spec = training.prior
-    name = "weak" if spec == "auto" else spec
-    tried: dict[str, Confirmation] = {}
-    present = None
-    if training.solver == "gaussian":
-        path = files.join(out, "prior.json")
-        shares = None if prior is None or prior.shares is None else prior.shares.tolist()
-        identity = digest([fingerprint, head.identity, config_identity(training), shares])
-        kept = files.read_json(path) if files.exists(path) else {}
-        if kept.get("identity") != identity:
-            print(
-                "prior: trying the rounds on a sample, whole and in random halves of the features' directions "
-                "(a minute)",
-                flush=True,
-            )
-            found = try_priors(
-                features,
-                torch.tensor(head.weight),
-                temperature=head.temperature,
-                config=training,
-                prior=prior,
-                show=print_tried,
-            )
-            outcome = {k: asdict(v) for k, v in found.tried.items()}
-            present = None if found.present is None else found.present.tolist()
-            kept = {"identity": identity, "name": found.name, "tried": outcome, "present": present}
-            files.write_json(path, kept)
-        name, tried = kept["name"], {k: Confirmation(**v) for k, v in kept["tried"].items()}
-        present = None if kept["present"] is None else np.array(kept["present"])
+    path = files.join(out, "prior.json")
+    shares = None if prior is None or prior.shares is None else prior.shares.tolist()
+    identity = digest([fingerprint, head.identity, config_identity(training), shares])
+    kept = files.read_json(path) if files.exists(path) else {}
+    if kept.get("identity") != identity:
+        print(
+            "prior: trying the rounds on a sample, whole and in random halves of the features' directions "
+            "(a minute)",
+            flush=True,
+        )
+        found = try_priors(
+            features,
+            torch.tensor(head.weight),
+            temperature=head.temperature,
+            config=training,
+            prior=prior,
+            show=print_tried,
+        )
+        outcome = {k: asdict(v) for k, v in found.tried.items()}
+        present = None if found.present is None else found.present.tolist()
+        kept = {"identity": identity, "name": found.name, "tried": outcome, "present": present}
+        files.write_json(path, kept)
+    name, tried = kept["name"], {k: Confirmation(**v) for k, v in kept["tried"].items()}
+    present = None if kept["present"] is None else np.array(kept["present"])
     prior = PRIORS[name] if prior is None else prior
     chosen = ChosenPrior(name=name, prior=prior, tried=tried, present=present)
     if present is not None:

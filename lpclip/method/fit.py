@@ -222,16 +222,14 @@ def _run(
     shard: Shard, *, head: Tensor, prior: Prior, config: SelfTrainingConfig, tell: Callable[[str], None]
 ) -> tuple[list[State], Pass]:
     """All rounds' states, and the last round's pass; `head` (K, d) is in units of logits."""
-    whitenings = None
-    if config.solver == "gaussian":
-        whitenings = fit_whitenings(shard)
-        shard = with_neighbours(
-            shard,
-            config=config,
-            num_classes=len(head),
-            whitening=whitenings.base,
-            dtype=comparison_dtype(),
-        )
+    whitenings = fit_whitenings(shard)
+    shard = with_neighbours(
+        shard,
+        config=config,
+        num_classes=len(head),
+        whitening=whitenings.base,
+        dtype=comparison_dtype(),
+    )
     states: list[State] = []
     for state, found in Rounds(shard, head=head, prior=prior, config=config, whitenings=whitenings).run():
         before = states[-1].metrics if states else None

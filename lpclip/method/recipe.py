@@ -37,13 +37,13 @@ class Recipe:
     """Rows that these steps use: enough for the shares of thousands of classes, without ten passes over a million."""
     gradient_epochs: int = 5
     gradient_batch: int = 512
-    gradient_rate: float = 0.1
+    gradient_rate: float = 0.03
     """Epochs, rows in a batch, and learning rate of the gradient solver."""
+    gradient_balance: float = 1.0
+    """Weight of the log of the labels' class shares in that solver's loss; 0 leaves it out."""
 
     def neighbour_count(self, config: SelfTrainingConfig, *, num_rows: int, num_classes: int) -> int:
         """Neighbours of each row: as configured, or half as many as a class has images, 3 to 30, if affordable."""
-        if config.solver == "gradient":
-            return 0
         count = config.neighbours
         if count is None and num_rows > self.max_neighbour_rows:
             count = 0

@@ -45,7 +45,7 @@ class Rounds:
     config: SelfTrainingConfig
     all_reduce: AllReduce = alone
     whitenings: Whitenings | None = None
-    """The result of `fit_whitenings`, where it is known already. The gradient solver needs none."""
+    """The result of `fit_whitenings`, where it is known already. The gradient solver's students need none."""
     recipe: Recipe = RECIPE
 
     def run(self, start: State | None = None) -> Iterator[tuple[State, Pass]]:

@@ -100,7 +100,9 @@ def product_sum(left: Tensor, right: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Whitenings:
-    """The whitenings that the gaussian solver needs. They depend on the features alone, so trainings can share them."""
+    """The whitenings of Gaussian students; `base` serves the search for neighbours too.
+
+    They depend on the features alone, so trainings can share them."""
 
     base: Whitening
     last: Whitening | None

@@ -53,8 +53,10 @@ class GaussianSolver:
 class GradientSolver:
     """LP-CLIP's objective (reconstructed): cross-entropy of the strong views against the teacher's labels.
 
-    Each row counts by its confidence; rows under the threshold are left out. Adam starts from the teacher and takes
-    batches that are cut from a seeded permutation of all rows, so that every number of workers takes the same steps.
+    Each row counts by its confidence; rows under the threshold are left out. The loss adds the log of the labels' class
+    shares to the logits (logit adjustment, Menon et al., ICLR 2021): what makes a class frequent among the labels is
+    then explained by its share, not learnt. Adam starts from the teacher and takes batches that are cut from a seeded
+    permutation of all rows, so that every number of workers takes the same steps.
     """
 
     shard: Shard
@@ -70,6 +72,8 @@ class GradientSolver:
         weight, device = teacher.weight + teacher.zero_shot_share * self.head, self.shard.device
         parameters = torch.cat([weight, teacher.bias[:, None]], dim=1).to(device)
         optimiser = torch.optim.Adam([parameters], lr=self.recipe.gradient_rate)
+        # A row more for each class: one that no label has stays possible.
+        shares = ((labelled.counts + 1) / (labelled.counts + 1).sum()).log().float().to(device)
         views = self.shard.strong or (self.shard.features,)
         weights = torch.from_numpy(np.where(labelled.kept, labelled.confidence, 0).astype(np.float32))
         for epoch in range(self.recipe.gradient_epochs):
@@ -85,7 +89,7 @@ class GradientSolver:
                     torch.nn.functional.one_hot(labels, len(teacher.bias)).float(),
                     weights[mine].to(device),
                     weight=parameters[:, :-1],
-                    bias=parameters[:, -1],
+                    bias=parameters[:, -1] + self.recipe.gradient_balance * shares,
                 )
                 parameters.grad = (self.all_reduce(gradient.cpu()) / len(batch)).float().to(device)
                 optimiser.step()

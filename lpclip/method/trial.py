@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,14 +22,14 @@ class ChosenPrior:
     name: str
     prior: Prior
     tried: dict[str, Confirmation]
-    """By candidate; empty for the gradient solver, whose rounds are too slow to try."""
+    """By candidate."""
     present: np.ndarray | None = None
     """Places (K',) of the class names that the rounds use; None for all of them."""
 
     @property
     def trusted(self) -> bool:
         """True when the rounds are to be used at all."""
-        return self.name not in self.tried or self.tried[self.name].trusted
+        return self.tried[self.name].trusted
 
     def summary(self, class_names: tuple[str, ...]) -> dict[str, Any]:
         """For OUT/summary.json."""
@@ -53,24 +53,21 @@ def try_priors(
 ) -> ChosenPrior:
     """Try the rounds on a sample of features (N, d), with the given prior or with the candidates of `auto`.
 
-    `zero_shot` is the head (K, d), `show` is called with each candidate's outcome. The gradient solver's rounds are
-    too slow to try: without a prior it gets the weak one.
+    `zero_shot` is the head (K, d), `show` is called with each candidate's outcome. The rounds that are tried are always
+    those of the gaussian solver, which is fast: what they say of the classes holds for the gradient solver too.
     """
-    name = "weak" if config.prior == "auto" else config.prior
-    tried: dict[str, Confirmation] = {}
-    present = None
-    if config.solver == "gaussian":
-        dtype = comparison_dtype()
-        sample = Sample(features, zero_shot=zero_shot, temperature=temperature, config=config, dtype=dtype)
-        if prior is None:
-            name, tried = choose_prior(sample, show=show)
-            # Some absent names may be left: equal shares would be ruinous, so the weak prior is taken.
-            if config.present == "auto" and tried[name].trusted and tried["weak"].trusted:
-                found = sample.present()
-                if len(found) < len(zero_shot):
-                    name, present = "weak", found
-        else:
-            tried = {name: sample.confirm(prior)}
-            show(name, tried[name])
+    name, present = config.prior, None
+    config, dtype = replace(config, solver="gaussian"), comparison_dtype()
+    sample = Sample(features, zero_shot=zero_shot, temperature=temperature, config=config, dtype=dtype)
+    if prior is None:
+        name, tried = choose_prior(sample, show=show)
+        # Some absent names may be left: equal shares would be ruinous, so the weak prior is taken.
+        if config.present == "auto" and tried[name].trusted and tried["weak"].trusted:
+            found = sample.present()
+            if len(found) < len(zero_shot):
+                name, present = "weak", found
+    else:
+        tried = {name: sample.confirm(prior)}
+        show(name, tried[name])
     prior = PRIORS[name] if prior is None else prior
     return ChosenPrior(name=name, prior=prior, tried=tried, present=present)

@@ -41,7 +41,7 @@ from lpclip.method.state import Pass, State
 from lpclip.progress import watched
 
 # The format of the rounds' files. Rounds of another format are never continued.
-FORMAT = 3
+FORMAT = 4
 LABELS = pa.schema(
     [("id", pa.string()), ("label", pa.int32()), ("confidence", pa.float32()), ("kept", pa.bool_())]
 )
@@ -154,8 +154,8 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     # are: they depend on the targets of the round before, and take seconds where there are few enough rows.
     count = RECIPE.neighbour_count(work.config, num_rows=shard.num_rows, num_classes=len(work.head.weight))
     rounds = read_rounds(work.folder)[:-1] if count == 0 else []
-    whitenings = fit_whitenings(shard, all_reduce=all_reduce) if work.config.solver == "gaussian" else None
-    if count and whitenings is not None:
+    whitenings = fit_whitenings(shard, all_reduce=all_reduce)
+    if count:
         shard = replace(
             shard, neighbours=_find_neighbours(work, shard, count=count, whitening=whitenings.base)
         )

@@ -120,7 +120,7 @@ class Material:
     """(n, k) int32, the nearest first: a trial takes as many as it uses."""
     scores: np.ndarray | None
     """(n, K) float32 cosines of zero-shot, where they are small enough to share."""
-    whitenings: Whitenings | None
+    whitenings: Whitenings
 
 
 def prepare(
@@ -138,10 +138,10 @@ def prepare(
     """
     num_classes = len(task.head.weight)
     shard = Shard(features=features, strong=strong, num_rows=len(features))
-    whitenings = fit_whitenings(shard) if any(config.solver == "gaussian" for config in configs) else None
+    whitenings = fit_whitenings(shard)
     count = max(RECIPE.neighbour_count(c, num_rows=len(features), num_classes=num_classes) for c in configs)
     neighbours = scores = None
-    if count and whitenings is not None:
+    if count:
         tell(f"neighbours: the {count} nearest of {len(features):,} images, once for all trials")
         found = nearest(
             features, among=features, first_row=0, whitening=whitenings.base, count=count, dtype=dtype
