@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from lpclip import files
-from lpclip.method.gaussian import gaussian_probe, make_whitening, row_moments
+from lpclip.method.gaussian import TextAnchors, gaussian_probe, make_whitening, row_moments
 from lpclip.method.linear import Linear
 from lpclip.method.probe import Probe, load_probe, zero_shot_probe
 from lpclip.method.solvers import weighted_cross_entropy_gradient
@@ -55,7 +55,7 @@ def longhand(features: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tenso
 
 
 @pytest.mark.parametrize(("num_rows", "num_classes", "dim"), [(500, 3, 6), (40, 7, 5), (20, 4, 30)])
-def test_the_woodbury_identity_equals_the_inverse(num_rows: int, num_classes: int, dim: int):
+def test_the_closed_form_is_a_linear_discriminant_in_the_white_space(num_rows: int, num_classes: int, dim: int):
     features = random(num_rows, dim) + torch.linspace(-1, 1, dim)
     targets = torch.softmax(2 * random(num_rows, num_classes, seed=1), dim=1)
     weight, bias = fit(features, targets)
@@ -67,12 +67,16 @@ def test_the_woodbury_identity_equals_the_inverse(num_rows: int, num_classes: in
 def test_whitened_features_have_mean_zero_and_the_variance_that_shrinkage_leaves():
     features = 3 + random(2000, 4) @ torch.diag(torch.tensor([3.0, 1.0, 0.3, 0.1]))
     whitening = make_whitening(row_moments(features))
+    assert whitening.shrinkage == 0.1
     z = (features.double() - whitening.mean) @ whitening.whitener
     torch.testing.assert_close(z.mean(dim=0), torch.zeros(4).double(), atol=1e-3, rtol=0)
-    torch.testing.assert_close(
-        torch.cov(z.T, correction=0), torch.diag(whitening.variance), atol=1e-3, rtol=0
-    )
-    assert whitening.shrinkage == 0.1
+    # The directions of large variance are white; those that the shrinkage lifted have less.
+    variances = torch.linalg.eigvalsh(torch.cov(z.T, correction=0))
+    total = torch.cov(features.double().T, correction=0)
+    values = torch.linalg.eigvalsh(total)
+    expected = values / (0.9 * values + 0.1 * values.mean())
+    torch.testing.assert_close(variances, expected.sort().values, atol=1e-3, rtol=0)
+    torch.testing.assert_close(z, whitening.whitened(features.double() - whitening.mean))
 
 
 def test_fewer_rows_shrink_more():
@@ -158,10 +162,39 @@ def test_extreme_rows_give_finite_weights(name: str):
     assert bias.isfinite().all()
 
 
-def test_an_empty_class_wins_no_row():
-    features, labels = blobs(300, 3 * torch.eye(3, 6) + 5, covariance_root=torch.eye(6))
-    weight, bias = fit(features, F.one_hot(labels, 4).float())
-    assert (features @ weight.T + bias).argmax(dim=1).max() == 2
+def test_an_empty_class_lies_at_the_mean_of_all_or_where_its_text_says():
+    features, labels = blobs(300, 6 * torch.eye(3, 6), covariance_root=torch.eye(6))
+    targets = F.one_hot(labels, 4).float()
+    weight, bias = fit(features, targets)
+    assert weight[3].abs().max() == 0
+    assert bias[3] == 0
+    sums, counts = (targets.T @ features).double(), targets.sum(dim=0).double()
+    whitening = make_whitening(row_moments(features))
+    # The texts point to the true means, and the fourth to where no image is.
+    anchors = TextAnchors(head=torch.eye(4, 6), rows=10.0)
+    found = gaussian_probe(sums, counts, whitening=whitening, anchors=anchors)
+    assert (found.logits(features).argmax(dim=1) == labels).float().mean() > 0.98
+    assert found.predict(torch.eye(4, 6) * 6 + features.mean(dim=0)).tolist() == [0, 1, 2, 3]
+    assert found.evidence == pytest.approx(float((counts[:3] ** 2 / (counts[:3] + 10)).sum() / 300))
+
+
+def test_a_text_counts_for_as_many_images_as_it_is_given():
+    features, labels = blobs(60, 3 * torch.eye(3, 6), covariance_root=torch.eye(6))
+    targets = F.one_hot(labels, 3).float()
+    sums, counts = (targets.T @ features).double(), targets.sum(dim=0).double()
+    whitening, head = make_whitening(row_moments(features)), torch.eye(3, 6)
+    plain = gaussian_probe(sums, counts, whitening=whitening)
+    little, much = (
+        gaussian_probe(sums, counts, whitening=whitening, anchors=TextAnchors(head=head, rows=rows))
+        for rows in (1e-6, 1e6)
+    )
+    torch.testing.assert_close(little.weight, plain.weight, atol=1e-4, rtol=1e-4)
+    assert (plain.evidence, little.evidence) == (1.0, pytest.approx(1.0))
+    assert much.evidence < 1e-4
+    # The texts alone point the right way.
+    assert (much.predict(features) == labels.numpy()).mean() > 0.9
+
+
 
 
 def test_soft_targets_of_the_same_temperature_have_no_gradient():

@@ -96,7 +96,8 @@ def assert_same_probe(found: State, expected: State, *, tolerance: float = 1e-4)
     torch.testing.assert_close(found.weight, expected.weight, atol=bound, rtol=0)
     torch.testing.assert_close(found.bias, expected.bias, atol=bound, rtol=0)
     torch.testing.assert_close(found.factors.log(), expected.factors.log(), atol=bound, rtol=0)
-    assert found.zero_shot_share == expected.zero_shot_share
+    assert found.zero_shot_share == pytest.approx(expected.zero_shot_share, abs=1e-6)
+    assert found.evidence == pytest.approx(expected.evidence, abs=1e-6)
 
 
 CUTS = {
@@ -391,7 +392,8 @@ def test_a_strong_view_like_the_base_one_is_another_round():
     copied = last_round(features, head, features)
     ordinary = train(features, head, config=replace(CONFIG, rounds=len(copied)), start=copied[-2][0])
     assert len(ordinary) == 1
-    expected = replace(ordinary[0][0], zero_shot_share=RECIPE.last_zero_shot_share)
+    evidence, share = ordinary[0][0].evidence, RECIPE.last_zero_shot_share
+    expected = replace(ordinary[0][0], zero_shot_share=1 - (1 - share) * evidence)
     assert_same_probe(copied[-1][0], expected)
 
 

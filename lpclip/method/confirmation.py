@@ -111,7 +111,7 @@ class Sample:
         """Try the rounds with a prior on the whole features, and on the halves."""
         labels = self._labels(self._whole, prior=prior, rounds=ROUNDS)[: len(self._halves[0].features)]
         # Zero-shot sees the whole image: the halves start from its labels, and then do without it.
-        recipe = replace(RECIPE, zero_shot_share=0.0)
+        recipe = replace(RECIPE, zero_shot_share=0.0, text_rows=0.0)
         halves = [self._labels(half, prior=prior, rounds=HALF_ROUNDS, recipe=recipe) for half in self._halves]
         num_classes = len(self._head)
         found = [agreement(labels, half, num_classes=num_classes) for half in halves]

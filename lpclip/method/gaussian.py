@@ -1,32 +1,53 @@
-"""Gaussian classes with one covariance, in closed form, in the whitened space of all features."""
+"""Gaussian classes with one covariance, in closed form."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lpclip.method.linear import Linear
 
+# The within-class covariance is shrunk by this much at least: the targets that it is computed from are not exact.
+LEAST_SHRINKAGE = 0.3
+# Share of the mean square of the features that is added to every variance.
+ROUNDING = 1e-5
+
 
 @dataclass(frozen=True, kw_only=True)
 class Whitening:
-    """Features centred and whitened by their shrunk covariance: z = (f - mean) . whitener."""
+    """Mean and covariance of features, and the space in which they are white: z = (f - mean) . whitener."""
 
     mean: Tensor
     """(d,) float64."""
-    whitener: Tensor
-    """(d, d) float64: eigenvectors over the root of the shrunk eigenvalues."""
-    variance: Tensor
-    """(d,) float64: what is left of each whitened direction's variance, at most about 1."""
+    covariance: Tensor
+    """(d, d) float64, as it is."""
+    shrunk: Tensor
+    """(d, d) float64: the covariance, shrunk toward a multiple of the identity."""
     shrinkage: float
     num_rows: float
 
     def to(self, device: torch.device) -> Whitening:
         """The same on another device."""
-        mean, whitener = self.mean.to(device), self.whitener.to(device)
-        return replace(self, mean=mean, whitener=whitener, variance=self.variance.to(device))
+        mean, covariance, shrunk = (part.to(device) for part in (self.mean, self.covariance, self.shrunk))
+        return replace(self, mean=mean, covariance=covariance, shrunk=shrunk)
+
+    @cached_property
+    def root(self) -> Tensor:
+        """(d, d) float64, the lower triangle L with L L' = shrunk."""
+        return torch.linalg.cholesky(self.shrunk)
+
+    @cached_property
+    def whitener(self) -> Tensor:
+        """(d, d) float64: the transposed inverse of the root."""
+        identity = torch.eye(len(self.mean), dtype=self.root.dtype, device=self.root.device)
+        return torch.linalg.solve_triangular(self.root, identity, upper=False).T
+
+    def whitened(self, differences: Tensor) -> Tensor:
+        """Differences of features (n, d) float64 in the white space."""
+        return torch.linalg.solve_triangular(self.root, differences.T, upper=False).T
 
 
 def make_whitening(moments: Tensor) -> Whitening:
@@ -39,14 +60,14 @@ def make_whitening(moments: Tensor) -> Whitening:
     mean = moments[0, 1:] / num_rows
     covariance = moments[1:, 1:] / num_rows - torch.outer(mean, mean)
     shrinkage = max(0.1, 2 * dim / (2 * dim + float(num_rows)))
-    values, vectors = torch.linalg.eigh(covariance)
-    values = values.clamp_min(0)
-    floor = values.mean().clamp_min(1e-12)
-    shrunk = (1 - shrinkage) * values + shrinkage * floor
+    identity = torch.eye(dim, dtype=covariance.dtype, device=covariance.device)
+    # More than float32's rounding took: rows that are all alike would have a covariance that is not even positive.
+    covariance += ROUNDING * moments[1:, 1:].trace() / num_rows / dim * identity
+    floor = covariance.trace() / dim
     return Whitening(
         mean=mean,
-        whitener=vectors / shrunk.sqrt(),
-        variance=values / shrunk,
+        covariance=covariance,
+        shrunk=(1 - shrinkage) * covariance + shrinkage * floor * identity,
         shrinkage=shrinkage,
         num_rows=float(num_rows),
     )
@@ -58,28 +79,65 @@ def row_moments(features: Tensor) -> Tensor:
     return (rows.T @ rows).double()
 
 
-def gaussian_probe(sums: Tensor, counts: Tensor, *, whitening: Whitening) -> Linear:
-    """Shared-covariance Gaussian classes as a linear classifier of raw features.
+@dataclass(frozen=True, kw_only=True)
+class TextAnchors:
+    """What the texts say of where the classes lie, and how much that counts."""
 
-    `sums` (K, d) and `counts` (K,), float64, are the targets' sums of features and of ones. In the whitened
-    space the within-class covariance is total minus between, S = D - M' P M with D diagonal, M the class
-    means (K, d) and P = diag(counts / n), where n counts the rows under the threshold too: with the kept rows
-    alone, S would not be positive definite. It is shrunk by L toward its mean variance t,
-        (1 - L) S + L t I = E - (1 - L) M' P M,    E = (1 - L) D + L t I,
-    and inverted by the Woodbury identity, a K x K system:
-        S^-1 M' = E^-1 M' (I + (((1 - L) P)^-1 - G)^-1 G),    G = M E^-1 M'.
-    Logits: z . S^-1 mu_k - mu_k' S^-1 mu_k / 2 (linear discriminant analysis, equal priors).
+    head: Tensor
+    """(K, d) zero-shot weights in units of logits."""
+    rows: float
+    """The images for which a class's text counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianClasses(Linear):
+    """Gaussian classes as a linear classifier, with the weight that the images have in them."""
+
+    evidence: float
+    """Mean over the images of b_k, the share of their class's mean that comes from images: 0 to 1."""
+
+
+def gaussian_probe(
+    sums: Tensor, counts: Tensor, *, whitening: Whitening, anchors: TextAnchors | None = None
+) -> GaussianClasses:
+    """Shared-covariance Gaussian classes as a linear classifier of features: linear discriminant analysis.
+
+    `sums` (K, d) and `counts` (K,), float64, are the targets' sums of features and of ones. With M_k the targets'
+    means and P = diag(counts / n), the within-class covariance is total minus between, W = C - M' P M. n counts the
+    rows under the threshold too: with the kept rows alone, W would not be positive definite. It is shrunk by L toward
+    the shrunk total covariance C', scaled to the same mean variance in the white space, S = (1 - L) W + L t C'.
+
+    Logits, of equal priors: (f - mean) . S^-1 m_k - m_k' S^-1 m_k / 2. The class means m_k, of which the mean of all
+    features is taken off, are M_k, or, with `anchors`, their mixture with what the texts say (`anchored_means`).
     """
-    seen = counts.clamp_min(1e-3)
-    share = seen / whitening.num_rows  # P
-    means = (sums / seen[:, None] - whitening.mean) @ whitening.whitener  # M
-    shrinkage = max(0.3, whitening.shrinkage)  # L
-    within = (whitening.variance.sum() - (share[:, None] * means**2).sum()) / len(whitening.variance)
-    diagonal = (1 - shrinkage) * whitening.variance + shrinkage * within.clamp_min(1e-6)  # E, with t = within
-    scaled = means / diagonal  # M E^-1
-    gram = scaled @ means.T  # G
-    inner = torch.diag(1 / (share * (1 - shrinkage))) - gram
-    directions = scaled + torch.linalg.solve(inner, gram).T @ scaled  # M S^-1, S shrunk
-    weight = directions @ whitening.whitener.T
-    bias = -(directions * means).sum(dim=1) / 2 - weight @ whitening.mean
-    return Linear(weight=weight.float(), bias=bias.float())
+    share = (counts / whitening.num_rows)[:, None]  # P
+    # A class without rows lies at the mean of all.
+    found = (sums - counts[:, None] * whitening.mean) / (counts[:, None] + 1e-6)  # M
+    trust = torch.ones_like(counts) if anchors is None else counts / (counts + anchors.rows)
+    means = found if anchors is None else anchored_means(found, trust, whitening=whitening, head=anchors.head)
+    within = whitening.covariance - found.T @ (share * found)  # W
+    variance = torch.cholesky_solve(within, whitening.root).trace() / len(within)  # t
+    shrinkage = max(LEAST_SHRINKAGE, whitening.shrinkage)  # L
+    shrunk = (1 - shrinkage) * within + shrinkage * variance.clamp_min(1e-6) * whitening.shrunk  # S
+    weight = torch.cholesky_solve(means.T, torch.linalg.cholesky(shrunk)).T
+    bias = -(weight * means).sum(dim=1) / 2 - weight @ whitening.mean
+    evidence = float((counts * trust).sum() / counts.sum().clamp_min(1e-12))
+    return GaussianClasses(weight=weight.float(), bias=bias.float(), evidence=evidence)
+
+
+def anchored_means(found: Tensor, trust: Tensor, *, whitening: Whitening, head: Tensor) -> Tensor:
+    """Class means (K, d): the share b_k of M_k, which images found, and the rest from where the text puts the class.
+
+    The text puts class k at m0 + a T_k: m0 is the mean of all M_k, T_k the covariance of the features with the
+    zero-shot logit of the class, less its mean over the classes, and a the factor with which they come closest to the
+    M_k in the white space (least squares). All three weigh a class by its b_k, `trust` (K,). So a class without images
+    stands where its text says.
+    """
+    weights = (trust / trust.sum().clamp_min(1e-12))[:, None]
+    centre = weights.T @ found  # m0
+    pulled = head.double() @ whitening.covariance
+    pulled = pulled - weights.T @ pulled  # T
+    white, target = whitening.whitened(pulled), whitening.whitened(found - centre)
+    factor = (weights * white * target).sum() / (weights * white**2).sum().clamp_min(1e-12)  # a
+    text = centre + factor.clamp_min(0) * pulled
+    return trust[:, None] * found + (1 - trust)[:, None] * text

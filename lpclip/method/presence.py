@@ -25,7 +25,7 @@ CROWD, CROWD_SHARE, CROWD_NAMES = 10, 0.05, 0.5
 # share of the mean number of labels.
 SURE_SHARE, LABEL_SHARE = 0.1, 0.5
 # With more names left than this share, all of them stay: to leave one out gains little, and costs a class if wrong.
-MOST_LEFT = 0.75
+MOST_LEFT = 0.6
 STEPS = 8
 # An absent name's row in the probe takes this share of the unlabelled images.
 TAKEN = 0.003

@@ -18,13 +18,16 @@ class Recipe:
     grows, accuracy declines after its best round."""
     scale_rows: int = 8192
     """Rows on which that scale is found: enough for a mean, few enough to bisect on."""
+    text_rows: float = 10.0
+    """The images for which a class's text counts: a class mean of n images comes to n / (n + text_rows) from these,
+    and that share, the mean over the images, is the evidence that the next three weigh by."""
     zero_shot_share: float = 0.3
-    """Share of the zero-shot logits that is added to a Gaussian student's own."""
+    """Share of the zero-shot logits that is added to a Gaussian student's own with full evidence; without, all."""
     last_zero_shot_share: float = 0.6
     """The same for the last student, which will meet images unlike the unlabelled ones: the text weights know more
     about these. It was chosen on a natural shift, from photographs to cartoons."""
     neighbour_weight: float = 2.0
-    """Weight of the log of the neighbours' mean target in a row's logits."""
+    """Weight of the log of the neighbours' mean target in a row's logits, times the evidence."""
     neighbour_floor: float = 1e-3
     """Added to that mean target, so that a class that no neighbour has stays possible."""
     min_neighbours: int = 3

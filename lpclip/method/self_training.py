@@ -84,7 +84,7 @@ class Rounds:
         for rows, features in shard.chunks(width=num_classes):
             zero_shot = shard.zero_shot_logits(rows, features, head=head)
             logits = features @ teacher.weight.T + teacher.bias + teacher.zero_shot_share * zero_shot
-            logits = self._with_neighbours(logits, rows, previous=previous)  # step 1
+            logits += self._of_neighbours(rows, teacher=teacher, previous=previous)  # step 1
             posterior, targets = soft_targets(logits, teacher.factors)  # step 2
             top, label = targets.max(dim=1)
             keep = top >= self.config.threshold  # step 3
@@ -112,13 +112,15 @@ class Rounds:
         )
         return own.over_shards(self.all_reduce)
 
-    def _with_neighbours(self, logits: Tensor, rows: slice, *, previous: Pass | None) -> Tensor:
-        """Logits (m, K) of a chunk with the log of the neighbours' mean target, where there are neighbours."""
+    def _of_neighbours(self, rows: slice, *, teacher: State, previous: Pass | None) -> Tensor:
+        """The log of the neighbours' mean target (m, K) of a chunk, weighted; zeros (K,) without neighbours."""
         if previous is None or previous.targets is None or self.shard.neighbours is None:
-            return logits
-        places, targets = self.shard.neighbours[rows].to(logits.device), previous.targets.to(logits.device)
+            return torch.zeros_like(teacher.bias)
+        device = self.shard.device
+        places, targets = self.shard.neighbours[rows].to(device), previous.targets.to(device)
         around = torch.nn.functional.embedding_bag(places, targets, mode="mean")
-        return logits + self.recipe.neighbour_weight * torch.log(around + self.recipe.neighbour_floor)
+        weight = self.recipe.neighbour_weight * teacher.evidence
+        return weight * torch.log(around + self.recipe.neighbour_floor)
 
     def _graduate(
         self, solver: Solver, teacher: State, labelled: Pass, *, with_strong: Pass | None = None
@@ -136,7 +138,8 @@ class Rounds:
             bias=learnt.bias,
             # Halfway in the logarithm: a full step from the last teacher's sums to this student's can oscillate.
             factors=(teacher.factors * update_factors(labelled.prior, prior=self.prior)).sqrt(),
-            zero_shot_share=solver.zero_shot_share,
+            zero_shot_share=learnt.zero_shot_share,
+            evidence=learnt.evidence,
         )
         student_pass = self._pass(student, previous=labelled)
         return replace(student, metrics=student_pass.metrics()), student_pass
@@ -155,6 +158,7 @@ class Rounds:
         whitenings = self.whitenings or fit_whitenings(shard, all_reduce=all_reduce)
         base = GaussianSolver(
             shard=shard,
+            head=self.head,
             whitening=whitenings.base,
             zero_shot_share=recipe.zero_shot_share,
             recipe=recipe,

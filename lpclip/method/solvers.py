@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpclip.method.gaussian import Whitening, gaussian_probe
+from lpclip.method.gaussian import TextAnchors, Whitening, gaussian_probe
 from lpclip.method.linear import Linear
 from lpclip.method.pseudo_labels import AllReduce, scale_to_confidence
 from lpclip.method.recipe import Recipe
@@ -17,36 +17,56 @@ from lpclip.method.shard import CPU, Shard
 from lpclip.method.state import Pass, State
 
 
+@dataclass(frozen=True, kw_only=True)
+class Student(Linear):
+    """A student in units of logits."""
+
+    zero_shot_share: float
+    """Share of the zero-shot logits that is added to its own."""
+    evidence: float
+    """How much of it comes from images rather than from texts, 0 to 1."""
+
+
 class Solver(Protocol):
     """A way to fit a student."""
 
-    @property
-    def zero_shot_share(self) -> float:
-        """Share of the zero-shot logits that the student needs beside what was fitted."""
-
-    def fit(self, teacher: State, labelled: Pass) -> Linear:
-        """Fit a student, in units of logits, to the labels of the teacher's pass."""
+    def fit(self, teacher: State, labelled: Pass) -> Student:
+        """Fit a student to the labels of the teacher's pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianSolver:
-    """Gaussian classes from the targets' sums, scaled to the recipe's confidence."""
+    """Gaussian classes from the targets' sums and the texts, scaled to the recipe's confidence."""
 
     shard: Shard
+    head: Tensor
+    """(K, d) float32 zero-shot weights in units of logits."""
     whitening: Whitening
     zero_shot_share: float
+    """Share of the zero-shot logits that is added with full evidence; without any, they stand alone."""
     recipe: Recipe
     all_reduce: AllReduce
 
-    def fit(self, teacher: State, labelled: Pass) -> Linear:
+    def fit(self, teacher: State, labelled: Pass) -> Student:
         """Fit the classes. Nothing of the teacher is needed but its labels' sums."""
         device = self.shard.device
         sums, counts = labelled.sums.to(device), labelled.counts.to(device)
-        fitted = gaussian_probe(sums, counts, whitening=self.whitening.to(device))
+        anchors = TextAnchors(head=self.head.to(device), rows=self.recipe.text_rows)
+        fitted = gaussian_probe(
+            sums,
+            counts,
+            whitening=self.whitening.to(device),
+            anchors=anchors if self.recipe.text_rows else None,
+        )
         rows = max(0, min(self.recipe.scale_rows, self.shard.num_rows) - self.shard.first_row)
         logits = fitted.logits(torch.from_numpy(self.shard.features[:rows]).to(device))
         scale = scale_to_confidence(logits, self.recipe.confidence, all_reduce=self.all_reduce)
-        return Linear(weight=scale * fitted.weight, bias=scale * fitted.bias).to(CPU)
+        return Student(
+            weight=(scale * fitted.weight).to(CPU),
+            bias=(scale * fitted.bias).to(CPU),
+            zero_shot_share=1 - (1 - self.zero_shot_share) * fitted.evidence,
+            evidence=fitted.evidence,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +85,8 @@ class GradientSolver:
     seed: int
     recipe: Recipe
     all_reduce: AllReduce
-    zero_shot_share: float = 0.0
 
-    def fit(self, teacher: State, labelled: Pass) -> Linear:
+    def fit(self, teacher: State, labelled: Pass) -> Student:
         """Fit by steps from the teacher's own weights."""
         weight, device = teacher.weight + teacher.zero_shot_share * self.head, self.shard.device
         parameters = torch.cat([weight, teacher.bias[:, None]], dim=1).to(device)
@@ -93,7 +112,8 @@ class GradientSolver:
                 )
                 parameters.grad = (self.all_reduce(gradient.cpu()) / len(batch)).float().to(device)
                 optimiser.step()
-        return Linear(weight=parameters[:, :-1].contiguous(), bias=parameters[:, -1]).to(CPU)
+        learnt = parameters.to(CPU)
+        return Student(weight=learnt[:, :-1].contiguous(), bias=learnt[:, -1], zero_shot_share=0.0, evidence=1.0)
 
     def _batches(self, round_number: int, epoch: int) -> list[np.ndarray]:
         """Places among all rows of each batch of an epoch."""

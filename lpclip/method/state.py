@@ -27,6 +27,8 @@ class State:
     """(K,) float32: the prior's column factors."""
     zero_shot_share: float = 0.0
     """Share of the zero-shot logits that is added."""
+    evidence: float = 1.0
+    """How much of it comes from images rather than from texts, 0 to 1; the neighbours count by it."""
     metrics: dict[str, float] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> State:

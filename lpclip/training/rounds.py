@@ -219,7 +219,12 @@ def _write_round(folder: str, state: State) -> None:
     name = f"round-{state.round:03d}"
     tensors = {key: value.contiguous() for key, value in state.to_tensors().items()}
     files.write_bytes(files.join(folder, f"{name}.safetensors"), save_tensors(tensors))
-    text = {"round": state.round, "zero_shot_share": state.zero_shot_share, "metrics": state.metrics}
+    text = {
+        "round": state.round,
+        "zero_shot_share": state.zero_shot_share,
+        "evidence": state.evidence,
+        "metrics": state.metrics,
+    }
     files.write_json(files.join(folder, f"{name}.json"), text)
 
 
