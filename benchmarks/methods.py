@@ -58,7 +58,13 @@ from lpclip.evaluation.metrics import classification_metrics
 from lpclip.features.store import Store
 from lpclip.images.classes import map_labels, resolve_classes
 from lpclip.jobs.cli import OPTIONS
-from lpclip.method.calibration import CALIBRATION_ROWS, expected_accuracy, mean_confidence, temperature_at
+from lpclip.method.calibration import (
+    CALIBRATION_ROWS,
+    expected_accuracy,
+    label_free_temperature,
+    mean_confidence,
+    temperature_at,
+)
 from lpclip.method.confirmation import Sample, choose_prior, with_neighbours
 from lpclip.method.presence import with_absent
 from lpclip.method.priors import PRIORS
@@ -83,7 +89,7 @@ SINGLE_PROMPT = ("a photo of a {}.",)
 CONFIG = SelfTrainingConfig()
 
 # Which of `temperatures` lpclip has in the tables of methods.
-DEFAULT_TEMPERATURE = "(e) zero-shot's odds squared"
+DEFAULT_TEMPERATURE = "(f) (e), on images held out"
 ORACLE = "oracle (test labels)"
 CANDIDATES = ("uniform", "weak")
 # Accuracy below which a choice is worse than zero-shot, or than the other candidate.
@@ -272,7 +278,10 @@ def best_temperature(logits: Tensor, labels: Tensor) -> float:
 def temperatures(
     probe: Probe, *, zero_shot: Probe, features: np.ndarray, agreement: float | None
 ) -> dict[str, float]:
-    """The label-free temperatures of a probe of temperature 1; without an agreement (b) and (d) are (a)."""
+    """The label-free temperatures of a probe of temperature 1, on the images that it was fitted to.
+
+    Without an agreement (b) and (d) are (a).
+    """
     sample = features[:CALIBRATION_ROWS]
     base, own = mean_confidence(zero_shot, sample), mean_confidence(probe, sample)
     agreement = base if agreement is None else agreement
@@ -281,7 +290,7 @@ def temperatures(
         "(b) as confident as views agree": agreement,
         "(c) midpoint of zero-shot and itself": (base + own) / 2,
         "(d) midpoint of (a) and (b)": (base + agreement) / 2,
-        DEFAULT_TEMPERATURE: expected_accuracy(base),
+        "(e) zero-shot's odds squared": expected_accuracy(base),
     }
     logits = probe.logits(sample)
     return {name: temperature_at(logits, confidence=target) for name, target in targets.items()}
@@ -309,12 +318,15 @@ def train(
     zero_shot = zero_shot_probe(problem.head, temperature=problem.temperature)
     head = zero_shot.weight if present is None else zero_shot.weight[present]
     *_, (state, found) = Rounds(shard, head=head, config=config, prior=PRIORS[prior]).run()
-    student = state.classifier(head)
+    own = student = state.classifier(head)
     if present is not None:
         found = replace(found, labels=present[found.labels])
         student = with_absent(student, present, zero_shot=zero_shot, features=problem.features)
     probe = Probe(weight=student.weight, bias=student.bias)
     options = temperatures(probe, zero_shot=zero_shot, features=problem.features, agreement=agreement)
+    options[DEFAULT_TEMPERATURE] = label_free_temperature(
+        probe, zero_shot=zero_shot, features=problem.features, trained=own, head=head
+    )
     probe = replace(probe, temperature=options[DEFAULT_TEMPERATURE])
     return Trained(probe=probe, labels=found.labels, temperatures=options)
 

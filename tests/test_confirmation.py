@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lpclip.config import SelfTrainingConfig
-from lpclip.method.confirmation import MIN_IMAGES_PER_CLASS, MIN_KAPPA, Confirmation, Sample, choose_prior
+from lpclip.method.chance import HEADS, chance_confidence, head_confidence, random_head
+from lpclip.method.confirmation import MIN_KAPPA, Confirmation, Sample, choose_prior
 from lpclip.method.priors import PRIORS, Prior
 from lpclip.method.trial import try_priors
 
@@ -89,11 +90,13 @@ def test_the_same_sample_gives_the_same_choice() -> None:
     assert choose_prior(sample(features, head)) == choose_prior(sample(features, head))
 
 
-def test_a_threshold_and_the_workers_change_nothing_in_the_trial() -> None:
+def test_the_trial_is_of_the_training_that_will_run_on_any_number_of_workers() -> None:
     features, _, head = planted([60] * NUM_CLASSES)
-    config = replace(CONFIG, threshold=0.999, num_workers=2, rounds=1)
-    prior = PRIORS["weak"]
-    assert sample(features, head, config=config).confirm(prior) == sample(features, head).confirm(prior)
+    prior, usual = PRIORS["weak"], sample(features, head).confirm(PRIORS["weak"])
+    workers = replace(CONFIG, num_workers=2)
+    assert sample(features, head, config=workers).confirm(prior) == usual
+    for changes in ({"threshold": 0.6}, {"rounds": 1}, {"neighbours": 0}):
+        assert sample(features, head, config=replace(CONFIG, **changes)).confirm(prior) != usual
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 5])
@@ -115,14 +118,36 @@ def test_a_known_prior_is_confirmed_too() -> None:
 
 
 def test_trust_begins_at_the_bounds() -> None:
-    enough = Confirmation(
-        agreement=0.5, kappa=MIN_KAPPA, entropy=1.0, images_per_class=float(MIN_IMAGES_PER_CLASS)
-    )
+    enough = Confirmation(agreement=0.5, kappa=MIN_KAPPA, entropy=1.0, confidence=0.5, chance=0.4)
     assert enough.trusted
     assert not replace(enough, kappa=MIN_KAPPA - 0.01, agreement=0.9).trusted
-    assert not replace(enough, images_per_class=MIN_IMAGES_PER_CLASS - 0.1).trusted
+    assert not replace(enough, chance=0.5).trusted
+    assert "0.50 is reached by chance" in replace(enough, chance=0.5).doubts[0]
 
 
-def test_all_images_count_not_those_of_the_sample() -> None:
-    features, _, head = planted([60] * NUM_CLASSES)
-    assert sample(features, head).confirm(PRIORS["weak"]).images_per_class == 60
+@pytest.mark.parametrize("rows", [900, 60, 12])
+def test_names_without_a_meaning_are_found_out_with_few_images_too(rows: int) -> None:
+    features, _, head = planted([150] * NUM_CLASSES)
+    seen = torch.from_numpy(features[:rows])
+    bound = chance_confidence(seen, head, temperature=0.05)
+    assert head_confidence(seen, head, temperature=0.05) > bound + 0.1
+    # Other heads without a meaning than those that the bound is made of: one in HEADS + 1 may pass.
+    others = [random_head(head, seed=seed) for seed in range(HEADS, 3 * HEADS)]
+    passed = [head_confidence(seen, other, temperature=0.05) > bound for other in others]
+    assert np.mean(passed) < 0.15
+
+
+def test_real_clusters_with_meaningless_names_are_not_trusted() -> None:
+    features, _, head = planted([150] * NUM_CLASSES)
+    found = sample(features, random_head(head, seed=99)).confirm(PRIORS["weak"])
+    assert not found.trusted
+    assert "the class names fit these images no better than random ones" in found.doubts[-1]
+
+
+def test_random_heads_are_spread_like_the_head() -> None:
+    head = planted([1] * NUM_CLASSES)[2]
+    other = random_head(head, seed=0)
+    torch.testing.assert_close(other.norm(dim=1), torch.ones(NUM_CLASSES))
+    assert (other @ head.mean(dim=0) > 0).float().mean() > 0.5
+    assert not torch.equal(other, random_head(head, seed=1))
+    assert torch.equal(other, random_head(head, seed=0))

@@ -7,10 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lpclip.evaluation.judge import Labelled, evaluate, judge, judgement_curves, probe_curves
 from lpclip.evaluation.metrics import classification_metrics
-from lpclip.method.calibration import expected_accuracy, label_free_temperature, mean_confidence
+from lpclip.method.calibration import (
+    expected_accuracy,
+    label_free_temperature,
+    mean_confidence,
+    temperature_at,
+)
+from lpclip.method.held_out import held_out_logits
 from lpclip.method.probe import Probe
 from lpclip.method.supervised import supervised_probe
 
@@ -85,9 +92,45 @@ def test_the_temperature_without_labels_gives_the_expected_accuracy_as_confidenc
     features, _ = blobs(500, classes=(0, 1, 2))
     zero_shot, probe = probe_of(3, sharpness=2.0), probe_of(3, sharpness=sharpness)
     target = expected_accuracy(mean_confidence(zero_shot, features))
-    temperature = label_free_temperature(probe, zero_shot=zero_shot, features=features)
-    calm = replace(probe, temperature=temperature)
-    assert mean_confidence(calm, features) == pytest.approx(target, abs=1e-4)
+    temperature = label_free_temperature(
+        probe, zero_shot=zero_shot, features=features, trained=probe, head=zero_shot.weight
+    )
+    # So many images and so few dimensions: a student is hardly surer of those that it was fitted to.
+    assert mean_confidence(replace(probe, temperature=temperature), features) == pytest.approx(
+        target, abs=0.02
+    )
+
+
+def test_a_student_s_confidence_in_what_it_was_fitted_to_is_not_taken_for_its_confidence_in_others():
+    noise = np.random.default_rng(0).normal(size=(150, 100)).astype(np.float32) / 10
+    zero_shot = probe_of(3, sharpness=2.0)
+    zero_shot = replace(zero_shot, weight=F.pad(zero_shot.weight, (0, 100 - DIM)))
+    fitted, held_out = held_out_logits(zero_shot, head=zero_shot.weight, features=noise)
+    labels = zero_shot.predict(noise)
+    assert (fitted.argmax(dim=1).numpy() == labels).mean() > (
+        held_out.argmax(dim=1).numpy() == labels
+    ).mean() + 0.1
+    own = temperature_at(
+        zero_shot.logits(noise), confidence=expected_accuracy(mean_confidence(zero_shot, noise))
+    )
+    found = label_free_temperature(
+        zero_shot, zero_shot=zero_shot, features=noise, trained=zero_shot, head=zero_shot.weight
+    )
+    assert found < 0.95 * own
+
+
+def test_held_out_logits_know_nothing_of_the_rows_of_their_fold():
+    features, _ = blobs(60, classes=(0, 1, 2))
+    probe = probe_of(3, sharpness=2.0)
+    moved = features.copy()
+    moved[0] = -moved[0]
+    (_, before), (_, after) = (
+        held_out_logits(probe, head=probe.weight, features=rows) for rows in (features, moved)
+    )
+    own, others = torch.arange(5, 60, 5), torch.arange(1, 60, 5)
+    # The scale is that of the mean confidence of all rows.
+    torch.testing.assert_close(F.normalize(before[own]), F.normalize(after[own]), atol=1e-2, rtol=1e-2)
+    assert (F.normalize(before[others]) - F.normalize(after[others])).abs().max() > 1e-2
 
 
 def test_the_expected_accuracy_multiplies_the_odds_and_is_no_less_than_zero_shot_s():
@@ -100,7 +143,9 @@ def test_the_expected_accuracy_multiplies_the_odds_and_is_no_less_than_zero_shot
 def test_a_probe_without_an_opinion_gets_a_finite_temperature():
     features, _ = blobs(50, classes=(0, 1))
     flat = Probe(weight=torch.zeros(3, DIM), bias=torch.zeros(3))
-    assert 0 < label_free_temperature(flat, zero_shot=probe_of(3), features=features) < 1e3
+    sure = probe_of(3)
+    found = label_free_temperature(flat, zero_shot=sure, features=features, trained=flat, head=sure.weight)
+    assert 0 < found < 1e3
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_a_training_leaves_out_names_without_images_and_its_probe_knows_them() -
     assert auto.prior.name == "weak"
     assert auto.prior.summary(found.class_names)["absent"][:2] == ["class 0", "class 2"]
     assert "classes: 3 of 12 names have images, the rounds use these" in told
-    assert (auto.labels == labels).mean() > 0.99
+    assert (auto.labels == labels).mean() > 0.98
     assert whole.prior.present is None
     assert whole.prior.summary(found.class_names)["absent"] == []
     assert whole.probe.weight.shape == auto.probe.weight.shape == (NUM_CLASSES, DIM)

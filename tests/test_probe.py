@@ -55,7 +55,9 @@ def longhand(features: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tenso
 
 
 @pytest.mark.parametrize(("num_rows", "num_classes", "dim"), [(500, 3, 6), (40, 7, 5), (20, 4, 30)])
-def test_the_closed_form_is_a_linear_discriminant_in_the_white_space(num_rows: int, num_classes: int, dim: int):
+def test_the_closed_form_is_a_linear_discriminant_in_the_white_space(
+    num_rows: int, num_classes: int, dim: int
+):
     features = random(num_rows, dim) + torch.linspace(-1, 1, dim)
     targets = torch.softmax(2 * random(num_rows, num_classes, seed=1), dim=1)
     weight, bias = fit(features, targets)
@@ -193,8 +195,6 @@ def test_a_text_counts_for_as_many_images_as_it_is_given():
     assert much.evidence < 1e-4
     # The texts alone point the right way.
     assert (much.predict(features) == labels.numpy()).mean() > 0.9
-
-
 
 
 def test_soft_targets_of_the_same_temperature_have_no_gradient():

@@ -392,10 +392,15 @@ class _Sweep:
         probe = zero_shot
         if record is not None:
             probe = replace(zero_shot, weight=candidate.weight, bias=candidate.bias)
-            probe = replace(
+            teacher = float(record.parameters["temperature"] or self._head.temperature)
+            temperature = label_free_temperature(
                 probe,
-                temperature=label_free_temperature(probe, zero_shot=zero_shot, features=known.features.base),
+                zero_shot=zero_shot,
+                features=known.features.base,
+                trained=candidate,
+                head=zero_shot.weight * (self._head.temperature / teacher),
             )
+            probe = replace(probe, temperature=temperature)
         summary = {
             "method": "self-trained, chosen by a sweep" if record else "zero-shot (chosen by a sweep)",
             "training": {**to_dict(self._job.training), **(record.parameters if record else {})},

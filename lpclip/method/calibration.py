@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpclip.method.held_out import held_out_logits
+from lpclip.method.linear import Linear
 from lpclip.method.probe import Probe
 from lpclip.method.pseudo_labels import bisect_factor
 
@@ -29,15 +31,20 @@ def expected_accuracy(zero_shot_confidence: float) -> float:
     return max(c, c**2 / (c**2 + (1 - c) ** 2))
 
 
-def label_free_temperature(probe: Probe, *, zero_shot: Probe, features: np.ndarray) -> float:
+def label_free_temperature(
+    probe: Probe, *, zero_shot: Probe, features: np.ndarray, trained: Linear, head: Tensor
+) -> float:
     """The temperature at which the probe is as confident on the mean as it can be expected to be right.
 
-    Labels play no part. Zero-shot's own confidence fits an accuracy that the probe exceeds; docs/method.md has
-    what other guesses give.
+    A probe is surer of images that it was fitted to than of others. How much surer is measured with students that did
+    without a part of the images (`held_out_logits`): `trained` (K', d) is the rounds' own classifier, `head` (K', d)
+    the texts of its names in units of logits. Labels play no part. docs/method.md has what other ways give.
     """
     sample = features[:CALIBRATION_ROWS]
     target = expected_accuracy(mean_confidence(zero_shot, sample))
-    return temperature_at(probe.logits(sample), confidence=target)
+    fitted, held_out = held_out_logits(trained, head=head, features=features)
+    optimism = temperature_at(held_out, confidence=target) / temperature_at(fitted, confidence=target)
+    return optimism * temperature_at(probe.logits(sample), confidence=target)
 
 
 def temperature_at(logits: Tensor, *, confidence: float) -> float:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lpclip.config import SelfTrainingConfig
 from lpclip.method.agreement import Agreement, agreement
+from lpclip.method.chance import chance_confidence, head_confidence
 from lpclip.method.gaussian import Whitening
 from lpclip.method.neighbours import nearest
 from lpclip.method.presence import present_classes
@@ -30,7 +31,6 @@ from lpclip.method.shard import Shard, compute_device, fit_whitening
 SAMPLE_ROWS = 10_000
 HALF_ROWS = 6_000
 SPLITS = 4
-ROUNDS = 20
 HALF_ROUNDS = 12
 # Equal shares may be confirmed by TOLERANCE less often than a weak pull to them. They must be confirmed more often, by
 # SUSPICION times the distance in relative entropy, the further from equal the labels are that the weak pull gives.
@@ -38,8 +38,6 @@ TOLERANCE = 0.02
 SUSPICION = 0.2
 # Halves of pure noise have a kappa up to 0.25, as they start from the same labels; real classes have 0.4 and more.
 MIN_KAPPA = 0.28
-# With fewer images for each class name, the rounds' probe fits the images it saw and no others.
-MIN_IMAGES_PER_CLASS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +50,10 @@ class Confirmation:
     """The same beyond what labels of these frequencies share by chance (Cohen, 1960): 0 by chance, 1 for all."""
     entropy: float
     """Entropy of the labels' class shares over that of equal shares."""
-    images_per_class: float
-    """Images over class names."""
+    confidence: float
+    """Zero-shot's mean confidence."""
+    chance: float
+    """The confidence that names without a meaning reach (lpclip/method/chance.py)."""
 
     @property
     def trusted(self) -> bool:
@@ -66,10 +66,10 @@ class Confirmation:
         found = []
         if self.kappa < MIN_KAPPA:
             found.append(f"the halves hardly confirm them (kappa {self.kappa:.2f}, {MIN_KAPPA} is needed)")
-        if self.images_per_class < MIN_IMAGES_PER_CLASS:
+        if self.confidence <= self.chance:
             found.append(
-                f"there are {self.images_per_class:.3g} images for each class name, and {MIN_IMAGES_PER_CLASS} are "
-                "needed: take more images, or leave out names that have none"
+                f"the class names fit these images no better than random ones (zero-shot's mean confidence is "
+                f"{self.confidence:.2f}, and {self.chance:.2f} is reached by chance)"
             )
         return found
 
@@ -88,15 +88,17 @@ class Sample:
     ) -> None:
         """Cut features (n, d), whose order says nothing; the head (K, d) has unit norm, `dtype` compares neighbours."""
         self._head, self._config = zero_shot / temperature, config
-        self._images_per_class = len(features) / len(zero_shot)
         rows = features[:SAMPLE_ROWS]
         shard = Shard(features=rows, num_rows=len(rows), device=compute_device())
         whitening = fit_whitening(shard)
         options: dict[str, Any] = {"config": config, "num_classes": len(zero_shot), "dtype": dtype}
         self._whole = with_neighbours(shard, whitening=whitening, **options)
         seen = torch.from_numpy(rows[:HALF_ROWS]).float()
+        self._confidence = head_confidence(seen, zero_shot, temperature=temperature)
+        self._chance = chance_confidence(seen, zero_shot, temperature=temperature)
         logits = seen @ zero_shot.T / temperature
-        whitened = (seen - whitening.mean.float()) @ whitening.whitener.float()
+        # The halves must share nothing but the classes: their directions are uncorrelated.
+        whitened = (seen - whitening.mean.float()) @ whitening.principal.float()
         self._halves = []
         for seed in range(SPLITS):
             order = torch.randperm(whitened.shape[1], generator=torch.Generator().manual_seed(seed))
@@ -109,7 +111,8 @@ class Sample:
 
     def confirm(self, prior: Prior) -> Confirmation:
         """Try the rounds with a prior on the whole features, and on the halves."""
-        labels = self._labels(self._whole, prior=prior, rounds=ROUNDS)[: len(self._halves[0].features)]
+        labels = self._labels(self._whole, prior=prior, rounds=self._config.rounds)
+        labels = labels[: len(self._halves[0].features)]
         # Zero-shot sees the whole image: the halves start from its labels, and then do without it.
         recipe = replace(RECIPE, zero_shot_share=0.0, text_rows=0.0)
         halves = [self._labels(half, prior=prior, rounds=HALF_ROUNDS, recipe=recipe) for half in self._halves]
@@ -121,8 +124,9 @@ class Sample:
         return Confirmation(
             agreement=mean.share,
             kappa=mean.kappa,
-            images_per_class=self._images_per_class,
             entropy=float(entropy),
+            confidence=self._confidence,
+            chance=self._chance,
         )
 
     def present(self) -> np.ndarray:
@@ -145,7 +149,7 @@ class Sample:
         recipe: Recipe = RECIPE,
         head: Tensor | None = None,
     ) -> np.ndarray:
-        config = replace(self._config, rounds=rounds, threshold=0.0)
+        config = replace(self._config, rounds=min(rounds, self._config.rounds))
         head = self._head if head is None else head
         *_, (_, found) = Rounds(shard, head=head, prior=prior, config=config, recipe=recipe).run()
         return found.labels

@@ -136,11 +136,14 @@ def finish_probe(
     """
     probe, temperature, places = zero_shot, 1.0, chosen.present
     if chosen.trusted:
-        trained = last.classifier(teacher if places is None else teacher[places])
+        head = teacher if places is None else teacher[places]
+        own = found = last.classifier(head)
         if places is not None:
-            trained = with_absent(trained, places, zero_shot=zero_shot, features=features)
-        probe = replace(zero_shot, weight=trained.weight, bias=trained.bias)
-        temperature = label_free_temperature(probe, zero_shot=zero_shot, features=features)
+            found = with_absent(own, places, zero_shot=zero_shot, features=features)
+        probe = replace(zero_shot, weight=found.weight, bias=found.bias)
+        temperature = label_free_temperature(
+            probe, zero_shot=zero_shot, features=features, trained=own, head=head
+        )
     summary = {
         "method": "self-trained" if chosen.trusted else "zero-shot (fallback)",
         "training": to_dict(config),

@@ -45,6 +45,12 @@ class Whitening:
         identity = torch.eye(len(self.mean), dtype=self.root.dtype, device=self.root.device)
         return torch.linalg.solve_triangular(self.root, identity, upper=False).T
 
+    @cached_property
+    def principal(self) -> Tensor:
+        """(d, d) float64: the whitener whose directions are uncorrelated; they are the principal ones."""
+        vectors = torch.linalg.eigh(self.covariance).eigenvectors
+        return vectors / (vectors * (self.shrunk @ vectors)).sum(dim=0).sqrt()
+
     def whitened(self, differences: Tensor) -> Tensor:
         """Differences of features (n, d) float64 in the white space."""
         return torch.linalg.solve_triangular(self.root, differences.T, upper=False).T
@@ -62,7 +68,7 @@ def make_whitening(moments: Tensor) -> Whitening:
     shrinkage = max(0.1, 2 * dim / (2 * dim + float(num_rows)))
     identity = torch.eye(dim, dtype=covariance.dtype, device=covariance.device)
     # More than float32's rounding took: rows that are all alike would have a covariance that is not even positive.
-    covariance += ROUNDING * moments[1:, 1:].trace() / num_rows / dim * identity
+    covariance += (ROUNDING * moments[1:, 1:].trace() / num_rows / dim).clamp_min(1e-12) * identity
     floor = covariance.trace() / dim
     return Whitening(
         mean=mean,

@@ -49,8 +49,12 @@ class GaussianSolver:
 
     def fit(self, teacher: State, labelled: Pass) -> Student:
         """Fit the classes. Nothing of the teacher is needed but its labels' sums."""
+        return self.fit_sums(labelled.sums, labelled.counts)
+
+    def fit_sums(self, sums: Tensor, counts: Tensor) -> Student:
+        """Fit the classes to the targets' sums of features (K, d) and of ones (K,), float64."""
         device = self.shard.device
-        sums, counts = labelled.sums.to(device), labelled.counts.to(device)
+        sums, counts = sums.to(device), counts.to(device)
         anchors = TextAnchors(head=self.head.to(device), rows=self.recipe.text_rows)
         fitted = gaussian_probe(
             sums,
@@ -113,7 +117,9 @@ class GradientSolver:
                 parameters.grad = (self.all_reduce(gradient.cpu()) / len(batch)).float().to(device)
                 optimiser.step()
         learnt = parameters.to(CPU)
-        return Student(weight=learnt[:, :-1].contiguous(), bias=learnt[:, -1], zero_shot_share=0.0, evidence=1.0)
+        return Student(
+            weight=learnt[:, :-1].contiguous(), bias=learnt[:, -1], zero_shot_share=0.0, evidence=1.0
+        )
 
     def _batches(self, round_number: int, epoch: int) -> list[np.ndarray]:
         """Places among all rows of each batch of an epoch."""
