@@ -119,7 +119,7 @@ def test_a_training_leaves_out_names_without_images_and_its_probe_knows_them() -
         name: lpclip.evaluate(one.probe, later, true)["accuracy"]
         for name, one in {"auto": auto, "all": whole}.items()
     }
-    assert right["auto"] > right["all"] + 0.1, "names without images are not lost"
+    assert right["auto"] > right["all"] + 0.05, "names without images are not lost"
 
 
 def test_a_prior_that_is_asked_for_keeps_all_names() -> None:
