@@ -159,7 +159,10 @@ def sweep(setting: Setting, options: Options) -> list[Row]:
         setting.features, zero_shot=setting.head, temperature=setting.temperature, config=base, dtype=dtype
     )
     prior, _ = choose_prior(sample)
-    yardstick = make_yardstick(setting.features, num_classes=len(setting.head), seed=options.seed)
+    zero_shot = Linear(weight=setting.head / setting.temperature, bias=torch.zeros(len(setting.head)))
+    yardstick = make_yardstick(
+        setting.features, num_classes=len(setting.head), seed=options.seed, zero_shot=zero_shot
+    )
     names = tuple(map(str, range(len(setting.head))))
     with tempfile.TemporaryDirectory() as folder:
         task = Task(
@@ -203,7 +206,6 @@ def sweep(setting: Setting, options: Options) -> list[Row]:
         finished = sorted(o.name for o in outcomes if o.status == "finished")
         found = {name: read_classifier(folder, name) for name in finished}
     plain = found.pop(trial_name(default))
-    zero_shot = Linear(weight=setting.head / setting.temperature, bias=torch.zeros(len(setting.head)))
     candidates = [zero_shot, *found.values()]
 
     def accuracy(candidate: Linear) -> float:

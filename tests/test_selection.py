@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -329,6 +329,26 @@ def test_images_that_are_all_alike_make_no_candidate_perfect() -> None:
 def test_every_seed_that_the_training_takes_gives_a_yardstick(seed: int) -> None:
     features, _, _ = planted([20] * 3)
     make_yardstick(features, num_classes=3, seed=seed)
+
+
+def test_right_groups_under_wrong_names_are_worth_nothing() -> None:
+    features, labels, means = planted([150] * NUM_CLASSES, noise=0.15)
+    head = means + 2.5 * torch.randn(means.shape, generator=torch.Generator().manual_seed(0)) / DIM**0.5
+    zero_shot = Linear(weight=8 * head, bias=torch.zeros(NUM_CLASSES))
+    assert accuracy(features, labels, zero_shot) < 0.95
+    yardstick = make_yardstick(features, num_classes=NUM_CLASSES, seed=0, zero_shot=zero_shot)
+    true = candidates(means)["true"]
+    some, all_names = [1, 0, 3, 2, 4, 5], [1, 2, 3, 4, 5, 0]
+    found = {"true": true, "zero-shot": zero_shot, "noise": candidates(means)["noise 1.5"]} | {
+        f"{len(set(order))} {order}": Linear(weight=true.weight[order], bias=true.bias[order])
+        for order in (some, all_names)
+    }
+    *good, half, none = worth(yardstick, found, "structure").values()
+    assert good[0] == max(good)
+    assert min(good) > 0
+    assert (half, none) == (0, 0)
+    blind = worth(replace(yardstick, zero_shot=None), found, "structure")
+    assert [*blind.values()][-1] == pytest.approx(blind["true"]), "the images' structure knows no names"
 
 
 def test_labels_have_no_way_in() -> None:

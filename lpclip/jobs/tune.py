@@ -241,10 +241,12 @@ class _Sweep:
         strong = _strong_views(job)
         loaded = known.encoded.store.features(views=strong, with_labels=False).strong if strong else {}
         print("criteria: finding the clusters and neighbours of a sample, to compare trials with", flush=True)
+        weight = torch.tensor(head.weight) / head.temperature
         yardstick = make_yardstick(
             known.features.base,
             num_classes=len(head.class_names),
             seed=job.training.seed,
+            zero_shot=Linear(weight=weight, bias=torch.zeros(len(weight))),
         )
         found = {spec: chosen.prior if prior is None and chosen else prior for spec, prior in priors.items()}
         task = Task(

@@ -29,6 +29,9 @@ CLUSTERS_PER_CLASS = (1, 2, 5)
 STARTS = 2
 MIN_ROWS_PER_CLUSTER = 20
 NEIGHBOURS = 10
+# A classifier whose names zero-shot finds less probable than this, of what it finds its own, is worth nothing: the
+# images' structure cannot tell whether groups have the right names, or are groups of what no name means.
+NAMES_FLOOR = 0.6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +44,16 @@ class Yardstick:
     """(m, n) int32, m clusterings."""
     neighbours: np.ndarray
     """(n, k) int32, of each row the nearest others by cosine of their centred features."""
+    zero_shot: np.ndarray | None = None
+    """(n, K) float32, zero-shot's probabilities; None judges no names."""
 
 
-def make_yardstick(features: np.ndarray, *, num_classes: int, seed: int) -> Yardstick:
+def make_yardstick(
+    features: np.ndarray, *, num_classes: int, seed: int, zero_shot: Linear | None = None
+) -> Yardstick:
     """The sample on which classifiers are judged, from features (N, d) in row order.
+
+    `zero_shot` is the head over the encoder's temperature; without it `structure` judges no names.
 
     Raises UserError with fewer than two rows.
     """
@@ -75,6 +84,7 @@ def make_yardstick(features: np.ndarray, *, num_classes: int, seed: int) -> Yard
         features=rows,
         clusters=np.stack(clusters).astype(np.int32),
         neighbours=near.numpy().astype(np.int32),
+        zero_shot=None if zero_shot is None else torch.softmax(zero_shot.logits(rows), dim=1).numpy(),
     )
 
 
@@ -85,6 +95,8 @@ def measure(yardstick: Yardstick, candidate: Linear, *, criterion: Criterion) ->
         return class_ami(predicted, clusters=yardstick.clusters)
     if criterion == "neighbours":
         return neighbour_kappa(predicted, neighbours=yardstick.neighbours, num_classes=num_classes)
+    if yardstick.zero_shot is not None and contradicts_names(predicted, zero_shot=yardstick.zero_shot):
+        return 0.0
     # Two witnesses of the images' own structure, at a large scale and at a small one: each is wrong at times.
     large = class_ami(predicted, clusters=yardstick.clusters)
     small = neighbour_kappa(predicted, neighbours=yardstick.neighbours, num_classes=num_classes)
@@ -108,3 +120,21 @@ def neighbour_kappa(predicted: np.ndarray, *, neighbours: np.ndarray, num_classe
     others = predicted[neighbours]
     own = np.repeat(predicted, others.shape[1])
     return agreement(own, others.ravel(), num_classes=num_classes).kappa
+
+
+def name_kappa(predicted: np.ndarray, *, zero_shot: np.ndarray) -> float:
+    """Zero-shot's mean probability of the predicted names (n,), beyond what names of these shares have by chance.
+
+    `zero_shot` are its probabilities (n, K). 0 is chance, 1 says that zero-shot is sure of all of them. A name that
+    zero-shot holds for nearly as probable as its own first choice costs next to nothing.
+    """
+    shares = np.bincount(predicted, minlength=zero_shot.shape[1]) / len(predicted)
+    chance = float(shares @ zero_shot.mean(axis=0))
+    found = float(zero_shot[np.arange(len(predicted)), predicted].mean())
+    return (found - chance) / max(1 - chance, 1e-9)
+
+
+def contradicts_names(predicted: np.ndarray, *, zero_shot: np.ndarray) -> bool:
+    """Say whether predictions (n,) have names that zero-shot, with probabilities (n, K), all but excludes."""
+    own = name_kappa(zero_shot.argmax(axis=1), zero_shot=zero_shot)
+    return name_kappa(predicted, zero_shot=zero_shot) < NAMES_FLOOR * own
