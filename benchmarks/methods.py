@@ -54,7 +54,7 @@ from lpclip.encoders.encoder import Encoder
 from lpclip.encoders.load import load_encoder
 from lpclip.encoders.prompts import DEFAULT_TEMPLATES
 from lpclip.encoders.zero_shot import zero_shot_weights
-from lpclip.evaluation.metrics import classification_metrics
+from lpclip.evaluation.metrics import answers, classification_metrics
 from lpclip.features.store import Store
 from lpclip.images.classes import map_labels, resolve_classes
 from lpclip.jobs.cli import OPTIONS
@@ -364,7 +364,7 @@ class Bench:
         if p is None:
             return row
         labels = torch.from_numpy((images or self.setting.test).labels)
-        found = classification_metrics(p, labels)
+        found = classification_metrics(answers(p, labels))
         return replace(row, accuracy=found["accuracy"], ece=found["ece"], nll=found["nll"])
 
     def baselines(self) -> Iterator[Row]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from lpclip.evaluation.judge import Labelled, evaluate, judge, judgement_curves, probe_curves
-from lpclip.evaluation.metrics import classification_metrics
+from lpclip.evaluation.metrics import answers, classification_metrics
 from lpclip.method.calibration import (
     expected_accuracy,
     label_free_temperature,
@@ -47,7 +47,7 @@ def test_evaluation_is_the_metrics_of_the_probe_s_probabilities():
     labels[::4] = -1
     probe = probe_of(3)
     found = evaluate(probe, features, labels)
-    assert found == classification_metrics(probe.probabilities(features), torch.from_numpy(labels))
+    assert found == classification_metrics(answers(probe.probabilities(features), torch.from_numpy(labels)))
     assert found["accuracy"] > 0.9
     assert evaluate(probe, features, np.full(300, -1))["accuracy"] is None
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from baselines import METHODS
 from methods import Data, Images, Row, Setting, Trial
 
-from lpclip.evaluation.metrics import classification_metrics
+from lpclip.evaluation.metrics import answers, classification_metrics
 from lpclip.method.confirmation import Confirmation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -119,7 +119,10 @@ def test_the_best_temperature_is_the_one_that_the_labels_were_drawn_at():
     labels = torch.multinomial(torch.softmax(logits / 2.5, dim=1), 1, generator=generator)[:, 0]
     found = methods.best_temperature(logits, labels)
     assert found == pytest.approx(2.5, rel=0.05)
-    nll = [classification_metrics(torch.softmax(logits / t, dim=1), labels)["nll"] for t in (found, 2.0, 3.0)]
+    nll = [
+        classification_metrics(answers(torch.softmax(logits / t, dim=1), labels))["nll"]
+        for t in (found, 2.0, 3.0)
+    ]
     assert min(nll) == nll[0]
 
 

@@ -16,6 +16,7 @@ from lpclip.evaluation.bootstrap import BLOCK_RESAMPLES, bootstrap_blocks, mean_
 from lpclip.evaluation.metrics import (
     METRICS,
     NUM_BINS,
+    answers,
     classification_metrics,
     confusion_matrix,
     metric_intervals,
@@ -31,6 +32,16 @@ CASES = [
 ]
 
 
+def metrics_of(probabilities: torch.Tensor, labels: torch.Tensor) -> dict[str, float | None]:
+    return classification_metrics(answers(probabilities, labels))
+
+
+def intervals_of(
+    probabilities: torch.Tensor, labels: torch.Tensor, **options: Any
+) -> dict[str, tuple[float, float]]:
+    return metric_intervals(answers(probabilities, labels), **options)
+
+
 def drawn_counts(num_rows: int, **options: Any) -> torch.Tensor:
     """The counts (B, N) of all resamples."""
     return torch.cat(list(bootstrap_blocks(num_rows, **options)))
@@ -44,7 +55,7 @@ def random_case(num_rows: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_a_case_by_hand():
     probabilities = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.3, 0.7], [0.3, 0.7]])
-    found = classification_metrics(probabilities, torch.tensor([0, 1, 1, 1]))
+    found = metrics_of(probabilities, torch.tensor([0, 1, 1, 1]))
     assert found["accuracy"] == 0.75
     # Two bins of two rows each: |0.5 - 0.9| and |1 - 0.7|, averaged.
     assert found["ece"] == pytest.approx((0.4 + 0.3) / 2)
@@ -53,10 +64,10 @@ def test_a_case_by_hand():
 
 def test_sure_and_right_is_perfect_and_sure_and_wrong_is_the_worst():
     sure = torch.eye(3)
-    right = classification_metrics(sure, torch.tensor([0, 1, 2]))
+    right = metrics_of(sure, torch.tensor([0, 1, 2]))
     zeros = dict.fromkeys(("ece", "adaptive_ece", "nll", "brier", "aurc", "augrc"), 0.0)
     assert right == {"accuracy": 1.0, "top5_accuracy": None, "mean_recall": 1.0, **zeros}
-    wrong = classification_metrics(sure, torch.tensor([1, 2, 0]))
+    wrong = metrics_of(sure, torch.tensor([1, 2, 0]))
     assert (wrong["accuracy"], wrong["mean_recall"]) == (0.0, 0.0)
     assert (wrong["ece"], wrong["adaptive_ece"], wrong["brier"]) == (1.0, 1.0, 2.0)
     # Errors among k rows over k is 1 throughout, and over the three rows 1/3, 2/3 and 1.
@@ -67,21 +78,21 @@ def test_sure_and_right_is_perfect_and_sure_and_wrong_is_the_worst():
 def test_labels_below_zero_are_left_out():
     probabilities, labels = random_case(100)
     hidden = torch.arange(100) % 3 == 0
-    found = classification_metrics(probabilities, labels.masked_fill(hidden, -1))
-    assert found == classification_metrics(probabilities[~hidden], labels[~hidden])
+    found = metrics_of(probabilities, labels.masked_fill(hidden, -1))
+    assert found == metrics_of(probabilities[~hidden], labels[~hidden])
 
 
 @pytest.mark.parametrize("num_rows", [0, 5])
 def test_without_any_label_there_is_no_metric(num_rows: int):
-    found = classification_metrics(torch.full((num_rows, 4), 0.25), torch.full((num_rows,), -1))
+    found = metrics_of(torch.full((num_rows, 4), 0.25), torch.full((num_rows,), -1))
     assert found == dict.fromkeys(METRICS)
-    assert metric_intervals(torch.full((num_rows, 4), 0.25), torch.full((num_rows,), -1)) == {}
+    assert intervals_of(torch.full((num_rows, 4), 0.25), torch.full((num_rows,), -1)) == {}
 
 
 def test_labels_drawn_from_the_probabilities_are_calibrated():
     probabilities, _ = random_case(20_000)
     labels = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(1))[:, 0]
-    found = classification_metrics(probabilities, labels)
+    found = metrics_of(probabilities, labels)
     assert found["ece"] < 0.02
     entropy = float(-(probabilities * probabilities.log()).sum(dim=1).mean())
     assert found["nll"] == pytest.approx(entropy, abs=0.02)
@@ -90,8 +101,8 @@ def test_labels_drawn_from_the_probabilities_are_calibrated():
 def test_the_order_of_classes_and_rows_does_not_matter():
     probabilities, labels = random_case()
     order, rows = torch.tensor([3, 5, 0, 1, 4, 2]), probabilities[:, 0].argsort()
-    other = classification_metrics(probabilities[rows][:, order], order.argsort()[labels[rows]])
-    assert other == pytest.approx(classification_metrics(probabilities, labels), abs=1e-5)
+    other = metrics_of(probabilities[rows][:, order], order.argsort()[labels[rows]])
+    assert other == pytest.approx(metrics_of(probabilities, labels), abs=1e-5)
 
 
 def test_the_bins_add_up_to_the_ece_and_the_accuracy():
@@ -99,7 +110,7 @@ def test_the_bins_add_up_to_the_ece_and_the_accuracy():
     confidence, predicted = probabilities.max(dim=1)
     bins = reliability_bins(confidence, predicted == labels)
     share = bins.count / 2000
-    found = classification_metrics(probabilities, labels)
+    found = metrics_of(probabilities, labels)
     assert len(share) == NUM_BINS
     assert (share * abs(bins.accuracy - bins.confidence)).sum() == pytest.approx(found["ece"], abs=1e-5)
     assert (share * bins.accuracy).sum() == pytest.approx(found["accuracy"], abs=1e-5)
@@ -129,7 +140,7 @@ def test_the_confusion_matrix_holds_the_accuracy():
     probabilities, labels = random_case()
     matrix = confusion_matrix(probabilities.argmax(dim=1), labels, num_classes=6)
     assert matrix.sum() == 2000
-    accuracy = classification_metrics(probabilities, labels)["accuracy"]
+    accuracy = metrics_of(probabilities, labels)["accuracy"]
     assert float(matrix.trace() / matrix.sum()) == pytest.approx(accuracy)
 
 
@@ -151,7 +162,7 @@ def tied_case(num_rows: int = 60, num_classes: int = 7) -> tuple[torch.Tensor, t
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
 def test_scikit_learn_finds_the_same(drawn: tuple[int, int, int]):
     probabilities, labels = case(*drawn)
-    found, classes = classification_metrics(probabilities, labels), np.arange(drawn[2])
+    found, classes = metrics_of(probabilities, labels), np.arange(drawn[2])
     p = probabilities.double().numpy()
     p, predicted = p / p.sum(axis=1, keepdims=True), p.argmax(axis=1)
     assert found["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(labels, predicted))
@@ -168,7 +179,7 @@ def test_scikit_learn_finds_the_same(drawn: tuple[int, int, int]):
 @pytest.mark.filterwarnings("ignore:Metric `")
 def test_torch_uncertainty_finds_the_same(drawn: tuple[int, int, int]):
     probabilities, labels = case(*drawn)
-    found, options = classification_metrics(probabilities, labels), {"num_classes": drawn[2], "num_bins": 15}
+    found, options = metrics_of(probabilities, labels), {"num_classes": drawn[2], "num_bins": 15}
     other = {
         "ece": torch_uncertainty.CalibrationError("multiclass", norm="l1", **options),
         "adaptive_ece": torch_uncertainty.AdaptiveCalibrationError("multiclass", norm="l1", **options),
@@ -191,7 +202,7 @@ def test_torch_uncertainty_takes_trapezoids_under_the_risk(drawn: tuple[int, int
     metric = {"aurc": torch_uncertainty.AURC, "augrc": torch_uncertainty.AUGRC}[name]()
     theirs = float(metric(probabilities.double(), labels))
     mean = ((drawn[1] - 1) * theirs + float(risk[0] + risk[-1]) / 2) / drawn[1]
-    assert classification_metrics(probabilities, labels)[name] == pytest.approx(mean, abs=1e-6)
+    assert metrics_of(probabilities, labels)[name] == pytest.approx(mean, abs=1e-6)
 
 
 def test_a_case_of_selective_prediction_by_hand():
@@ -219,16 +230,16 @@ def test_tied_rows_are_taken_in_every_order():
 
 def test_the_order_of_tied_rows_does_not_matter():
     probabilities, labels = tied_case()
-    found = classification_metrics(probabilities, labels)
+    found = metrics_of(probabilities, labels)
     for seed in range(3):
         rows = torch.randperm(60, generator=torch.Generator().manual_seed(seed))
-        other = classification_metrics(probabilities[rows], labels[rows])
+        other = metrics_of(probabilities[rows], labels[rows])
         assert other == pytest.approx(found, abs=1e-6)
 
 
 def test_a_constant_confidence_has_one_bin_and_a_flat_risk():
     probabilities, labels = torch.tensor([[0.6, 0.4]]).expand(40, 2), torch.arange(40) % 4 // 3
-    found = classification_metrics(probabilities, labels)
+    found = metrics_of(probabilities, labels)
     assert found["accuracy"] == 0.75
     assert found["ece"] == pytest.approx(0.15, abs=1e-6)
     assert found["adaptive_ece"] == pytest.approx(0.15, abs=1e-6)
@@ -249,12 +260,12 @@ def test_the_equal_mass_bins_are_runs_in_order_of_confidence(num_rows: int):
             abs(sum(float(predicted[row] == labels[row]) - float(confidence[row]) for row in run)) / num_rows
         )
     assert not rows
-    assert classification_metrics(probabilities, labels)["adaptive_ece"] == pytest.approx(error, abs=1e-6)
+    assert metrics_of(probabilities, labels)["adaptive_ece"] == pytest.approx(error, abs=1e-6)
 
 
 @pytest.mark.parametrize("label", [0, 1])
 def test_one_row(label: int):
-    found = classification_metrics(torch.tensor([[0.75, 0.25]]), torch.tensor([label]))
+    found = metrics_of(torch.tensor([[0.75, 0.25]]), torch.tensor([label]))
     wrong = float(label)
     assert found == {
         "accuracy": 1 - wrong,
@@ -271,7 +282,7 @@ def test_one_row(label: int):
 
 def test_one_class_alone_is_its_own_mean_recall():
     probabilities, _ = case(2, 100, 8)
-    found = classification_metrics(probabilities, torch.full((100,), 3))
+    found = metrics_of(probabilities, torch.full((100,), 3))
     assert found["mean_recall"] == pytest.approx(found["accuracy"])
     assert not any(math.isnan(value) for value in found.values())
 
@@ -279,13 +290,13 @@ def test_one_class_alone_is_its_own_mean_recall():
 def test_full_confidence_has_a_bin_of_its_own():
     # One bin for both rows would hold |0.5 - 0.975|.
     probabilities = torch.tensor([[1.0, 0.0], [0.95, 0.05]])
-    assert classification_metrics(probabilities, torch.tensor([0, 1]))["ece"] == pytest.approx(0.95 / 2)
-    assert classification_metrics(probabilities, torch.tensor([1, 0]))["ece"] == pytest.approx((1 + 0.05) / 2)
+    assert metrics_of(probabilities, torch.tensor([0, 1]))["ece"] == pytest.approx(0.95 / 2)
+    assert metrics_of(probabilities, torch.tensor([1, 0]))["ece"] == pytest.approx((1 + 0.05) / 2)
 
 
 def test_the_first_of_equally_probable_classes_comes_first():
     probabilities = torch.full((10, 10), 0.1)
-    found = classification_metrics(probabilities, torch.arange(10))
+    found = metrics_of(probabilities, torch.arange(10))
     assert (found["accuracy"], found["top5_accuracy"]) == (0.1, 0.5)
 
 
@@ -295,10 +306,10 @@ def test_a_rounding_error_above_one_makes_no_logits_of_probabilities():
     above = sure.clone()
     above[-1, 0] += 1e-6
     labels = torch.cat([labels, torch.zeros(1, dtype=torch.long)])
-    assert classification_metrics(above, labels) == classification_metrics(sure, labels)
+    assert metrics_of(above, labels) == metrics_of(sure, labels)
 
 
-@pytest.mark.parametrize("measure", [classification_metrics, metric_intervals])
+@pytest.mark.parametrize("measure", [metrics_of, intervals_of])
 @pytest.mark.parametrize(
     ("probabilities", "labels", "reason"),
     [
@@ -355,8 +366,8 @@ def test_intervals_are_quantiles_of_metrics_of_repeated_rows(drawn: tuple[torch.
     draws = []
     for count in counts:
         drawn_rows = rows.repeat_interleave(count)
-        draws.append(classification_metrics(probabilities[drawn_rows], labels[drawn_rows]))
-    found = metric_intervals(probabilities, labels, resamples=60, seed=4)
+        draws.append(metrics_of(probabilities[drawn_rows], labels[drawn_rows]))
+    found = intervals_of(probabilities, labels, resamples=60, seed=4)
     top5 = {"top5_accuracy"} if probabilities.shape[1] > 5 else set()
     assert set(found) == {"accuracy", "ece", "nll", "brier", "aurc", "augrc"} | top5
     for name, interval in found.items():
@@ -369,7 +380,7 @@ def test_intervals_hold_the_metrics_and_narrow_with_the_root_of_rows():
     widths = {}
     for num_rows in (500, 8000):
         probabilities, labels = case(0, num_rows, 10)
-        point, found = classification_metrics(probabilities, labels), metric_intervals(probabilities, labels)
+        point, found = metrics_of(probabilities, labels), intervals_of(probabilities, labels)
         for name in ("accuracy", "top5_accuracy", "nll", "brier", "aurc", "augrc"):
             low, high = found[name]
             assert low < point[name] < high, name
@@ -381,13 +392,13 @@ def test_intervals_hold_the_metrics_and_narrow_with_the_root_of_rows():
 
 def test_the_interval_of_a_share_has_the_known_width():
     labels = torch.arange(2000) % 5 // 4
-    low, high = metric_intervals(torch.tensor([[0.9, 0.1]]).expand(2000, 2), labels)["accuracy"]
+    low, high = intervals_of(torch.tensor([[0.9, 0.1]]).expand(2000, 2), labels)["accuracy"]
     assert (high - low) / (2 * 1.96) == pytest.approx(math.sqrt(0.8 * 0.2 / 2000), rel=0.1)
 
 
 def test_the_seed_makes_the_interval():
     probabilities, labels = random_case(300)
-    first, again, other = (metric_intervals(probabilities, labels, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (intervals_of(probabilities, labels, seed=seed) for seed in (0, 0, 1))
     assert first == again
     assert all(first[name] != other[name] for name in first)
 

@@ -346,6 +346,18 @@ def test_a_removed_part_alone_is_made_again(tmp_path: Path) -> None:
     assert np.array_equal(bits(after.features().base), bits(before.base))
 
 
+def test_one_long_id_makes_no_other_longer(tmp_path: Path) -> None:
+    writer = StoreWriter(str(tmp_path), IDENTITY)
+    writer.begin()
+    table = rows(0, 300)
+    ids = [*table["id"].to_pylist()[:-1], "x" * 1024]
+    write(writer, part(0, 0, 300), table.set_column(0, "id", pa.array(ids)))
+    store = writer.finish(num_units=1, rate=0)
+    for found in (store.ids(), store.ids_and_labels()[0], store.features().ids):
+        assert sorted(found) == sorted(ids)
+        assert found.nbytes == 8 * 300
+
+
 def test_a_store_of_bad_images_alone_is_empty(tmp_path: Path) -> None:
     writer = StoreWriter(str(tmp_path), IDENTITY)
     writer.begin()

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# This many resamples are held at once: for 50,000 rows 5 MB of counts.
+# This many resamples are held at once, and fewer of many rows: 2 MB of counts.
 BLOCK_RESAMPLES = 25
+BLOCK_COUNTS = 1 << 19
 
 
 def bootstrap_blocks(
-    num_rows: int, *, resamples: int = 1000, seed: int | tuple[int, ...] = 0
+    num_rows: int, *, resamples: int = 1000, seed: int | tuple[int, ...] = 0, beside: int = 0
 ) -> Iterator[Tensor]:
     """Counts (B, N) float32 of B resamples, in blocks of up to 25: how often each of N rows is drawn.
 
-    Every resample has N draws. A mean over resampled rows of a column (N,) is counts @ column / N.
+    Every resample has N draws. A mean over resampled rows of a column (N,) is counts @ column / N. `beside` is the
+    number of other rows that are resampled along with these, which makes blocks smaller and changes no draw.
     """
     random = np.random.default_rng(seed)
-    for start in range(0, resamples, BLOCK_RESAMPLES):
-        size = min(BLOCK_RESAMPLES, resamples - start)
+    at_once = max(1, min(BLOCK_RESAMPLES, BLOCK_COUNTS // max(1, num_rows + beside)))
+    for start in range(0, resamples, at_once):
+        size = min(at_once, resamples - start)
         rows = random.integers(num_rows, size=(size, num_rows))
         rows += np.arange(size)[:, None] * num_rows
         counts = np.bincount(rows.ravel(), minlength=size * num_rows)
@@ -39,7 +42,24 @@ def mean_interval(values: Tensor, *, resamples: int = 1000, seed: int = 0) -> Te
     # In float64 sums of whole numbers are exact: no rounding may lift an interval's end over zero.
     exact = values.double()
     blocks = bootstrap_blocks(len(values), resamples=resamples, seed=seed)
-    return percentiles(torch.cat([counts.double() @ exact for counts in blocks]) / len(values))
+    return percentiles(
+        collect((counts.double() @ exact for counts in blocks), resamples=resamples) / len(values)
+    )
+
+
+def collect(blocks: Iterable[Tensor], *, resamples: int) -> Tensor:
+    """The draws (resamples, ...) of blocks (B, ...), written into one array.
+
+    Small arrays kept from each block would lie between the large ones that are freed, and the memory of these could
+    not be used again.
+    """
+    start, found = 0, torch.empty(0)
+    for block in blocks:
+        if not start:
+            found = block.new_empty(resamples, *block.shape[1:])
+        found[start : start + len(block)] = block
+        start += len(block)
+    return found
 
 
 def percentiles(draws: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lpclip.evaluation.bootstrap import bootstrap_blocks
+from lpclip.evaluation.bootstrap import bootstrap_blocks, collect
 
-BLOCK_ROWS = 8192
+SCORES = ("msp", "max_logit", "energy", "mcm")
 
 
 def ood_scores(logits: Tensor, *, temperature: float, cosine_temperature: float) -> dict[str, Tensor]:
@@ -29,16 +29,11 @@ def ood_scores(logits: Tensor, *, temperature: float, cosine_temperature: float)
     """
     if not (temperature > 0 and cosine_temperature > 0):
         raise ValueError(f"temperatures must be positive, not {temperature} and {cosine_temperature}")
-    found: dict[str, list[Tensor]] = {"msp": [], "max_logit": [], "energy": [], "mcm": []}
     # In float64: float32 rounds many confident rows to a probability of 1, which ties them.
-    for block in logits.split(BLOCK_ROWS):
-        z = block.double() / temperature
-        largest, energy = z.amax(dim=1), z.logsumexp(dim=1)
-        found["msp"].append((largest - energy).exp())
-        found["max_logit"].append(largest)
-        found["energy"].append(energy)
-        found["mcm"].append(torch.softmax(z * cosine_temperature, dim=1).amax(dim=1))
-    return {name: torch.cat(blocks) for name, blocks in found.items()}
+    z = logits.double() / temperature
+    largest, energy = z.amax(dim=1), z.logsumexp(dim=1)
+    mcm = torch.softmax(z * cosine_temperature, dim=1).amax(dim=1)
+    return dict(zip(SCORES, ((largest - energy).exp(), largest, energy, mcm), strict=True))
 
 
 def detection_metrics(inside: Tensor, outside: Tensor) -> dict[str, float]:
@@ -75,18 +70,21 @@ def auroc_interval(
     inside, outside = (side.sort().values for side in _sides(inside, outside))
     below = torch.searchsorted(outside, inside)
     not_above = torch.searchsorted(outside, inside, right=True)
+    n = (len(inside), len(outside))
     pairs = zip(
-        bootstrap_blocks(len(inside), resamples=resamples, seed=(seed, 0)),
-        bootstrap_blocks(len(outside), resamples=resamples, seed=(seed, 1)),
+        bootstrap_blocks(n[0], resamples=resamples, seed=(seed, 0), beside=n[1]),
+        bootstrap_blocks(n[1], resamples=resamples, seed=(seed, 1), beside=n[0]),
         strict=True,
     )
-    draws = []
-    for n_in, n_out in pairs:
+
+    def measure(n_in: Tensor, n_out: Tensor) -> Tensor:
         # Drawn images from the lowest score up: how many each in-distribution image beats, ties counting half.
         beaten = pad(n_out.cumsum(dim=1), (1, 0))
         twice = beaten.index_select(1, below) + beaten.index_select(1, not_above)
-        draws.append((n_in * twice).sum(dim=1, dtype=torch.float64))
-    aurocs = torch.cat(draws) / (2 * len(inside) * len(outside))
+        return (n_in * twice).sum(dim=1, dtype=torch.float64)
+
+    wins = collect((measure(*pair) for pair in pairs), resamples=resamples)
+    aurocs = wins / (2 * len(inside) * len(outside))
     low, high = aurocs.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 

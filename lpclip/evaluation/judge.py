@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpclip.evaluation.detection import ood_scores
+from lpclip.evaluation.detection import SCORES, ood_scores
 from lpclip.evaluation.evidence import Curves, Judgement, Judgements, Scores
 from lpclip.evaluation.metrics import (
+    Answers,
+    answers,
     classification_metrics,
     confusion_matrix,
     metric_intervals,
@@ -19,6 +21,7 @@ from lpclip.evaluation.metrics import (
     reliability_bins,
     risk_coverage,
 )
+from lpclip.method.linear import Linear
 from lpclip.method.probe import Probe
 
 
@@ -34,31 +37,49 @@ class Labelled:
 
 def judge(probes: Mapping[str, Probe], images: Labelled, *, seed: int) -> Judgements:
     """The judgement of every probe; `seed` draws the bootstrap's resamples."""
-    y = torch.from_numpy(images.labels)
     judgements = {}
     for name, probe in probes.items():
-        p = probe.probabilities(images.features)
-        confidence, predicted = p.max(dim=1)
+        found = _answers(probe, images.features, images.labels)
         judgements[name] = Judgement(
-            predicted=predicted.numpy(),
-            confidence=confidence.numpy(),
-            correct=(predicted == y).numpy(),
-            metrics=classification_metrics(p, y),
-            intervals=metric_intervals(p, y, seed=seed),
+            predicted=found.predicted.numpy(),
+            confidence=found.confidence.numpy(),
+            correct=found.correct.numpy(),
+            metrics=classification_metrics(found),
+            intervals=metric_intervals(found, seed=seed),
         )
     return judgements
 
 
 def evaluate(probe: Probe, features: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
     """All `metrics.METRICS` of a probe on features (N, d) with class indices (N,), -1 for none."""
-    return classification_metrics(probe.probabilities(features), torch.from_numpy(labels))
+    return classification_metrics(_answers(probe, features, labels))
+
+
+def accuracy(classifier: Linear, features: np.ndarray, labels: np.ndarray) -> float | None:
+    """The accuracy on features (N, d) with class indices (N,), -1 for none; None without any."""
+    known = labels >= 0
+    return float((classifier.predict(features) == labels)[known].mean()) if known.any() else None
 
 
 def probe_curves(probe: Probe, features: np.ndarray, labels: np.ndarray) -> Curves:
     """The curves of a probe on features (N, d) with class indices (N,); rows with a label below 0 are left out."""
-    known = labels >= 0
-    confidence, predicted = probe.probabilities(features[known]).max(dim=1)
-    return _curves(predicted, confidence, torch.from_numpy(labels[known]), num_classes=len(probe.bias))
+    found = _answers(probe, features, labels)
+    return _curves(found.predicted, found.confidence, found.labels, num_classes=found.num_classes)
+
+
+def _answers(probe: Probe, features: np.ndarray, labels: np.ndarray) -> Answers:
+    """The answers to the features (N, d) that have a label; probabilities (N, K) are never there as a whole."""
+    rows = np.flatnonzero(labels >= 0)
+
+    def work(block: slice) -> list[Tensor]:
+        p = probe.probabilities(features[rows[block]])
+        found = answers(p, torch.from_numpy(labels[rows[block]]))
+        return [found.labels, found.predicted, found.confidence, found.scores]
+
+    y, predicted, confidence, scores = probe.by_blocks(len(rows), work)
+    return Answers(
+        num_classes=len(probe.bias), labels=y, predicted=predicted, confidence=confidence, scores=scores
+    )
 
 
 def judgement_curves(judgement: Judgement, labels: np.ndarray, *, num_classes: int) -> Curves:
@@ -81,19 +102,25 @@ def _curves(predicted: Tensor, confidence: Tensor, labels: Tensor, *, num_classe
 
 def accuracy_among(probe: Probe, images: Labelled, *, classes: np.ndarray) -> float:
     """Accuracy on the images of some classes (indices) when only these classes are chosen from."""
-    rows = np.isin(images.labels, classes)
-    logits = probe.logits(images.features[rows])[:, torch.from_numpy(classes)]
-    return float((classes[logits.argmax(dim=1).numpy()] == images.labels[rows]).mean())
+    chosen = Linear(weight=probe.weight[classes], bias=probe.bias[classes])
+    places = np.full(len(probe.bias), -1)
+    places[classes] = np.arange(len(classes))
+    found = accuracy(chosen, images.features, places[images.labels])
+    assert found is not None, "there are images of these classes"
+    return found
 
 
 def foreign_scores(
     probe: Probe, *, inside: np.ndarray, outside: np.ndarray, cosine_temperature: float
 ) -> dict[str, Scores]:
     """All `detection.ood_scores` of features of familiar images (N, d) and of foreign ones (M, d), by score."""
-    familiar, foreign = (
-        ood_scores(
-            probe.logits(features), temperature=probe.temperature, cosine_temperature=cosine_temperature
+
+    temperatures = {"temperature": probe.temperature, "cosine_temperature": cosine_temperature}
+
+    def scores(features: np.ndarray) -> list[Tensor]:
+        return probe.by_blocks(
+            len(features), lambda rows: [*ood_scores(probe.logits(features[rows]), **temperatures).values()]
         )
-        for features in (inside, outside)
-    )
-    return {name: Scores(familiar[name].numpy(), foreign[name].numpy()) for name in familiar}
+
+    sides = zip(SCORES, scores(inside), scores(outside), strict=True)
+    return {name: Scores(familiar.numpy(), foreign.numpy()) for name, familiar, foreign in sides}

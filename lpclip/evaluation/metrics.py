@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from lpclip.evaluation.bootstrap import bootstrap_blocks, percentiles
+from lpclip.evaluation.bootstrap import bootstrap_blocks, collect, percentiles
 from lpclip.evaluation.evidence import Reliability
 
 NUM_BINS = 15
@@ -21,12 +23,56 @@ METRICS = (
     "aurc",
     "augrc",
 )
+# Those that are means over rows, in the order of `Answers.scores`.
+MEANS = ("accuracy", "top5_accuracy", "nll", "brier")
 # Softmax and means of it may miss [0, 1] by a rounding error.
 TOLERANCE = 1e-5
 
 
-def classification_metrics(probabilities: Tensor, labels: Tensor) -> dict[str, float | None]:
-    """`METRICS` of probabilities (N, K), float32 or float64, against class indices (N,) int64, below 0 for none.
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """A classifier's answers to N labelled rows: all that metrics need of their probabilities, whatever K is."""
+
+    num_classes: int
+    labels: Tensor
+    """(N,) int64."""
+    predicted: Tensor
+    """(N,) int64: the most probable class; of equally probable ones the first."""
+    confidence: Tensor
+    """(N,): its probability."""
+    scores: Tensor
+    """(N, M) float64: each row's share in the `means`."""
+
+    @property
+    def correct(self) -> Tensor:
+        """(N,) bool."""
+        return self.predicted == self.labels
+
+    @property
+    def means(self) -> tuple[str, ...]:
+        """Names of the M metrics that are means over rows."""
+        return tuple(name for name in MEANS if name != "top5_accuracy" or self.num_classes > TOP)
+
+
+def answers(probabilities: Tensor, labels: Tensor) -> Answers:
+    """The answers of probabilities (N, K), float32 or float64, to class indices (N,) int64, below 0 for none.
+
+    Rows without a label are left out. Raises ValueError when probabilities are NaN or outside [0, 1], a label is K or
+    more, or the shapes do not fit.
+    """
+    p, y = _labelled(probabilities, labels)
+    confidence, predicted = p.max(dim=1)
+    return Answers(
+        num_classes=p.shape[1],
+        labels=y,
+        predicted=predicted,
+        confidence=confidence,
+        scores=_scores(p, y, predicted=predicted),
+    )
+
+
+def classification_metrics(found: Answers) -> dict[str, float | None]:
+    """`METRICS` of a classifier's answers; without rows every value is None.
 
     accuracy, top5_accuracy: the share of rows whose true class is the most probable, or one of the five most
     probable; of equally probable classes the first comes first. Top-5 is None when there are at most five classes.
@@ -39,25 +85,22 @@ def classification_metrics(probabilities: Tensor, labels: Tensor) -> dict[str, f
     brier: mean squared error summed over classes, 0 to 2 (Brier, 1950).
     aurc, augrc: means of the selective and the generalized risk of `risk_coverage`, the confidence being the
     largest probability.
-
-    Rows without a label are left out; with no label at all every value is None. Raises ValueError when
-    probabilities are NaN or outside [0, 1], a label is K or more, or the shapes do not fit.
     """
-    p, y = _labelled(probabilities, labels)
-    found: dict[str, float | None] = dict.fromkeys(METRICS)
-    if len(y) == 0:
-        return found
-    confidence, predicted = p.max(dim=1)
+    metrics: dict[str, float | None] = dict.fromkeys(METRICS)
+    if len(found.labels) == 0:
+        return metrics
+    confidence, correct = found.confidence, found.correct
     # A bin's share of the error is the absolute sum of accuracy less confidence over its rows.
-    gaps = torch.bincount(_ece_bins(confidence), (predicted == y).double() - confidence.double())
-    _, selective, generalized = risk_coverage(confidence, predicted == y)
+    gaps = torch.bincount(_ece_bins(confidence), correct.double() - confidence.double())
+    recall = per_class_recall(found.predicted, found.labels, num_classes=found.num_classes)
+    _, selective, generalized = risk_coverage(confidence, correct)
     return (
-        found
-        | {name: float(column.mean()) for name, column in _columns(p, y).items()}
+        metrics
+        | dict(zip(found.means, found.scores.mean(dim=0).tolist(), strict=True))
         | {
-            "mean_recall": float(per_class_recall(predicted, y, num_classes=p.shape[1]).nanmean()),
-            "ece": float(gaps.abs().sum() / len(y)),
-            "adaptive_ece": _adaptive_calibration_error(confidence, predicted == y),
+            "mean_recall": float(recall.nanmean()),
+            "ece": float(gaps.abs().sum() / len(confidence)),
+            "adaptive_ece": _adaptive_calibration_error(confidence, correct),
             "aurc": float(selective.mean()),
             "augrc": float(generalized.mean()),
         }
@@ -109,33 +152,32 @@ def reliability_bins(confidence: Tensor, correct: Tensor) -> Reliability:
 
 
 def metric_intervals(
-    probabilities: Tensor, labels: Tensor, *, resamples: int = 1000, seed: int = 0
+    found: Answers, *, resamples: int = 1000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """95% percentile bootstrap intervals, over rows, of `classification_metrics`.
+    """95% percentile bootstrap intervals, over rows, of `classification_metrics`; none without rows.
 
     All metrics but mean_recall, adaptive_ece and those that are None. An ECE is larger on a resample than on the
-    rows themselves: its interval is no test of calibration. Arguments and errors as there.
+    rows themselves: its interval is no test of calibration.
     """
-    p, y = _labelled(probabilities, labels)
-    if len(y) == 0:
+    if len(found.labels) == 0:
         return {}
-    confidence, order = p.amax(dim=1).sort(descending=True, stable=True)
-    p, y = p[order], y[order]
-    means = _columns(p, y)
-    errors = 1 - means["accuracy"]
-    gaps = (
-        torch.nn.functional.one_hot(_ece_bins(confidence), NUM_BINS + 1)
-        * (1 - errors - confidence.double())[:, None]
-    )
-    columns = torch.cat([torch.stack(list(means.values()), dim=1), gaps], dim=1).float()
+    confidence, order = found.confidence.sort(descending=True, stable=True)
+    scores = found.scores[order]
+    errors = 1 - scores[:, found.means.index("accuracy")]
+    gaps = torch.zeros(len(errors), NUM_BINS + 1)
+    gaps.scatter_(1, _ece_bins(confidence)[:, None], (1 - errors - confidence).float()[:, None])
+    columns = torch.cat([scores.float(), gaps], dim=1)
     areas = _RiskAreas(confidence, errors)
-    draws = []
-    for counts in bootstrap_blocks(len(y), resamples=resamples, seed=seed):
-        sums = (counts @ columns).double() / len(y)
-        ece = sums[:, len(means) :].abs().sum(dim=1, keepdim=True)
-        draws.append(torch.cat([sums[:, : len(means)], ece, areas(counts)], dim=1))
-    low, high = percentiles(torch.cat(draws)).tolist()
-    return dict(zip((*means, "ece", "aurc", "augrc"), zip(low, high, strict=True), strict=True))
+
+    def measure(counts: Tensor) -> Tensor:
+        sums = (counts @ columns).double() / len(errors)
+        means, bins = sums.split([scores.shape[1], NUM_BINS + 1], dim=1)
+        return torch.cat([means, bins.abs().sum(dim=1, keepdim=True), areas(counts)], dim=1)
+
+    blocks = bootstrap_blocks(len(errors), resamples=resamples, seed=seed)
+    draws = collect(map(measure, blocks), resamples=resamples)
+    low, high = percentiles(draws).tolist()
+    return dict(zip((*found.means, "ece", "aurc", "augrc"), zip(low, high, strict=True), strict=True))
 
 
 class _RiskAreas:
@@ -190,16 +232,16 @@ def _ece_bins(confidence: Tensor) -> Tensor:
     return torch.bucketize(confidence.float(), torch.linspace(0, 1, NUM_BINS + 1), right=True) - 1
 
 
-def _columns(p: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """The metrics that are means over rows: their values (N,) float64."""
+def _scores(p: Tensor, y: Tensor, *, predicted: Tensor) -> Tensor:
+    """`Answers.scores`."""
     own = p.gather(1, y[:, None])
-    found = {"accuracy": p.argmax(dim=1) == y}
+    found = [predicted == y]
     if p.shape[1] > TOP:
         earlier = torch.arange(p.shape[1]) < y[:, None]
-        found["top5_accuracy"] = ((p > own) | ((p == own) & earlier)).sum(dim=1) < TOP
-    found["nll"] = -own[:, 0].double().clamp_min(1e-12).log()
-    found["brier"] = p.scatter_add(1, y[:, None], -torch.ones_like(own)).square().sum(dim=1)
-    return {name: column.double() for name, column in found.items()}
+        found.append(((p > own) | ((p == own) & earlier)).sum(dim=1) < TOP)
+    found.append(-own[:, 0].double().clamp_min(1e-12).log())
+    found.append(p.scatter_add(1, y[:, None], -torch.ones_like(own)).square().sum(dim=1))
+    return torch.stack([column.double() for column in found], dim=1)
 
 
 def _spread_errors(confidence: Tensor, correct: Tensor) -> tuple[Tensor, Tensor]:

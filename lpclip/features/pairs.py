@@ -92,7 +92,7 @@ class PairStore:
             chunks = table["texts"].chunks
             self._texts.append(pa.concat_arrays(chunks) if chunks else pa.array([], pa.list_(pa.string())))
             places.append(np.stack([np.full(len(table), number), np.arange(len(table))], axis=1))
-        order = row_order(np.array(ids, dtype=np.str_))
+        order = row_order(np.array(ids, dtype=object))
         self._places = np.concatenate([np.empty((0, 2), np.int64), *places])[order]
         self._open = lru_cache(OPEN_FILES)(_open)
         self._threads = ThreadPoolExecutor(READERS)

@@ -109,7 +109,7 @@ class Features:
     """Features in memory, in the order of `row_order(ids)`."""
 
     ids: np.ndarray
-    """(N,) str."""
+    """(N,) object, each a str: numpy's own strings are all as long as the longest."""
     labels: np.ndarray
     """(N,) int32, -1 where the source has none or they were not loaded."""
     base: np.ndarray
@@ -170,12 +170,12 @@ class Store:
             yield table
 
     def ids(self) -> np.ndarray:
-        """Ids (N,) str."""
+        """Ids (N,) object, each a str."""
         ids = self._read_rows(with_labels=False)[0]
         return ids[self._row_order()]
 
     def ids_and_labels(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (N,) str and labels (N,) int32, -1 for none, read in one pass."""
+        """Ids (N,) object, each a str, and labels (N,) int32, -1 for none, read in one pass."""
         ids, labels = self._read_rows(with_labels=True)
         order = self._row_order()
         return ids[order], labels[order]
@@ -187,10 +187,13 @@ class Store:
 
     def mean(self, *views: str) -> np.ndarray:
         """Unit-norm mean of these views, (N, d) float16; of one view, the view itself."""
-        dim = self.manifest.dim
-        tables = self.tables(list(views))
-        pieces = [mean_view([matrix(table, view, dim) for view in views]) for table in tables]
-        return np.concatenate([np.empty((0, dim), np.float16), *pieces])[self._row_order()]
+        place, dim, start = np.argsort(self._row_order()), self.manifest.dim, 0
+        found = np.empty((len(place), dim), np.float16)
+        for table in self.tables(list(views)):
+            rows = place[start : start + len(table)]
+            found[rows] = mean_view([matrix(table, view, dim) for view in views])
+            start += len(table)
+        return found
 
     def features(
         self,
@@ -255,14 +258,14 @@ class Store:
                 labels.append(np.full(len(table), -1, np.int32))
                 continue
             labels.append(table["label"].combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False))
-        names = np.array(ids, dtype=np.str_)
+        names = np.array(ids, dtype=object)
         if self._order is None:
             self._order = row_order(names)
         return names, np.concatenate(labels)
 
 
 def row_order(ids: np.ndarray) -> np.ndarray:
-    """Permutation that sorts ids by their hash: file order and names often carry the class."""
+    """Permutation that sorts ids (N,), each a str, by their hash: file order and names often carry the class."""
     keys = np.array([hashlib.blake2b(i.encode(), digest_size=8).digest() for i in ids.tolist()], dtype="S8")
     return np.lexsort((ids, keys.view(">u8") if len(keys) else keys))
 

@@ -25,7 +25,8 @@ class Encoded:
 class Views:
     """Views of one set of images, spread over complete stores; a view is read when it is asked for.
 
-    `ids` (N,) str and `labels` (N,) int32, -1 for none, are in row order. `stores` are the stores that hold the views.
+    `ids` (N,) object, each a str, and `labels` (N,) int32, -1 for none, are in row order. `stores` are the stores that
+    hold the views.
     Raises UserError when the stores do not hold the same images.
     """
 

@@ -27,7 +27,7 @@ def read_pairs(store: Store) -> tuple[list[str], np.ndarray, np.ndarray]:
     Images are numbered in row order.
     """
     table = pa.concat_tables(store.tables(["id", "texts"]))
-    order = row_order(np.array(table["id"].to_pylist(), dtype=np.str_))
+    order = row_order(np.array(table["id"].to_pylist(), dtype=object))
     lists = table["texts"].combine_chunks().take(pa.array(order))
     texts = lists.flatten().dictionary_encode()
     images = pc.list_parent_indices(lists).to_numpy()

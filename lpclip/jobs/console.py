@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lpclip import files
 from lpclip.config import PredictJob, SelftrainJob, UiJob, flags
 from lpclip.encoders.head import EncoderInfo, Head
@@ -99,15 +97,10 @@ def print_training(job: SelftrainJob, classes: ClassList, head: Head) -> None:
     )
 
 
-def print_zero_shot(head: Head, features: np.ndarray, labels: np.ndarray, *, data: str) -> None:
-    """Print zero-shot's accuracy as a first number: features (M, d), labels (M,), -1 where there is none."""
-    known = labels >= 0
-    if known.any():
-        right = (features[known].astype(np.float32) @ head.weight.T).argmax(axis=1) == labels[known]
-        print(
-            f"zero-shot: {right.mean():.1%} of {known.sum():,} labelled images of {data} are right",
-            flush=True,
-        )
+def print_zero_shot(accuracy: float | None, *, images: int, data: str) -> None:
+    """Print zero-shot's accuracy as a first number, where there are labelled images."""
+    if accuracy is not None:
+        print(f"zero-shot: {accuracy:.1%} of {images:,} labelled images of {data} are right", flush=True)
 
 
 def encoded_row(data: Data, encoded: Encoded) -> dict[str, Any]:

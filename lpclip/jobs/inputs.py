@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from lpclip import files
 from lpclip.config import (
@@ -20,6 +21,7 @@ from lpclip.config import (
 )
 from lpclip.encoders.head import EncoderInfo, Head
 from lpclip.encoders.prompts import templates
+from lpclip.evaluation.judge import accuracy
 from lpclip.features.data import Data, open_data
 from lpclip.features.describe import describe_encoder
 from lpclip.features.find_or_encode import Encoding
@@ -35,7 +37,7 @@ from lpclip.images.source import Source
 from lpclip.images.views import base_views, parse_views
 from lpclip.jobs.console import print_zero_shot
 from lpclip.jobs.runtime import Stopwatch
-from lpclip.method.probe import Probe
+from lpclip.method.probe import Probe, zero_shot_probe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,7 @@ def encode_inputs(
         found = encoding.views_of(test, base)
         x, tested = found.mean(*base), found.latest
         y = map_labels(found.labels, label_names=test.label_names, classes=classes, data=test.name)
-        print_zero_shot(head, x, y, data=test.name)
+        _tell_zero_shot(head, x, y, data=test.name)
         watch.lap("encode_eval")
     labels = ZeroShotLabels(head=head, folder=files.join(out, f"zero_shot-{head.identity[:12]}"))
     encoded = encoding.store_of(data, views=parse_views(job.encode.views), zero_shot=labels)
@@ -130,7 +132,7 @@ def encode_inputs(
     raw = features.labels
     if test is None:
         x, y = features.base, map_labels(raw, label_names=data.label_names, classes=classes, data=data.name)
-        print_zero_shot(head, x, y, data=data.name)
+        _tell_zero_shot(head, x, y, data=data.name)
     watch.lap("encode")
     return EncodedInputs(
         encoded=encoded,
@@ -148,6 +150,11 @@ def encode_inputs(
             "features": encoded.store.manifest.fingerprint,
         },
     )
+
+
+def _tell_zero_shot(head: Head, x: np.ndarray, y: np.ndarray, *, data: str) -> None:
+    zero_shot = zero_shot_probe(torch.from_numpy(head.weight), temperature=head.temperature)
+    print_zero_shot(accuracy(zero_shot, x, y), images=int((y >= 0).sum()), data=data)
 
 
 def evaluation_encoding(job: EvaluateJob, *, info: EncoderInfo, encoder: EncoderConfig, out: str) -> Encoding:

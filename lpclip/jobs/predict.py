@@ -18,7 +18,7 @@ from lpclip.jobs.console import print_plan, shown
 from lpclip.jobs.inputs import describe_probes_encoder
 from lpclip.jobs.process import start_ray
 from lpclip.jobs.runtime import output_folder
-from lpclip.method.probe import load_probe
+from lpclip.method.probe import Probe, load_probe
 from lpclip.report.tables import format_table
 
 
@@ -40,29 +40,40 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
         print_plan(data, None, info=info, views=",".join(map(str, views)), out=job.out)
         encoding = Encoding(info=info, encoder=encoder, folder=held, batch_size=job.batch_size)
         found = encoding.views_of(data, views)
-        p = probe.probabilities(found.mean(*views))
-        top, places = p.topk(min(job.top_k, p.shape[1]), dim=1)
-        names = np.array(probe.class_names)[places.numpy()]
-        table = pa.table(
-            {
-                "id": found.ids,
-                "label": names[:, 0],
-                "probability": top[:, 0].numpy(),
-                "top_labels": list(names.tolist()),
-                "top_probabilities": list(top.numpy()),
-            }
-        )
+        table, labels = _label(probe, found.ids, found.mean(*views), top_k=job.top_k)
         files.write_parquet(job.out, table)
         quarantine = _keep_quarantine(found.latest.store, job.out)
     if job.features is None:
         files.delete_folder(folder)
-    counts = np.bincount(places[:, 0].numpy(), minlength=p.shape[1])
+    counts = np.bincount(labels, minlength=len(probe.bias))
     order = np.argsort(-counts)[:20]
     print(format_table([{"label": probe.class_names[i], "images": int(counts[i])} for i in order]))
     num_quarantined = found.latest.store.manifest.num_quarantined
     listed = f", listed in {shown(quarantine)}" if quarantine else ""
     print(f"{len(table):,} images labelled: {shown(job.out)}; {num_quarantined:,} quarantined{listed}")
     return {"images": len(table), "quarantined": num_quarantined}
+
+
+def _label(probe: Probe, ids: np.ndarray, features: np.ndarray, *, top_k: int) -> tuple[pa.Table, np.ndarray]:
+    """The table of labels of the images with these ids (N,) and features (N, d), and their classes' indices (N,)."""
+    k = min(top_k, len(probe.bias))
+    top, places = (
+        found.numpy()
+        for found in probe.by_blocks(
+            len(features), lambda rows: probe.probabilities(features[rows]).topk(k, dim=1)
+        )
+    )
+    names, ends = pa.array(probe.class_names, pa.string()), pa.array(np.arange(len(ids) + 1) * k, pa.int32())
+    table = pa.table(
+        {
+            "id": pa.array(ids, pa.string()),
+            "label": names.take(pa.array(places[:, 0])),
+            "probability": top[:, 0],
+            "top_labels": pa.ListArray.from_arrays(ends, names.take(pa.array(places.ravel()))),
+            "top_probabilities": pa.ListArray.from_arrays(ends, pa.array(top.ravel())),
+        }
+    )
+    return table, places[:, 0]
 
 
 def _keep_quarantine(store: Store, out: str) -> str | None:

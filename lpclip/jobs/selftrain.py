@@ -14,7 +14,7 @@ from lpclip import files
 from lpclip.config import SelftrainJob, UserError, check, config_identity
 from lpclip.encoders.head import EncoderInfo, Head, make_head, take_names
 from lpclip.encoders.prompts import templates
-from lpclip.evaluation.judge import evaluate, probe_curves
+from lpclip.evaluation.judge import accuracy, evaluate, probe_curves
 from lpclip.features.describe import describe_encoder
 from lpclip.features.store import Features
 from lpclip.images.classes import map_labels
@@ -92,7 +92,7 @@ def selftrain_job(job: SelftrainJob) -> dict[str, Any]:
                 {
                     "round": state.round,
                     **state.metrics,
-                    "accuracy": evaluate(probe, known.x, known.y)["accuracy"],
+                    "accuracy": accuracy(probe, known.x, known.y),
                 }
                 for state, probe in zip(trained.rounds, trained.students, strict=True)
             ]
@@ -247,10 +247,8 @@ def _supervised(inputs: Inputs, known: EncodedInputs, *, like: Probe) -> Probe:
 def _zero_shot_labels(probe: Probe, features: Features) -> pa.Table:
     """The pseudo-labels of a training that fell back to zero-shot: round 0, all of them kept."""
     label, confidence, kept = zero_shot_labels(probe, features.base)
-    first = np.zeros(len(features.ids), np.int32)
-    return pa.table(
-        {"id": features.ids, "label": label, "confidence": confidence, "kept": kept, "round": first}
-    )
+    ids, first = pa.array(features.ids, pa.string()), np.zeros(len(label), np.int32)
+    return pa.table({"id": ids, "label": label, "confidence": confidence, "kept": kept, "round": first})
 
 
 def _summary(

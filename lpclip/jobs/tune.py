@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-import numpy as np
 import ray
 import torch
 from scipy.stats import spearmanr
@@ -25,7 +24,7 @@ from lpclip.config import (
 )
 from lpclip.encoders.head import EncoderInfo, Head, make_head
 from lpclip.encoders.prompts import templates
-from lpclip.evaluation.judge import evaluate
+from lpclip.evaluation.judge import accuracy, evaluate
 from lpclip.features.describe import describe_encoder
 from lpclip.images.views import parse_views
 from lpclip.jobs import tracking
@@ -321,7 +320,7 @@ class _Sweep:
                 run.log(named, step=int(metrics["round"]))
             if record.status == "finished":
                 candidate = read_classifier(self._folder, record.name)
-                run.log({"test/accuracy": _accuracy(candidate, self._x, self._y)})
+                run.log({"test/accuracy": accuracy(candidate, self._x, self._y)})
             run.log({"speed/seconds_total": record.seconds})
         self._children[record.name] = run
 
@@ -347,7 +346,7 @@ class _Sweep:
             best=best,
             record=finished.get(best),
             worth=worth,
-            accuracy={name: _accuracy(one, self._x, self._y) for name, one in candidates.items()},
+            accuracy={name: accuracy(one, self._x, self._y) for name, one in candidates.items()},
             trusted=trusted,
         )
 
@@ -482,11 +481,6 @@ class _Sweep:
 def _title(record: TrialRecord) -> str:
     values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in record.parameters.values()]
     return f"{record.name[:6]} {' '.join(values)}"[:80]
-
-
-def _accuracy(candidate: Linear, x: np.ndarray, y: np.ndarray) -> float | None:
-    known = y >= 0
-    return float((candidate.predict(x) == y)[known].mean()) if known.any() else None
 
 
 def _evidence(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lpclip.method.held_out import held_out_logits
-from lpclip.method.linear import Linear
+from lpclip.method.linear import BLOCK_CELLS, Linear
 from lpclip.method.probe import Probe
 from lpclip.method.pseudo_labels import bisect_factor
 
@@ -15,10 +15,10 @@ from lpclip.method.pseudo_labels import bisect_factor
 CALIBRATION_ROWS = 20_000
 
 
-def mean_confidence(probe: Probe, features: np.ndarray, *, temperature: float | None = None) -> float:
+def mean_confidence(probe: Probe, features: np.ndarray) -> float:
     """Mean maximal probability of a probe on features (N, d)."""
-    logits = probe.logits(features) / (temperature or probe.temperature)
-    return float(torch.softmax(logits, dim=1).amax(dim=1).double().mean())
+    _, confidence = probe.label(features)
+    return float(confidence.double().mean())
 
 
 def expected_accuracy(zero_shot_confidence: float) -> float:
@@ -49,8 +49,10 @@ def label_free_temperature(
 
 def temperature_at(logits: Tensor, *, confidence: float) -> float:
     """The temperature that gives logits (N, K) this mean maximal probability, within 2^-8 to 2^8."""
+    blocks = logits.split(max(1, BLOCK_CELLS // logits.shape[1]))
 
     def too_sure(temperature: float) -> bool:
-        return float(torch.softmax(logits / temperature, dim=1).amax(dim=1).double().mean()) > confidence
+        tops = (torch.softmax(block / temperature, dim=1).amax(dim=1) for block in blocks)
+        return sum(float(top.double().sum()) for top in tops) > confidence * len(logits)
 
     return bisect_factor(too_sure, octaves=8, steps=40)

@@ -155,7 +155,7 @@ def finish_probe(
 
 def zero_shot_labels(probe: Probe, features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Labels (N,) int32, confidences (N,) float32 and `kept` (N,) bool that a probe gives features (N, d)."""
-    confidence, label = probe.probabilities(features).max(dim=1)
+    label, confidence = probe.label(features)
     return label.numpy().astype(np.int32), confidence.numpy(), np.ones(len(features), bool)
 
 
@@ -239,5 +239,6 @@ def _run(
         is_last = is_last_student(state.round, before=before, config=config)
         tell(round_line(state.round, state.metrics, is_last=is_last))
         states.append(state)
-        last = found
+        # Whatever comes now needs memory, and no targets.
+        last = replace(found, targets=None)
     return states, last

@@ -74,9 +74,14 @@ def with_absent(present: Linear, places: np.ndarray, *, zero_shot: Linear, featu
     the unlabelled features (n, d), which have no image of these names, goes to them.
     """
     absent = np.setdiff1d(np.arange(len(zero_shot.bias)), places)
-    own, other = present.logits(features), zero_shot.logits(features)
-    scale = own.std(dim=1).mean() / other.std(dim=1).mean()
-    ahead = scale * other[:, absent].amax(dim=1) - own.amax(dim=1)
+
+    def work(rows: slice) -> list[Tensor]:
+        own, other = present.logits(features[rows]), zero_shot.logits(features[rows])
+        return [own.std(dim=1), other.std(dim=1), own.amax(dim=1), other[:, absent].amax(dim=1)]
+
+    own_spread, other_spread, own_top, absent_top = zero_shot.by_blocks(len(features), work)
+    scale = own_spread.mean() / other_spread.mean()
+    ahead = scale * absent_top - own_top
     price = ahead.kthvalue(max(1, round((1 - TAKEN) * len(ahead)))).values
     found = among_all(present, places, num_classes=len(zero_shot.bias))
     found.weight[absent] = scale * zero_shot.weight[absent]

@@ -31,7 +31,14 @@ class Probe(Linear):
 
     def probabilities(self, features: Tensor | np.ndarray) -> Tensor:
         """(N, d) unit-norm features to (N, K) float32 class probabilities."""
-        return torch.softmax(self.logits(features) / self.temperature, dim=1)
+        return torch.softmax(self.logits(features).div_(self.temperature), dim=1)
+
+    def label(self, features: Tensor | np.ndarray) -> tuple[Tensor, Tensor]:
+        """The most probable class (N,) int64 of each of the unit-norm features (N, d), and its probability (N,)."""
+        confidence, label = self.by_blocks(
+            len(features), lambda rows: self.probabilities(features[rows]).max(dim=1)
+        )
+        return label, confidence
 
     def predict_proba(self, features: Tensor | np.ndarray) -> np.ndarray:
         """(N, d) unit-norm features to (N, K) float32 class probabilities, as scikit-learn names them."""

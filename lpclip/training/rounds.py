@@ -254,5 +254,10 @@ def _round_names(folder: str) -> list[str]:
 
 
 def _write_labels(folder: str, rank: int, *, ids: np.ndarray, found: Pass) -> None:
-    columns = [pa.array(ids), pa.array(found.labels), pa.array(found.confidence), pa.array(found.kept)]
+    columns = [
+        pa.array(ids, pa.string()),
+        pa.array(found.labels),
+        pa.array(found.confidence),
+        pa.array(found.kept),
+    ]
     files.write_parquet(files.join(folder, f"labels-{rank}.parquet"), pa.table(columns, schema=LABELS))
