@@ -393,7 +393,7 @@ class _Sweep:
         probe = zero_shot
         if record is not None:
             probe = replace(zero_shot, weight=candidate.weight, bias=candidate.bias)
-            teacher = float(record.parameters["temperature"] or self._head.temperature)
+            teacher = float(self._training(record)["temperature"])
             temperature = label_free_temperature(
                 probe,
                 zero_shot=zero_shot,
