@@ -17,10 +17,12 @@ from lpclip.method.linear import Linear
 
 # A row is sure where zero-shot gives a name more than this.
 SURE = 0.9
+# With a smaller share of sure rows, zero-shot is weak: those it has speak for what is easy, not for what is there.
+ENOUGH_OF_ALL = 0.05
 # With fewer sure rows for each name on the mean, a name without any says nothing about that name ...
 ENOUGH_SURE = 3.0
-# ... but at least so many of them, this share of all rows, may still crowd on half of the names that chance would hit.
-CROWD, CROWD_SHARE, CROWD_NAMES = 10, 0.05, 0.5
+# ... but at least so many of them may still crowd on half of the names that chance would hit.
+CROWD, CROWD_NAMES = 10, 0.5
 # Zero-shot speaks for a name with more than this share of the mean number of sure rows, rounds with more than this
 # share of the mean number of labels.
 SURE_SHARE, LABEL_SHARE = 0.1, 0.5
@@ -42,7 +44,9 @@ def present_classes(zero_shot: Tensor, *, label: Callable[[np.ndarray], np.ndarr
     for _ in range(STEPS):
         sure = (torch.softmax(zero_shot[:, places], dim=1) > SURE).sum(dim=0).numpy()
         spoken_for = sure > SURE_SHARE * sure.mean()
-        if sure.mean() < ENOUGH_SURE and not _crowd(sure, hit=int(spoken_for.sum()), num_rows=num_rows):
+        if sure.sum() < ENOUGH_OF_ALL * num_rows:
+            break
+        if sure.mean() < ENOUGH_SURE and not _crowd(sure, hit=int(spoken_for.sum())):
             break
         counts = np.bincount(label(places), minlength=len(places))
         kept = spoken_for | (counts >= LABEL_SHARE * num_rows / len(places))
@@ -52,11 +56,11 @@ def present_classes(zero_shot: Tensor, *, label: Callable[[np.ndarray], np.ndarr
     return places if len(places) <= MOST_LEFT * num_classes else np.arange(num_classes)
 
 
-def _crowd(sure: np.ndarray, *, hit: int, num_rows: int) -> bool:
+def _crowd(sure: np.ndarray, *, hit: int) -> bool:
     """Say whether sure rows crowd on few names: thrown at equal names, `total` of them hit K (1 - (1 - 1/K)^total)."""
     total, num_names = int(sure.sum()), len(sure)
     by_chance = num_names * (1 - (1 - 1 / num_names) ** total)
-    return total >= max(CROWD, CROWD_SHARE * num_rows) and hit <= CROWD_NAMES * by_chance
+    return total >= CROWD and hit <= CROWD_NAMES * by_chance
 
 
 def among_all(present: Linear, places: np.ndarray, *, num_classes: int) -> Linear:
