@@ -19,6 +19,7 @@ from lpclip.report.sweep_page import (
     status_line,
     sweep_page,
     trials_table,
+    verdict,
 )
 from lpclip.report.tables import format_table
 
@@ -211,6 +212,28 @@ def test_the_status_names_three_failures_at_most_on_one_line() -> None:
         "0 of 5 trials finished, 5 failed: t0: no reason given; t1: out of memory; t2: OSError: full; and 2 more"
     )
     assert len(status_line(sweep(trials[4:], chosen="zero_shot"))) < 250
+
+
+def test_the_verdict_says_whether_the_choice_beats_the_default_recipe() -> None:
+    default = trial("default", {"x": 1}, 0.75, accuracy=0.7)
+    trials = [trial("a", {"x": 2}, 0.8, accuracy=0.72), trial("b", {"x": 3}, 0.7, accuracy=0.6)]
+    better = sweep(trials, chosen="a", default=default)
+    assert verdict(better) == (
+        "consensus: chosen 0.800, zero-shot 0.500, default recipe 0.750; the choice beats the default recipe"
+    )
+    assert [row["trial"] for row in trials_table(better)] == [
+        "a (chosen)",
+        "default recipe",
+        "b",
+        "zero-shot",
+    ]
+    assert "default recipe: 70.0%" in offsets(criterion_figure(better))
+    own = better | {"chosen": {**default, "command": "lpclip selftrain"}}
+    assert verdict(own).endswith("the default recipe itself is chosen")
+    assert "The default recipe, the one without a sweep, was chosen" in sweep_page(own, facts={})
+    failed = sweep(trials, chosen="a", default=trial("default", {}, status="failed", error="too few"))
+    assert verdict(failed).endswith("the default recipe did not finish: too few")
+    assert [row["trial"] for row in trials_table(failed)] == ["a (chosen)", "b", "zero-shot"]
 
 
 def test_points_are_criterion_and_accuracy_of_finished_trials() -> None:

@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from mlflow.entities import Run as MlflowRun
 from test_page import Page
 from test_tracking import server
 
-from lpclip.config import EncoderConfig, TrackingConfig
+from lpclip.config import EncoderConfig, SelfTrainingConfig, TrackingConfig
 from lpclip.encoders.head import EncoderInfo
 from lpclip.encoders.prompts import templates
 from lpclip.features.describe import describe_encoder
@@ -43,6 +43,7 @@ from lpclip.jobs.tune import ALIAS
 from lpclip.method.criteria import CRITERIA
 from lpclip.method.linear import Linear
 from lpclip.method.probe import load_probe
+from lpclip.method.trial import ChosenPrior, try_priors
 from lpclip.training.search_space import draw_trials, read_space
 from lpclip.training.trials import GRACE_ROUNDS, METRICS, read_classifier, read_records, trial_name
 
@@ -156,7 +157,8 @@ def values(summary: Summary) -> dict[str, Any]:
 
 def worth(summary: Summary, criterion: str) -> dict[str, float]:
     """What the finished trials and zero-shot are worth by a criterion."""
-    rows = {trial["name"]: trial for trial in summary["trials"] if trial["status"] == "finished"}
+    every = (summary["default"], *summary["trials"])
+    rows = {trial["name"]: trial for trial in every if trial["status"] == "finished"}
     return {
         name: row["criteria"][criterion] for name, row in {"zero_shot": summary["zero_shot"], **rows}.items()
     }
@@ -188,6 +190,9 @@ def test_a_sweep_leaves_every_trial_and_the_choice_in_its_summary(swept: Summary
         assert trial["seconds"] > 0
         # One more with the strong views.
         assert 1 < trial["rounds"] <= trial["parameters"]["rounds"] + 1
+    assert (swept["default"]["name"], swept["default"]["status"]) == ("default", "finished")
+    own = {"temperature_factor": 1.0, "threshold": 0.0, "rounds": 20, "neighbours": 30}
+    assert swept["default"]["parameters"] == own
     assert {"prior", "prepare", "trials", "choose"} <= set(swept["timings"])
     assert swept["parameters"] == ["temperature_factor", "threshold", "rounds", "neighbours"]
     assert swept["evaluated_on"] == {"data": "labelled", "images": ROWS, "setting": "transductive"}
@@ -200,17 +205,18 @@ def test_the_chosen_trial_is_the_best_by_the_criterion(swept: Summary) -> None:
     chosen = swept["chosen"]
     assert chosen["name"] != "zero_shot"
     assert chosen["criterion"] == best[chosen["name"]] == max(best.values())
-    assert len(set(best.values())) == 7, "or there was nothing to choose between"
-    (trial,) = [trial for trial in swept["trials"] if trial["name"] == chosen["name"]]
-    assert (chosen["parameters"], chosen["accuracy"]) == (trial["parameters"], trial["accuracy"])
+    assert len(set(best.values())) == 8, "or there was nothing to choose between"
+    assert swept["rejected"] == []
+    every = {trial["name"]: trial for trial in (swept["default"], *swept["trials"])}
+    assert chosen["accuracy"] == every[chosen["name"]]["accuracy"]
     assert chosen["accuracy"] > swept["zero_shot"]["accuracy"] + 0.1
 
 
 def test_the_evidence_compares_with_all_candidates(swept: Summary) -> None:
-    accuracy = [swept["zero_shot"]["accuracy"], *(trial["accuracy"] for trial in swept["trials"])]
-    criterion = [swept["zero_shot"]["criterion"], *(trial["criterion"] for trial in swept["trials"])]
+    every = (swept["zero_shot"], swept["default"], *swept["trials"])
+    accuracy, criterion = ([row[key] for row in every] for key in ("accuracy", "criterion"))
     evidence = swept["evidence"]
-    assert evidence["trials"] == 7
+    assert evidence["trials"] == 8
     assert evidence["best_accuracy"] == max(accuracy)
     assert evidence["regret"] == pytest.approx(max(accuracy) - swept["chosen"]["accuracy"])
     assert evidence["rank"] == sorted(accuracy, reverse=True).index(swept["chosen"]["accuracy"]) + 1
@@ -234,11 +240,16 @@ def test_the_winners_probe_is_its_trials_and_classifies_as_the_summary_says(
     features = Store.open(f"{work.folder}/labelled").features()
     candidates: dict[str, Linear] = {
         "chosen": probe,
+        "default": read_classifier(f"{out}/trials", "default"),
         **{trial["name"]: read_classifier(f"{out}/trials", trial["name"]) for trial in swept["trials"]},
     }
     for name, candidate in candidates.items():
         accuracy = (candidate.predict(features.base) == features.labels).mean()
-        rows = {"chosen": swept["chosen"], **{trial["name"]: trial for trial in swept["trials"]}}
+        rows = {
+            "chosen": swept["chosen"],
+            "default": swept["default"],
+            **{trial["name"]: trial for trial in swept["trials"]},
+        }
         assert accuracy == pytest.approx(rows[name]["accuracy"])
     confidence = [
         load_probe(f"{out}/{name}").probabilities(features.base).max(dim=1).values.mean()
@@ -276,6 +287,10 @@ def test_mlflow_holds_the_sweep_and_a_run_for_each_trial(swept: Summary) -> None
         "summary.json",
         "report.html",
     }
+    (default,) = [child for child in children if child.info.run_name == "default recipe"]
+    assert (default.data.params["threshold"], default.data.params["rounds"]) == ("0.0", "20")
+    assert default.data.metrics["tune/criterion"] == pytest.approx(swept["default"]["criterion"])
+    children.remove(default)
     trials = {trial["name"][:6]: trial for trial in swept["trials"]}
     assert len(children) == 6
     assert {child.info.run_name.split()[0] for child in children} == set(trials)
@@ -401,7 +416,7 @@ def test_the_same_command_on_a_finished_sweep_runs_no_trial(
     for more in ("", "--resume"):
         again = run(f"{work.command} --out {copy} {more}", monkeypatch)
         stdout, stderr = capsys.readouterr()
-        assert "trials: 6 of 6 are there already" in stdout
+        assert "trials: 6 of 6 and the default recipe are there already" in stdout
         assert not re.findall("^trial .*$", stderr, re.MULTILINE)
         assert records(copy) == before
         for key in ("trials", "zero_shot", "evidence"):
@@ -433,6 +448,30 @@ def test_another_criterion_chooses_anew_among_the_same_trials(
 
 
 @pytest.mark.slow
+def test_a_trial_whose_own_rounds_are_not_confirmed_is_not_chosen(
+    swept: Summary, work: Work, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[SelfTrainingConfig]()
+
+    def doubting(*args: Any, config: SelfTrainingConfig, **options: Any) -> ChosenPrior:
+        asked.append(config)
+        found = try_priors(*args, config=config, **options)
+        assert found.trusted
+        if len(asked) > 1:
+            return found
+        return replace(found, tried={found.name: replace(found.tried[found.name], kappa=0.0)})
+
+    monkeypatch.setattr("lpclip.jobs.tune.try_priors", doubting)
+    again = run(f"{work.command} --out {copy}", monkeypatch)
+    first, second, *_ = sorted(worth(swept, "structure").items(), key=lambda item: -item[1])
+    assert again["rejected"] == [first[0]]
+    assert again["chosen"]["name"] == second[0]
+    rows = {row["name"]: row["parameters"] for row in (swept["default"], *swept["trials"])}
+    for config, (name, _) in zip(asked, (first, second), strict=True):
+        assert config.threshold == rows[name]["threshold"], "with the trial's own settings"
+
+
+@pytest.mark.slow
 def test_more_trials_are_added_to_those_that_are_there(
     swept: Summary,
     work: Work,
@@ -442,7 +481,7 @@ def test_more_trials_are_added_to_those_that_are_there(
 ) -> None:
     before = records(copy)
     more = run(f"{work.command} --trials 8 --out {copy} --experiment more", monkeypatch)
-    assert len(re.findall("^trial [78] of 8: finished", capsys.readouterr().err, re.MULTILINE)) == 2
+    assert len(re.findall("^trial [89] of 9: finished", capsys.readouterr().err, re.MULTILINE)) == 2
     after = records(copy)
     assert {name: after[name] for name in before} == before
     assert len(after) == len(before) + 4
@@ -451,7 +490,7 @@ def test_more_trials_are_added_to_those_that_are_there(
         (kept,) = [found for found in more["trials"] if found["name"] == trial["name"]]
         assert kept["criteria"] == trial["criteria"]
     parents, children = experiment_runs("more")
-    assert (len(parents), len(children)) == (1, 8)
+    assert (len(parents), len(children)) == (1, 9)
     fewer = run(f"{work.command} --trials 2 --out {copy}", monkeypatch)
     assert [trial["name"] for trial in fewer["trials"]] == sorted(
         trial_name(parameters)
@@ -496,7 +535,7 @@ def test_only_the_code_of_a_space_counts(
     moved = work.folder / "moved.py"
     moved.write_text(f'"""My space."""\n{SPACE.replace(", ", ",  ")}# The end.\n')
     run(f"{work.command} --out {copy}".replace(f"{work.folder}/space.py", str(moved)), monkeypatch)
-    assert "trials: 6 of 6 are there already" in capsys.readouterr().out
+    assert "trials: 6 of 6 and the default recipe are there already" in capsys.readouterr().out
 
 
 def test_there_must_be_something_to_resume(
@@ -536,7 +575,7 @@ def test_a_killed_sweep_goes_on_and_ends_as_if_nothing_had_been(
             process.kill()
     assert process.returncode == -signal.SIGKILL
     kept = {name: found for name, found in records(tmp_path / "out").items() if name.endswith(".json")}
-    assert 2 <= len(kept) < 6
+    assert 2 <= len(kept) < 7
     (parent,), _ = experiment_runs("killed")
     assert parent.info.status == "RUNNING"
 
@@ -544,7 +583,7 @@ def test_a_killed_sweep_goes_on_and_ends_as_if_nothing_had_been(
     after = records(tmp_path / "out")
     assert {name: after[name] for name in kept} == kept
     assert sorted(name for name in after if name.endswith(".json")) == [
-        f"{trial['name']}.json" for trial in swept["trials"]
+        f"{name}.json" for name in sorted(("default", *(trial["name"] for trial in swept["trials"])))
     ]
     assert values(again) == values(swept)
     for key in ("zero_shot", "evidence", "prior"):
@@ -557,6 +596,7 @@ def test_a_killed_sweep_goes_on_and_ends_as_if_nothing_had_been(
     (found,), children = experiment_runs("killed", client)
     assert (found.info.run_id, found.info.status) == (parent.info.run_id, "FINISHED")
     rounds = {trial["name"][:6]: trial["rounds"] for trial in swept["trials"]}
+    rounds["default"] = swept["default"]["rounds"]
     assert sorted(child.info.run_name.split()[0] for child in children) == sorted(rounds)
     for child in children:
         assert child.info.status == "FINISHED"
@@ -599,21 +639,24 @@ def test_a_trial_whose_process_dies_twice_has_failed_and_may_be_tried_again(
         f"tune.py --space {space} --data {work.folder}/labelled --classes {WORDS} --prior weak --trials 2 "
         f"--concurrent 1 --out {work.folder}/murdered --experiment murdered"
     )
-    # Each trial is started twice at most: the third death can only be the second of a trial, or the other's first.
+    # Each trial is started twice at most. The default recipe is the first: it dies twice, and the next one once.
     with Killer(3) as killer:
         found = run(command, monkeypatch)
     assert len(killer.killed) == 3
-    failed, finished = sorted(found["trials"], key=lambda trial: trial["status"] == "finished")
-    assert (failed["status"], finished["status"]) == ("failed", "finished")
+    failed, finished = found["default"], found["trials"][0]
+    assert failed["status"] == "failed"
+    assert {trial["status"] for trial in found["trials"]} == {"finished"}
     assert "died" in failed["error"]
     assert (failed["criterion"], failed["accuracy"], failed["criteria"]) == (None, None, {})
-    assert found["chosen"]["name"] in (finished["name"], "zero_shot")
+    assert found["chosen"]["name"] != "default"
     _, children = experiment_runs("murdered")
     assert {child.data.tags["status"] for child in children} == {"failed", "finished"}
-    assert {path.stem for path in (work.folder / "murdered" / "trials").glob("*.json")} == {finished["name"]}
+    assert {path.stem for path in (work.folder / "murdered" / "trials").glob("*.json")} == {
+        trial["name"] for trial in found["trials"]
+    }
 
     again = run(command, monkeypatch)
-    assert {trial["status"] for trial in again["trials"]} == {"finished"}
+    assert again["default"]["status"] == "finished"
     (kept,) = [trial for trial in again["trials"] if trial["name"] == finished["name"]]
     assert kept["seconds"] == finished["seconds"]
 
@@ -649,12 +692,13 @@ def test_asha_stops_what_lags_behind_and_chooses_among_the_finished(halved: Summ
         assert (trial["criterion"], trial["accuracy"], trial["criteria"]) == (None, None, {})
         steps = [entry["round"] for entry in outcomes[trial["name"]].rounds]
         assert steps == list(range(1, trial["rounds"] + 1))
-    assert halved["chosen"]["name"] in {trial["name"] for trial in by_status["finished"]}
+    assert halved["default"]["status"] == "finished", "nobody stops it"
+    assert halved["chosen"]["name"] in {"default", *(trial["name"] for trial in by_status["finished"])}
     counts = {f"tune/trials_{status}": len(found) for status, found in by_status.items()}
     (parent,), children = experiment_runs("halved")
     assert {key: parent.data.metrics[key] for key in counts} == counts
     assert sorted(child.data.tags["status"] for child in children) == sorted(
-        trial["status"] for trial in halved["trials"]
+        trial["status"] for trial in (halved["default"], *halved["trials"])
     )
 
 
@@ -678,7 +722,9 @@ def test_a_trial_that_can_learn_nothing_fails_with_its_reason_and_the_others_go_
 
 
 @pytest.mark.slow
-def test_where_all_trials_fail_zero_shot_is_chosen(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_all_trials_fail_the_default_recipe_is_chosen(
+    work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
     space = work.space("hopeless", '"threshold": tune.grid_search([0.9999]), "temperature_factor": 6.0')
     found = run(
         f"tune.py --space {space} --data {work.folder}/labelled --classes {WORDS} --prior weak --trials 5 "
@@ -686,12 +732,11 @@ def test_where_all_trials_fail_zero_shot_is_chosen(work: Work, monkeypatch: pyte
         monkeypatch,
     )
     assert [trial["status"] for trial in found["trials"]] == ["failed"], "the space has no more"
-    assert found["chosen"]["name"] == "zero_shot"
-    assert found["chosen"]["command"] is None
-    assert found["chosen"]["accuracy"] == found["zero_shot"]["accuracy"]
-    for name in ("weight", "bias"):
-        probes = [load_probe(f"{work.folder}/hopeless/{folder}") for folder in ("probe", "zero_shot")]
-        assert torch.equal(getattr(probes[0], name), getattr(probes[1], name))
+    assert found["chosen"]["name"] == "default"
+    assert "--prior weak" in found["chosen"]["command"]
+    assert found["chosen"]["accuracy"] == found["default"]["accuracy"]
+    own = read_classifier(f"{work.folder}/hopeless/trials", "default")
+    assert torch.equal(load_probe(f"{work.folder}/hopeless/probe").weight, own.weight)
 
 
 @pytest.mark.slow
@@ -709,14 +754,13 @@ def test_optuna_runs_as_many_trials_as_asked_for_and_goes_on_with_new_ones(
     first = run(f"{command} --trials 3 --experiment learnt", monkeypatch)
     before = records(work.folder / "learnt")
     assert [trial["status"] for trial in first["trials"]] == ["finished"] * 3
-    assert len(before) == 6
+    assert len(before) == 8
     for trial in first["trials"]:
         assert set(trial["parameters"]) == {"temperature_factor", "threshold", "rounds"}
         assert trial["parameters"]["rounds"] == 4
         assert trial["rounds"] <= 5
     _, children = experiment_runs("learnt")
-    assert len(children) == 3
-    assert {child.data.params["rounds"] for child in children} == {"4"}
+    assert sorted(child.data.params["rounds"] for child in children) == ["20", "4", "4", "4"]
 
     more = run(f"{command} --trials 6", monkeypatch)
     after = records(work.folder / "learnt")
@@ -724,7 +768,7 @@ def test_optuna_runs_as_many_trials_as_asked_for_and_goes_on_with_new_ones(
     assert len(more["trials"]) == 6
     assert {trial["name"] for trial in first["trials"]} < {trial["name"] for trial in more["trials"]}
     assert {trial["status"] for trial in more["trials"]} == {"finished"}
-    assert len(after) == 12
+    assert len(after) == 14
 
 
 def wait_for_server(uri: str, process: subprocess.Popen[bytes]) -> None:
@@ -763,7 +807,7 @@ def test_images_are_decoded_once_and_a_server_holds_the_sweep(
         (parent,), children = experiment_runs("remote", client)
         assert (parent.info.run_id, parent.info.status) == (found["mlflow_run"], "FINISHED")
         assert parent.data.metrics["test/accuracy"] == found["chosen"]["accuracy"]
-        assert len(children) == 2
+        assert len(children) == 3
         for child in children:
             history = client.get_metric_history(child.info.run_id, "rounds/flip_rate")
             assert [metric.step for metric in history] == list(range(1, len(history) + 1))

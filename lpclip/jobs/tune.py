@@ -33,7 +33,7 @@ from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_o
 from lpclip.jobs.process import start_ray
 from lpclip.jobs.run import job_run, provenance, single_metrics
 from lpclip.jobs.runtime import Stopwatch, claim, output_folder
-from lpclip.jobs.settle_prior import load_prior, settle_prior
+from lpclip.jobs.settle_prior import load_prior, print_tried, settle_prior
 from lpclip.jobs.tune_print import print_sweep, print_sweep_plan
 from lpclip.method.calibration import label_free_temperature
 from lpclip.method.criteria import CRITERIA, make_yardstick, measure
@@ -41,7 +41,8 @@ from lpclip.method.linear import Linear
 from lpclip.method.neighbours import comparison_dtype
 from lpclip.method.priors import Prior
 from lpclip.method.probe import Probe, zero_shot_probe
-from lpclip.method.trial import ChosenPrior
+from lpclip.method.recipe import RECIPE
+from lpclip.method.trial import ChosenPrior, try_priors
 from lpclip.progress import TrialProgress
 from lpclip.report.style import save
 from lpclip.report.sweep_page import ZERO_SHOT_KEY, criterion_figure, sweep_page
@@ -55,6 +56,7 @@ from lpclip.training.search_space import (
     trial_config,
 )
 from lpclip.training.trials import (
+    DEFAULT,
     Material,
     Plan,
     Status,
@@ -100,7 +102,7 @@ def tune_job(job: TuneJob) -> dict[str, Any]:
         )
         options: dict[str, Any] = {"base": job.training, "own_temperature": head.temperature}
         drawn = trials or [{**space.fixed, name: v} for name in space.searched for v in space.values(name)]
-        configs = [trial_config(parameters, **options) for parameters in drawn]
+        configs = [trial_config(parameters, **options) for parameters in ({}, *drawn)]
         # A function of the space's own may name further ones.
         priors |= {c.prior: load_prior(c.prior, names) for c in configs if c.prior not in priors}
         count = len(trials) or job.trials
@@ -118,8 +120,8 @@ def _strong_views(job: TuneJob) -> tuple[str, ...]:
 
 
 def _prior_specs(job: TuneJob, space: SearchSpace) -> list[str]:
-    """Every prior that a trial may ask for."""
-    return space.values("prior") or [job.training.prior]
+    """Every prior that a trial may ask for, the default recipe's first."""
+    return [job.training.prior, *space.values("prior")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +132,7 @@ class _Choice:
     probe: Probe
     """The winner, with its temperature."""
     best: str
-    """The winner's name: a trial's, or ZERO_SHOT_KEY."""
+    """The winner's name: a trial's, DEFAULT or ZERO_SHOT_KEY."""
     record: TrialRecord | None
     """The winner's trial; None for zero-shot."""
     worth: dict[str, dict[Criterion, float]]
@@ -138,6 +140,8 @@ class _Choice:
     accuracy: dict[str, float | None]
     """By candidate; None without labels."""
     trusted: bool
+    rejected: list[str]
+    """Candidates that the criterion prefers to the winner, but whose own rounds the halves do not confirm."""
 
 
 def _trial_row(
@@ -217,17 +221,20 @@ class _Sweep:
         print_sweep(summary, out=out, run=self._run)
         return summary
 
+    @property
+    def _steered(self) -> bool:
+        """True where the criterion decides which trials run: it cannot be changed afterwards."""
+        return self._job.search != "random" or self._job.scheduler != "none"
+
     def _identity(self, fingerprint: str) -> dict[str, Any]:
         job = self._job
-        # Where trials are drawn beforehand and none is stopped, the criterion chooses afterwards, and may change.
-        steered = job.search != "random" or job.scheduler != "none"
         return {
             "job": "tune",
             "space": self._space.identity,
             "features": fingerprint,
             "head": self._head.identity,
             "training": config_identity(job.training),
-            "search": [job.search, job.scheduler, job.criterion if steered else None],
+            "search": [job.search, job.scheduler, job.criterion if self._steered else None],
         }
 
     def _prepare(
@@ -271,29 +278,44 @@ class _Sweep:
     ) -> list[TrialRecord]:
         files.make_folder(self._folder)
         there = read_records(self._folder)
-        wanted = {trial_name(parameters) for parameters in trials}
+        wanted = {DEFAULT, *map(trial_name, trials)}
         done = {name: record for name, record in there.items() if not trials or name in wanted}
         if done:
-            print(f"trials: {len(done)} of {count} are there already", flush=True)
-        self._progress = TrialProgress(total=count, done=len(done))
+            own = " and the default recipe" if DEFAULT in done else ""
+            print(f"trials: {len(done) - len(own[:1])} of {count}{own} are there already", flush=True)
+        self._progress = TrialProgress(total=count + 1, done=len(done))
         for record in done.values():
             self._track_trial(record)
-        plan = Plan(
+        now = []
+        for plan in self._plans([p for p in ({}, *trials) if trial_name(p) not in done], count, concurrent):
+            now += run_trials(
+                material,
+                plan=plan,
+                storage=files.join(self._out, "ray"),
+                done={name: record for name, record in done.items() if name != DEFAULT},
+                tell=self._tell,
+            )
+        return sorted({o.name: o for o in (*done.values(), *now)}.values(), key=lambda record: record.name)
+
+    def _plans(self, trials: list[Parameters], count: int, concurrent: int) -> list[Plan]:
+        """The default recipe and the drawn trials at once; where a search algorithm or a scheduler steers, before them.
+
+        Search algorithms cannot draw the default recipe, and schedulers may not stop it.
+        """
+        job = self._job
+        drawn = Plan(
             space=self._space,
-            trials=[parameters for parameters in trials if trial_name(parameters) not in done],
+            trials=trials,
             count=count,
-            search=self._job.search,
-            scheduler=self._job.scheduler,
+            search="random",
+            scheduler="none",
             concurrent=concurrent,
         )
-        now = run_trials(
-            material,
-            plan=plan,
-            storage=files.join(self._out, "ray"),
-            done=done,
-            tell=self._tell,
-        )
-        return sorted({o.name: o for o in (*done.values(), *now)}.values(), key=lambda record: record.name)
+        if not self._steered:
+            return [drawn]
+        first, rest = ([p for p in trials if bool(p) == others] for others in (False, True))
+        steered = replace(drawn, trials=rest, search=job.search, scheduler=job.scheduler)
+        return [replace(drawn, trials=first), steered]
 
     def _tell(self, record: TrialRecord) -> None:
         last = record.rounds[-1] if record.rounds else {}
@@ -302,7 +324,7 @@ class _Sweep:
             text += f": {record.error}"
         elif "criterion" in last:
             text += f", {self._job.criterion} {last['criterion']:.3f}"
-        self._progress.advance(text)
+        self._progress.advance(f"the default recipe {text}" if record.name == DEFAULT else text)
         self._track_trial(record)
 
     def _track_trial(self, record: TrialRecord) -> None:
@@ -330,16 +352,24 @@ class _Sweep:
         about: dict[str, Any] = {"class_names": head.class_names, "encoder": known.probe_encoder}
         zero_shot = zero_shot_probe(torch.tensor(head.weight), temperature=head.temperature, **about)
         finished = {record.name: record for record in records if record.status == "finished"}
-        # Zero-shot comes first, so that a tie is decided for it.
+        # Ties are decided for zero-shot, then for the default recipe.
+        order = sorted(finished, key=lambda name: (name != DEFAULT, name))
         candidates: dict[str, Linear] = {ZERO_SHOT_KEY: zero_shot}
-        candidates |= {name: read_classifier(self._folder, name) for name in finished}
-        print(f"choosing among {len(finished)} trials and zero-shot", flush=True)
+        candidates |= {name: read_classifier(self._folder, name) for name in order}
+        own = ", the default recipe" if DEFAULT in finished else ""
+        print(f"choosing among {len(finished) - len(own[:1])} trials{own} and zero-shot", flush=True)
         worth = {
             name: {c: measure(material.task.yardstick, candidate, criterion=c) for c in CRITERIA}
             for name, candidate in candidates.items()
         }
         trusted = prior is None or prior.trusted
-        best = max(worth, key=lambda name: worth[name][self._job.criterion]) if trusted else ZERO_SHOT_KEY
+        best, rejected = ZERO_SHOT_KEY, list[str]()
+        if trusted:
+            ranked = sorted(worth, key=lambda name: -worth[name][self._job.criterion])
+            for best in ranked:
+                if best == ZERO_SHOT_KEY or self._is_confirmed(finished[best], known, material):
+                    break
+                rejected.append(best)
         return _Choice(
             zero_shot=zero_shot,
             probe=self._winner(zero_shot, candidates[best], finished.get(best), known),
@@ -348,18 +378,45 @@ class _Sweep:
             worth=worth,
             accuracy={name: accuracy(one, self._x, self._y) for name, one in candidates.items()},
             trusted=trusted,
+            rejected=rejected,
         )
+
+    def _is_confirmed(self, record: TrialRecord, known: EncodedInputs, material: Material) -> bool:
+        """Say whether the rounds can be trusted with a trial's own settings, as the command that repeats it asks."""
+        config = self._config(record)
+        assert config.temperature is not None
+        print(f"{_title(record)}: trying its rounds in random halves of the features' directions", flush=True)
+        try:
+            found = try_priors(
+                known.features.base,
+                torch.tensor(self._head.weight),
+                temperature=config.temperature,
+                config=config,
+                prior=material.task.priors[record.parameters.get("prior", self._job.training.prior)],
+                show=print_tried,
+            )
+            why = "" if found.trusted else "; ".join(found.tried[found.name].doubts)
+        except UserError as error:  # with a high threshold, a half may keep no label
+            why = str(error)
+        if why:
+            print(f"{_title(record)}: not chosen, because its rounds cannot be trusted: {why}", flush=True)
+        return not why
 
     def _summary(self, known: EncodedInputs, records: list[TrialRecord], choice: _Choice) -> dict[str, Any]:
         """OUT/summary.json but for the timings."""
         criterion = self._job.criterion
         found = evaluate(choice.probe, self._x, self._y)
         trials = [_trial_row(one, choice, criterion=criterion, ece=found["ece"]) for one in records]
+        default = next((row for row in trials if row["name"] == DEFAULT), None)
+        if default is not None:
+            trials.remove(default)
+            default["parameters"] = self._shown_default(len(known.features.ids))
         encoded, tested = known.encoded.store, known.tested.store if known.tested else None
         return {
             "criterion": criterion,
             "parameters": list(self._space.searched),
             "trials": trials,
+            "default": default,
             "zero_shot": {
                 "criterion": choice.worth[ZERO_SHOT_KEY][criterion],
                 "criteria": choice.worth[ZERO_SHOT_KEY],
@@ -373,6 +430,7 @@ class _Sweep:
                 **found,
             },
             "trusted": choice.trusted,
+            "rejected": choice.rejected,
             "evidence": _evidence(choice.accuracy, choice.worth, choice.best, criterion=criterion),
             "evaluated_on": evaluated_on(self._inputs, self._y),
             "prior": self._prior.summary(self._head.class_names) if self._prior else None,
@@ -416,18 +474,31 @@ class _Sweep:
 
     def _training(self, record: TrialRecord) -> dict[str, Any]:
         """A trial's whole configuration, with the parameters as they were searched."""
-        temperature = self._head.temperature
-        values = {**to_dict(self._job.training), "temperature": temperature, **record.parameters}
+        own, base = self._head.temperature, self._job.training
+        values = {**to_dict(base), "temperature": base.temperature or own, **record.parameters}
         if FACTOR in values:
-            values["temperature"] = temperature * values[FACTOR]
+            values["temperature"] = own * values[FACTOR]
         if values["prior"] == "auto" and self._prior is not None:
             values["prior"] = self._prior.name
         return values
 
+    def _config(self, record: TrialRecord) -> SelfTrainingConfig:
+        """The training that gives a trial's probe."""
+        return SelfTrainingConfig(**{k: v for k, v in self._training(record).items() if k != FACTOR})
+
+    def _shown_default(self, num_rows: int) -> Parameters:
+        """The default recipe's values of what the space searches."""
+        base, head = self._job.training, self._head
+        count = RECIPE.neighbour_count(base, num_rows=num_rows, num_classes=len(head.class_names))
+        temperature = base.temperature or head.temperature
+        found = {**to_dict(base), "temperature": temperature, FACTOR: temperature / head.temperature}
+        return {name: found[name] for name in self._space.searched} | (
+            {"neighbours": count} if "neighbours" in self._space.searched else {}
+        )
+
     def _command(self, record: TrialRecord) -> str:
         """The selftrain command that trains the same probe."""
         job = self._job
-        values = {name: value for name, value in self._training(record).items() if name != FACTOR}
         # A feature store given as --data holds the features itself, so it needs no folder.
         folder = files.join(job.out, "features") if self._inputs.data.source is not None else None
         again = SelftrainJob(
@@ -440,7 +511,7 @@ class _Sweep:
             encoder=job.encoder,
             encode=replace(job.encode, features=job.encode.features or folder),
             names=job.names,
-            training=SelfTrainingConfig(**values),
+            training=self._config(record),
             tracking=replace(job.tracking, run_name=None),
         )
         return command_line("selftrain", again)
@@ -459,7 +530,7 @@ class _Sweep:
         figures = files.join(out, "figures")
         files.make_folder(figures)
         save(criterion_figure(summary), files.join(figures, "criterion.png"))
-        for trial in summary["trials"]:
+        for trial in (*summary["trials"], *([summary["default"]] if summary["default"] else [])):
             values = {f"tune/criterion_{name}": value for name, value in trial["criteria"].items()}
             self._children[trial["name"]].log({tracking.SWEEP_CRITERION: trial["criterion"], **values})
             self._children[trial["name"]].set_tags({"chosen": trial["name"] == summary["chosen"]["name"]})
@@ -470,7 +541,10 @@ class _Sweep:
         run.set_tags({"chosen": summary["chosen"]["name"], "criterion": criterion})
         for name in ("probe", "figures", "summary.json", "report.html"):
             run.artifact(files.join(out, name))
-        if not summary["trusted"] or not counts["finished"]:
+        default = summary["default"]
+        if not summary["trusted"] or not (
+            counts["finished"] or (default and default["status"] == "finished")
+        ):
             return  # nothing that deserves the alias
         model = self._job.register or f"lpclip-{self._inputs.data.name}"
         version = run.register(model, folder="probe", alias=ALIAS)
@@ -479,6 +553,8 @@ class _Sweep:
 
 
 def _title(record: TrialRecord) -> str:
+    if record.name == DEFAULT:
+        return "default recipe"
     values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in record.parameters.values()]
     return f"{record.name[:6]} {' '.join(values)}"[:80]
 

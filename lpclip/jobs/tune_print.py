@@ -8,7 +8,7 @@ from lpclip.config import TuneJob
 from lpclip.images.classes import ClassList
 from lpclip.jobs import tracking
 from lpclip.jobs.console import print_places
-from lpclip.report.sweep_page import status_line, trials_table
+from lpclip.report.sweep_page import status_line, trials_table, verdict
 from lpclip.report.tables import format_table
 from lpclip.training.search_space import SearchSpace
 
@@ -23,7 +23,7 @@ def print_sweep_plan(
     print(f"space     {job.space}: {', '.join(space.searched)}{fixed}")
     scheduler = "no trial is stopped early" if job.scheduler == "none" else f"{job.scheduler} stops the worst"
     print(
-        f"sweep     {count} trials, {concurrent} at a time, {job.search} search, {scheduler}; "
+        f"sweep     {count} trials and the default recipe, {concurrent} at a time, {job.search} search, {scheduler}; "
         f"the winner is chosen by {job.criterion}, without labels (docs/tuning.md)",
         flush=True,
     )
@@ -31,7 +31,7 @@ def print_sweep_plan(
 
 def print_sweep(summary: dict[str, Any], *, out: str, run: tracking.Run) -> None:
     """Print the best trials of a sweep, the worth of its choice, and the command that repeats it."""
-    print(f"\n{format_table(trials_table(summary))}\n\n{status_line(summary)}")
+    print(f"\n{format_table(trials_table(summary))}\n\n{status_line(summary)}\n{verdict(summary)}")
     where, evidence, chosen = summary["evaluated_on"], summary["evidence"], summary["chosen"]
     if where["setting"] is None:
         print("there are no labels: the criterion has chosen, and nothing measures how well")

@@ -21,6 +21,9 @@ from lpclip.report.style import COLOURS, INK, grid, headline, new_figure, shorte
 Summary = Mapping[str, Any]
 
 ZERO_SHOT_KEY = "zero_shot"
+# The recipe without a sweep: a candidate of every sweep.
+DEFAULT_KEY = "default"
+PLAIN_NAMES = {ZERO_SHOT_KEY: "zero-shot", DEFAULT_KEY: "default recipe"}
 OUTCOMES = ("trial", "criterion", "accuracy %", "ECE %", "rounds", "seconds")
 CHOSEN = COLOURS["probe"]
 BEST = COLOURS["supervised"]  # it takes labels to know it
@@ -34,19 +37,20 @@ MAX_TRIAL_NAME = 14
 def trials_table(summary: Summary, *, limit: int = 10) -> list[dict[str, Any]]:
     """Rows for `table`: the chosen one, then the best `limit` finished trials by criterion.
 
-    The chosen one counts among them, zero-shot does not: it always has a row, at its place in this order.
+    The chosen one counts among them. Zero-shot and the default recipe do not: they always have a row, at their place in
+    this order.
     Accuracy and ECE are fractions, and left out where no row of the sweep has them.
     """
     trials: dict[str, Mapping[str, Any]] = {trial["name"]: trial for trial in _finished(summary)}
-    name = summary["chosen"]["name"]
-    if name != ZERO_SHOT_KEY:
+    name, always = summary["chosen"]["name"], _always_there(summary)
+    if name not in always:
         trials.setdefault(name, summary["chosen"])
     order = sorted(trials, key=lambda key: (key != name, -_value(trials[key], "criterion", -math.inf)))
-    candidates = {key: trials[key] for key in order[: max(limit, 1)]} | {ZERO_SHOT_KEY: summary["zero_shot"]}
+    candidates = {key: trials[key] for key in order[: max(limit, 1)]} | always
     shown = sorted(
         candidates, key=lambda key: (key != name, -_value(candidates[key], "criterion", -math.inf))
     )
-    known = [*trials.values(), summary["zero_shot"]]
+    known = [*trials.values(), *always.values()]
     hidden = {
         column
         for column, key in (("accuracy %", "accuracy"), ("ECE %", "ece"))
@@ -85,6 +89,28 @@ def status_line(summary: Summary) -> str:
     return ", ".join(parts)
 
 
+def verdict(summary: Summary) -> str:
+    """A line that compares the chosen one with the default recipe and zero-shot by the criterion."""
+    criterion, chosen = summary["criterion"], summary["chosen"]["name"]
+    values = {key: _number(row.get("criterion")) for key, row in _always_there(summary).items()}
+    values = {"chosen": _number(summary["chosen"].get("criterion"))} | values
+    shown = ", ".join(
+        f"{PLAIN_NAMES.get(key, key)} {value:.3f}" for key, value in values.items() if value is not None
+    )
+    own, won = values.get(DEFAULT_KEY), values["chosen"]
+    if own is None or won is None:
+        default = summary.get("default") or {}
+        reason = f": {_reason(default, MAX_ERROR)}" if default.get("status") == "failed" else ""
+        end = f"the default recipe did not finish{reason}"
+    elif chosen == DEFAULT_KEY:
+        end = "the default recipe itself is chosen"
+    elif won > own:
+        end = "the choice beats the default recipe"
+    else:
+        end = "the choice does not beat the default recipe"
+    return f"{criterion}: {shown}; {end}"
+
+
 def criterion_figure(summary: Summary) -> Figure:
     """Accuracy against the criterion, a point for each finished trial; without labels the criterion by rank.
 
@@ -92,7 +118,7 @@ def criterion_figure(summary: Summary) -> Figure:
     """
     labelled = _labelled(summary)
     keys = ("criterion", "accuracy") if labelled else ("criterion",)
-    rows = {trial["name"]: trial for trial in _finished(summary)} | {ZERO_SHOT_KEY: summary["zero_shot"]}
+    rows = {trial["name"]: trial for trial in _finished(summary)} | _always_there(summary)
     rows = {name: row for name, row in rows.items() if all(_number(row.get(key)) is not None for key in keys)}
     if labelled:
         points = {name: (row["criterion"], row["accuracy"]) for name, row in rows.items()}
@@ -130,7 +156,7 @@ def sweep_page(summary: Summary, *, facts: Mapping[str, str]) -> str:
         _choice_section(summary),
         Section(
             title="Best trials",
-            text=status_line(summary).rstrip(".") + ".",
+            text=f"{status_line(summary).rstrip('.')}. By {verdict(summary)}.",
             tables=[(f"The chosen one, then by {summary['criterion']}", trials_table(summary))],
         ),
         _criterion_section(summary),
@@ -143,12 +169,12 @@ def sweep_page(summary: Summary, *, facts: Mapping[str, str]) -> str:
 def _choice_section(summary: Summary) -> Section:
     chosen, zero_shot, criterion = summary["chosen"], summary["zero_shot"], summary["criterion"]
     if chosen["name"] == ZERO_SHOT_KEY:
-        why = (
-            f"by {criterion}, no trial is better"
-            if summary.get("trusted", True)
-            else "the rounds are not trusted"
-        )
+        why = "the rounds are not trusted"
+        if summary.get("trusted", True):
+            why = f"by {criterion}, no trial whose rounds are trusted is better"
         what = f"Zero-shot itself was chosen: {why}"
+    elif chosen["name"] == DEFAULT_KEY:
+        what = f"The default recipe, the one without a sweep, was chosen by {criterion}"
     else:
         what = f"Trial {chosen['name']} was chosen by {criterion}"
     if _number(chosen.get("criterion")) is not None:
@@ -219,8 +245,15 @@ def _finished(summary: Summary) -> list[Mapping[str, Any]]:
     return [trial for trial in summary["trials"] if trial["status"] == "finished"]
 
 
+def _always_there(summary: Summary) -> dict[str, Mapping[str, Any]]:
+    """Zero-shot and, where it finished, the default recipe. Sweeps of earlier versions had none."""
+    default = summary.get("default")
+    finished = default is not None and default["status"] == "finished"
+    return {ZERO_SHOT_KEY: summary["zero_shot"], **({DEFAULT_KEY: default} if finished else {})}
+
+
 def _labelled(summary: Summary) -> bool:
-    rows = [*_finished(summary), summary["zero_shot"]]
+    rows = [*_finished(summary), *_always_there(summary).values()]
     return any(_number(row.get("accuracy")) is not None for row in rows)
 
 
@@ -256,8 +289,8 @@ def _column(parameter: str) -> str:
 
 
 def _short(name: str) -> str:
-    if name == ZERO_SHOT_KEY:
-        return "zero-shot"
+    if name in PLAIN_NAMES:
+        return PLAIN_NAMES[name]
     return name if len(name) <= MAX_TRIAL_NAME else name[: MAX_TRIAL_NAME - 1] + "…"
 
 
@@ -286,7 +319,7 @@ def _marked(
     summary: Summary, rows: Mapping[str, Mapping[str, Any]], labelled: bool
 ) -> dict[str, tuple[str, ...]]:
     """Marks of rows by name: "zero-shot", "chosen", "best"."""
-    roles: dict[str, list[str]] = {ZERO_SHOT_KEY: ["zero-shot"]}
+    roles: dict[str, list[str]] = {key: [PLAIN_NAMES[key]] for key in _always_there(summary)}
     chosen = summary["chosen"]["name"]
     roles.setdefault(chosen, []).append("chosen")
     if labelled and rows:
@@ -316,7 +349,7 @@ def _draw_points(
     for name, roles in marked.items():
         x, y = points[name]
         who = ", ".join("best by accuracy" if role == "best" else role for role in roles)
-        if name != ZERO_SHOT_KEY:
+        if name not in PLAIN_NAMES:
             who += f", {shortened(_short(name))}"
         styles: list[dict[str, Any]] = []
         if "best" in roles:

@@ -3,8 +3,8 @@
 OUT/trials/NAME.safetensors   the trial's probe: weight, bias
 OUT/trials/NAME.json          parameters, rounds, outcome; written after the tensors: the trial is done when it is there
 
-A trial's name is a digest of its parameters. Ray Tune's own record of an interrupted sweep runs trials again that
-were finished, so it is not used: what has a file here is not run again.
+A trial's name is a digest of its parameters; the one without any is the default recipe's. Ray Tune's own record of an
+interrupted sweep runs trials again that were finished, so it is not used: what has a file here is not run again.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ from lpclip.method.shard import Shard, Whitenings, fit_whitenings
 from lpclip.training.search_space import Parameters, SearchSpace, plain, trial_config
 
 FORMAT = 1
+# The trial without parameters: the training as the job's flags describe it. It runs in every sweep.
+DEFAULT = "default"
 # Trials share zero-shot scores up to this many elements, each with a scaled copy. Above it, each pass computes its own.
 MAX_SHARED_SCORES = 25_000_000
 # A failed trial reports this to search algorithms: less than any criterion gives.
@@ -161,8 +163,8 @@ def prepare(
 
 
 def trial_name(parameters: Parameters) -> str:
-    """A digest of the trial's parameters."""
-    return digest([FORMAT, parameters])[:12]
+    """A digest of the trial's parameters; `DEFAULT` for the training that none of them changes."""
+    return digest([FORMAT, parameters])[:12] if parameters else DEFAULT
 
 
 def run_trials(
@@ -322,7 +324,8 @@ def _last_word(record: TrialRecord) -> dict[str, float]:
 
 
 def _parameters(config: dict[str, Any], *, fixed: Parameters) -> Parameters:
-    return {**fixed, **plain(config.get("parameters", config))}
+    """A drawn trial's own, which has the space's constants already, or those that a search algorithm gives."""
+    return plain(config["parameters"]) if "parameters" in config else {**fixed, **plain(config)}
 
 
 class _Watch(tune.Callback):
