@@ -40,6 +40,11 @@ class Whitening:
         return torch.linalg.cholesky(self.shrunk)
 
     @cached_property
+    def total_variance(self) -> float:
+        """Sum of the variances in the white space."""
+        return float(torch.cholesky_solve(self.covariance, self.root).trace())
+
+    @cached_property
     def whitener(self) -> Tensor:
         """(d, d) float64: the transposed inverse of the root."""
         identity = torch.eye(len(self.mean), dtype=self.root.dtype, device=self.root.device)
@@ -122,9 +127,10 @@ def gaussian_probe(
     trust = torch.ones_like(counts) if anchors is None else counts / (counts + anchors.rows)
     means = found if anchors is None else anchored_means(found, trust, whitening=whitening, head=anchors.head)
     within = whitening.covariance - found.T @ (share * found)  # W
-    variance = torch.cholesky_solve(within, whitening.root).trace() / len(within)  # t
+    between = float((share * whitening.whitened(found) ** 2).sum())
+    variance = max(1e-6, (whitening.total_variance - between) / len(within))  # t
     shrinkage = max(LEAST_SHRINKAGE, whitening.shrinkage)  # L
-    shrunk = (1 - shrinkage) * within + shrinkage * variance.clamp_min(1e-6) * whitening.shrunk  # S
+    shrunk = (1 - shrinkage) * within + shrinkage * variance * whitening.shrunk  # S
     weight = torch.cholesky_solve(means.T, torch.linalg.cholesky(shrunk)).T
     bias = -(weight * means).sum(dim=1) / 2 - weight @ whitening.mean
     evidence = float((counts * trust).sum() / counts.sum().clamp_min(1e-12))
