@@ -14,13 +14,13 @@ class Recipe:
     stop_flip_rate: float = 0.002
     """The rounds end when a smaller share of the labels changes."""
     confidence: float = 0.8
-    """Mean confidence that each Gaussian student is scaled to. It stays the same from round to round: with one that
-    grows, accuracy declines after its best round."""
+    """Mean confidence that each Gaussian student is scaled to, before the evidence. It stays the same from round to
+    round: with one that grows, accuracy declines after its best round."""
     scale_rows: int = 8192
     """Rows on which that scale is found: enough for a mean, few enough to bisect on."""
     text_rows: float = 10.0
     """The images for which a class's text counts: a class mean of n images comes to n / (n + text_rows) from these,
-    and that share, the mean over the images, is the evidence that the next three weigh by."""
+    and the mean of this share over the images is the evidence. The student's logits are weighed by it."""
     zero_shot_share: float = 0.3
     """Share of the zero-shot logits that is added to a Gaussian student's own with full evidence; without, all."""
     last_zero_shot_share: float = 0.6

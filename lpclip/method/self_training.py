@@ -2,7 +2,7 @@
 
     teacher = zero-shot
     repeat                                                          # the numbers are those of docs/method.md, "A round"
-        logits  = features . teacher + 2 log(mean target of the neighbours)         1
+        logits  = features . teacher + 2 evidence log(neighbours' mean target)      1
         targets = softmax(logits), times the prior's factors                        2
         targets = 0 where the largest is below the threshold                        3
         student = Gaussian classes from the targets' sums, or gradient steps        4, 5

@@ -36,7 +36,7 @@ class Solver(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianSolver:
-    """Gaussian classes from the targets' sums and the texts, scaled to the recipe's confidence."""
+    """Gaussian classes from the targets' sums and the texts, scaled to the recipe's confidence times the evidence."""
 
     shard: Shard
     head: Tensor
@@ -64,7 +64,9 @@ class GaussianSolver:
         )
         rows = max(0, min(self.recipe.scale_rows, self.shard.num_rows) - self.shard.first_row)
         logits = fitted.logits(torch.from_numpy(self.shard.features[:rows]).to(device))
-        scale = scale_to_confidence(logits, self.recipe.confidence, all_reduce=self.all_reduce)
+        scale = (
+            scale_to_confidence(logits, self.recipe.confidence, all_reduce=self.all_reduce) * fitted.evidence
+        )
         return Student(
             weight=(scale * fitted.weight).to(CPU),
             bias=(scale * fitted.bias).to(CPU),
