@@ -206,7 +206,7 @@ def test_every_method_is_measured_on_a_setting(monkeypatch: pytest.MonkeyPatch):
     chosen = trial.choices["views' agreement (lpclip)"]
     assert found["lpclip"].accuracy == found[f"lpclip {chosen}"].accuracy > found["zero-shot"].accuracy
     tried = [row for row in rows if row.kind == "temperature"]
-    assert len(tried) == 7
+    assert len(tried) == 8
     assert min(row.nll for row in tried[1:]) == tried[-1].nll, "the oracle's"
     assert [row.method for row in rows if row.kind == "balanced"] == ["zero-shot", "lpclip"]
 
