@@ -63,6 +63,13 @@ def test_all_names_stay_where_all_have_images_or_nearly_all() -> None:
         assert places.tolist() == list(range(NUM_CLASSES))
 
 
+def test_all_names_stay_with_fewer_than_a_hundred_images() -> None:
+    _, found = head()
+    for each, left in ((33, NUM_CLASSES), (34, 3)):
+        features, _ = images((1, 4, 7), each=each)
+        assert len(present_classes(zero_shot(features, found), label=by_text(features, found))) == left
+
+
 def test_all_names_stay_where_zero_shot_is_sure_of_nothing() -> None:
     features, _ = images((1, 4, 7))
     _, found = head()

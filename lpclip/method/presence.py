@@ -17,6 +17,8 @@ from lpclip.method.linear import Linear
 
 # A row is sure where zero-shot gives a name more than this.
 SURE = 0.9
+# So few rows say too little of what is not among them.
+ENOUGH_ROWS = 100
 # With a smaller share of sure rows, zero-shot is weak: those it has speak for what is easy, not for what is there.
 ENOUGH_OF_ALL = 0.05
 # With fewer sure rows for each name on the mean, a name without any says nothing about that name ...
@@ -41,7 +43,7 @@ def present_classes(zero_shot: Tensor, *, label: Callable[[np.ndarray], np.ndarr
     """
     num_rows, num_classes = zero_shot.shape
     places = np.arange(num_classes)
-    for _ in range(STEPS):
+    for _ in range(STEPS if num_rows >= ENOUGH_ROWS else 0):
         sure = (torch.softmax(zero_shot[:, places], dim=1) > SURE).sum(dim=0).numpy()
         spoken_for = sure > SURE_SHARE * sure.mean()
         if sure.sum() < ENOUGH_OF_ALL * num_rows:
