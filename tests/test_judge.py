@@ -91,7 +91,9 @@ def test_curves_hold_the_metrics_and_are_the_same_from_a_probe_and_from_its_judg
 def test_the_temperature_without_labels_gives_the_expected_accuracy_as_confidence(sharpness: float):
     features, _ = blobs(500, classes=(0, 1, 2))
     zero_shot, probe = probe_of(3, sharpness=2.0), probe_of(3, sharpness=sharpness)
-    target = expected_accuracy(mean_confidence(zero_shot, features))
+    *_, evidence = held_out_logits(probe, head=zero_shot.weight, features=features)
+    assert 0.9 < evidence < 1
+    target = expected_accuracy(mean_confidence(zero_shot, features), evidence=evidence)
     temperature = label_free_temperature(
         probe, zero_shot=zero_shot, features=features, trained=probe, head=zero_shot.weight
     )
@@ -105,13 +107,14 @@ def test_a_student_s_confidence_in_what_it_was_fitted_to_is_not_taken_for_its_co
     noise = np.random.default_rng(0).normal(size=(150, 100)).astype(np.float32) / 10
     zero_shot = probe_of(3, sharpness=2.0)
     zero_shot = replace(zero_shot, weight=F.pad(zero_shot.weight, (0, 100 - DIM)))
-    fitted, held_out = held_out_logits(zero_shot, head=zero_shot.weight, features=noise)
+    fitted, held_out, evidence = held_out_logits(zero_shot, head=zero_shot.weight, features=noise)
     labels = zero_shot.predict(noise)
     assert (fitted.argmax(dim=1).numpy() == labels).mean() > (
         held_out.argmax(dim=1).numpy() == labels
     ).mean() + 0.1
     own = temperature_at(
-        zero_shot.logits(noise), confidence=expected_accuracy(mean_confidence(zero_shot, noise))
+        zero_shot.logits(noise),
+        confidence=expected_accuracy(mean_confidence(zero_shot, noise), evidence=evidence),
     )
     found = label_free_temperature(
         zero_shot, zero_shot=zero_shot, features=noise, trained=zero_shot, head=zero_shot.weight
@@ -119,12 +122,22 @@ def test_a_student_s_confidence_in_what_it_was_fitted_to_is_not_taken_for_its_co
     assert found < 0.95 * own
 
 
+@pytest.mark.parametrize("num_rows", [1, 9, 10])
+def test_hardly_any_image_to_hold_out_gives_a_finite_temperature(num_rows: int):
+    features, _ = blobs(num_rows, classes=(0, 1, 2))
+    probe = probe_of(3)
+    found = label_free_temperature(
+        probe, zero_shot=probe, features=features, trained=probe, head=probe.weight
+    )
+    assert 0 < found < 1e3
+
+
 def test_held_out_logits_know_nothing_of_the_rows_of_their_fold():
     features, _ = blobs(60, classes=(0, 1, 2))
     probe = probe_of(3, sharpness=2.0)
     moved = features.copy()
     moved[0] = -moved[0]
-    (_, before), (_, after) = (
+    (_, before, _), (_, after, _) = (
         held_out_logits(probe, head=probe.weight, features=rows) for rows in (features, moved)
     )
     own, others = torch.arange(5, 60, 5), torch.arange(1, 60, 5)
@@ -136,6 +149,8 @@ def test_held_out_logits_know_nothing_of_the_rows_of_their_fold():
 def test_the_expected_accuracy_multiplies_the_odds_and_is_no_less_than_zero_shot_s():
     assert expected_accuracy(0.75) == pytest.approx(0.9)
     assert expected_accuracy(0.5) == 0.5
+    assert expected_accuracy(0.75, evidence=0.0) == 0.75
+    assert expected_accuracy(0.75, evidence=0.5) == pytest.approx(0.825)
     assert expected_accuracy(0.2) == pytest.approx(0.2)
     assert 0 < expected_accuracy(0.0) < expected_accuracy(1.0) < 1
 

@@ -21,14 +21,15 @@ def mean_confidence(probe: Probe, features: np.ndarray) -> float:
     return float(confidence.double().mean())
 
 
-def expected_accuracy(zero_shot_confidence: float) -> float:
+def expected_accuracy(zero_shot_confidence: float, *, evidence: float = 1.0) -> float:
     """A guess of a self-trained probe's accuracy from zero-shot's mean confidence c, in (0, 1): c's odds squared.
 
     c stands for zero-shot's accuracy. The unlabelled features are taken for a second witness that is as good and
-    independent, and where such two agree their odds multiply: c^2 / (c^2 + (1 - c)^2). Never less than c itself.
+    independent, and where such two agree their odds multiply: c^2 / (c^2 + (1 - c)^2). Never less than c itself. The
+    second witness counts by its evidence, 0 to 1: the share of the class means that comes from images.
     """
     c = min(max(zero_shot_confidence, 1e-6), 1 - 1e-6)
-    return max(c, c**2 / (c**2 + (1 - c) ** 2))
+    return c + evidence * max(0.0, c**2 / (c**2 + (1 - c) ** 2) - c)
 
 
 def label_free_temperature(
@@ -41,8 +42,8 @@ def label_free_temperature(
     the texts of its names in units of logits. Labels play no part. docs/method.md has what other ways give.
     """
     sample = features[:CALIBRATION_ROWS]
-    target = expected_accuracy(mean_confidence(zero_shot, sample))
-    fitted, held_out = held_out_logits(trained, head=head, features=features)
+    fitted, held_out, evidence = held_out_logits(trained, head=head, features=features)
+    target = expected_accuracy(mean_confidence(zero_shot, sample), evidence=evidence)
     optimism = temperature_at(held_out, confidence=target) / temperature_at(fitted, confidence=target)
     return optimism * temperature_at(probe.logits(sample), confidence=target)
 

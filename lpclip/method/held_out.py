@@ -13,23 +13,29 @@ from lpclip.method.linear import BLOCK_ROWS, Linear
 from lpclip.method.pseudo_labels import alone
 from lpclip.method.recipe import RECIPE
 from lpclip.method.shard import Shard, product_sum
-from lpclip.method.solvers import GaussianSolver
+from lpclip.method.solvers import GaussianSolver, Student
 
 FOLDS = 5
+LEAST_ROWS = 10
 ROWS = 20_000
 
 
-def held_out_logits(classifier: Linear, *, head: Tensor, features: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Logits (n, K) of the first 20,000 features (N, d) by students with and without the row's fold.
+def held_out_logits(
+    classifier: Linear, *, head: Tensor, features: np.ndarray
+) -> tuple[Tensor, Tensor, float]:
+    """Logits (n, K) of the first 20,000 features (N, d) by a student of all rows, and by ones without the row's fold.
+
+    The third value is the evidence of the student of all rows.
 
     The students are Gaussian classes of the classifier's own soft labels, anchored in the texts `head` (K, d), which
-    are in units of logits. A student without a fold does without it in everything: class means and covariances.
+    are in units of logits. A student without a fold does without it in everything: class means and covariances. With
+    fewer than ten features both are the same.
     """
     rows = torch.as_tensor(features)
     sample = rows[:ROWS].float()
     everything = _sums(rows, classifier=classifier)
 
-    def fit(moments: Tensor, sums: Tensor, counts: Tensor) -> Linear:
+    def fit(moments: Tensor, sums: Tensor, counts: Tensor) -> Student:
         shard = Shard(features=sample.numpy(), num_rows=len(sample))
         solver = GaussianSolver(
             shard=shard,
@@ -42,15 +48,19 @@ def held_out_logits(classifier: Linear, *, head: Tensor, features: np.ndarray) -
         student = solver.fit_sums(sums, counts)
         return replace(student, weight=student.weight + student.zero_shot_share * head)
 
-    held_out = torch.empty(len(sample), len(head))
+    whole = fit(*everything)
+    fitted = held_out = whole.logits(sample)
+    if len(sample) < LEAST_ROWS:
+        return fitted, held_out, whole.evidence
+    held_out = torch.empty_like(fitted)
     fold_of = torch.arange(len(sample)) % FOLDS
-    for fold in range(min(FOLDS, len(sample))):
+    for fold in range(FOLDS):
         mine = sample[fold_of == fold]
         rest = (
-            whole - own for whole, own in zip(everything, _sums(mine, classifier=classifier), strict=True)
+            total - own for total, own in zip(everything, _sums(mine, classifier=classifier), strict=True)
         )
         held_out[fold_of == fold] = fit(*rest).logits(mine)
-    return fit(*everything).logits(sample), held_out
+    return fitted, held_out, whole.evidence
 
 
 def _sums(rows: Tensor, *, classifier: Linear) -> tuple[Tensor, Tensor, Tensor]:
