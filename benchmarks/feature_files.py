@@ -25,8 +25,12 @@ import torch
 import torch.nn.functional as F
 from method_data import Data, Images, Setting, long_tailed, only_classes, with_foreign
 
+from lpclip.method.chance import random_head
+
 TEMPERATURE, ONE_IMAGE_TEMPERATURE = 0.01, 0.02
 FEW_A_CLASS = (10, 3)
+# Seeds from here on: those that the method compares heads with are small numbers.
+RANDOM_HEADS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +75,7 @@ def file_settings(
     for setting in _settings(data, seed=seed, rng=rng):
         yield data, setting
     everything = Setting(name="random head", seed=seed, unlabelled=data.train, test=data.test)
-    head = _random_head(data, rng)
+    head = random_head(data.head, seed=RANDOM_HEADS + seed)
     yield replace(data, head=head, single_head=head), everything
 
 
@@ -165,11 +169,3 @@ def _at_most(images: Images, count: int) -> Images:
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order)) - starts
     return images.take(rank < count)
-
-
-def _random_head(data: Data, rng: np.random.Generator) -> torch.Tensor:
-    """Directions without a meaning, spread about the mean of the true ones as these are."""
-    centre = data.head.mean(dim=0)
-    noise = torch.from_numpy(rng.normal(size=tuple(data.head.shape))).float()
-    spread = (data.head - centre).norm(dim=1).mean()
-    return F.normalize(centre + spread * F.normalize(noise, dim=1), dim=1)

@@ -196,7 +196,7 @@ class SelfTrainingConfig:
     and takes uniform if rounds in random halves of the features' directions repeat its labels, else weak."""
     present: Literal["auto", "all"] = "auto"
     """Class names that the rounds use. auto leaves out names that have no images, as far as zero-shot and trial rounds
-    can tell, if a quarter of the names is without (only with --prior auto; trials of a sweep use all). The
+    can tell, if two fifths of the names are without (only with --prior auto; trials of a sweep use all). The
     probe still knows these names, and takes one for an image that is much like it."""
     neighbours: int | None = None
     """Number of nearest neighbours whose labels influence each pseudo-label; 0 turns this off. The default is half

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +12,13 @@ import pytest
 import torch
 
 from lpclip.config import SelfTrainingConfig
+from lpclip.encoders.head import Head
+from lpclip.jobs import settle_prior as settle_prior_module
+from lpclip.jobs.settle_prior import settle_prior
 from lpclip.method.chance import HEADS, chance_confidence, head_confidence, random_head
 from lpclip.method.confirmation import MIN_KAPPA, Confirmation, Sample, choose_prior
 from lpclip.method.priors import PRIORS, Prior
-from lpclip.method.trial import try_priors
+from lpclip.method.trial import ChosenPrior, try_priors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,7 +100,7 @@ def test_the_trial_is_of_the_training_that_will_run_on_any_number_of_workers() -
     prior, usual = PRIORS["weak"], sample(features, head).confirm(PRIORS["weak"])
     workers = replace(CONFIG, num_workers=2)
     assert sample(features, head, config=workers).confirm(prior) == usual
-    for changes in ({"threshold": 0.6}, {"rounds": 1}, {"neighbours": 0}):
+    for changes in ({"threshold": 0.99}, {"rounds": 1}, {"neighbours": 0}):
         assert sample(features, head, config=replace(CONFIG, **changes)).confirm(prior) != usual
 
 
@@ -151,3 +156,31 @@ def test_random_heads_are_spread_like_the_head() -> None:
     assert (other @ head.mean(dim=0) > 0).float().mean() > 0.5
     assert not torch.equal(other, random_head(head, seed=1))
     assert torch.equal(other, random_head(head, seed=0))
+
+
+def test_the_trial_of_another_version_is_not_this_version_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, _, weight = planted([60] * NUM_CLASSES)
+    head = Head(class_names=tuple("abcdef"), weight=weight.numpy(), temperature=0.05)
+
+    def settled() -> ChosenPrior:
+        return settle_prior(
+            CONFIG, out=str(tmp_path), features=features, prior=None, head=head, fingerprint="f"
+        )
+
+    path = tmp_path / "prior.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(settle_prior_module, "FORMAT", 1)
+        expected = settled()
+        kept = json.loads(path.read_text())
+        kept["tried"] = {name: {"kappa": 0.0, "images_per_class": 60.0} for name in kept["tried"]}
+        path.write_text(json.dumps(kept))
+    assert settled() == expected
+    assert json.loads(path.read_text())["tried"] != kept["tried"]
+
+
+def test_a_threshold_above_what_the_halves_reach_ends_no_trial() -> None:
+    features, _, head = planted([60] * NUM_CLASSES)
+    sure = replace(CONFIG, threshold=0.95)
+    assert 0 < sample(features, head, config=sure).confirm(PRIORS["weak"]).kappa < 1

@@ -273,7 +273,7 @@ def test_an_image_without_a_feature_is_quarantined(info: EncoderInfo, tmp_path: 
 
     def passes(pixels: Mapping[View, np.ndarray], views: Sequence[View]) -> np.ndarray:
         found = np.eye(2 * len(pixels[views[0]]), dim, dtype=np.float16)
-        # Of the last image, in the second view.
+        # The last image has them, in its second view alone.
         found[-1, found[-1] == 1] = value
         return found
 

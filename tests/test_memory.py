@@ -1,4 +1,4 @@
-"""What comes after the rounds needs little memory beside the features, however many classes there are."""
+"""The steps after the rounds need little memory beside the features, with a thousand classes too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rounds' files: the probe and the pseudo-labels that they give are of one round, whatever was there before."""
+"""The rounds' files give probe and pseudo-labels of the same round, also where an earlier run left files of its own."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """A classifier's answers to N labelled rows: all that metrics need of their probabilities, whatever K is."""
+    """A classifier's answers to N labelled rows. Metrics need no more of its probabilities (N, K)."""
 
     num_classes: int
     labels: Tensor

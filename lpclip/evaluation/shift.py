@@ -38,7 +38,8 @@ class Fit(NamedTuple):
     """Both accuracies are among so many classes."""
 
 
-# Of Taori et al. (2020). V2 is the matched-frequency set; ImageNet-R and ObjectNet take the accuracy on their classes.
+# The fits were published by Taori et al. (2020). ImageNet-V2 is the matched-frequency set. For ImageNet-R and ObjectNet
+# both accuracies are among the classes of that set.
 FITS: dict[str, Fit] = {
     "imagenet-v2": Fit(0.9232, -0.4977, 1000),
     "imagenet-sketch": Fit(1.0709, -2.3701, 1000),

@@ -14,6 +14,8 @@ from lpclip.method.confirmation import Confirmation
 from lpclip.method.priors import PRIORS, Prior, read_prior
 from lpclip.method.trial import ChosenPrior, try_priors
 
+# The format of prior.json: the outcome of another version's trial is not this version's.
+FORMAT = 2
 MEANINGS = {
     "uniform": " (labels are pulled to equal class shares)",
     "weak": " (labels are pulled weakly to equal class shares)",
@@ -50,7 +52,7 @@ def settle_prior(
     """
     path = files.join(out, "prior.json")
     shares = None if prior is None or prior.shares is None else prior.shares.tolist()
-    identity = digest([fingerprint, head.identity, config_identity(training), shares])
+    identity = digest([FORMAT, fingerprint, head.identity, config_identity(training), shares])
     kept = files.read_json(path) if files.exists(path) else {}
     if kept.get("identity") != identity:
         print(

@@ -57,6 +57,7 @@ from lpclip.training.search_space import (
 )
 from lpclip.training.trials import (
     DEFAULT,
+    FORMAT,
     Material,
     Plan,
     Status,
@@ -230,6 +231,7 @@ class _Sweep:
         job = self._job
         return {
             "job": "tune",
+            "format": FORMAT,
             "space": self._space.identity,
             "features": fingerprint,
             "head": self._head.identity,

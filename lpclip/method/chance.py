@@ -21,14 +21,12 @@ def chance_confidence(features: Tensor, head: Tensor, *, temperature: float) -> 
 
     They have as many directions as the head (K, d), of unit norm, at the same mean distance from the same centre.
     """
-    rows = features[:ROWS].float()
-    return max(
-        head_confidence(rows, random_head(head, seed=seed), temperature=temperature) for seed in range(HEADS)
-    )
+    heads = (random_head(head, seed=seed) for seed in range(HEADS))
+    return max(head_confidence(features, other, temperature=temperature) for other in heads)
 
 
 def head_confidence(features: Tensor, head: Tensor, *, temperature: float) -> float:
-    """Mean maximal probability of zero-shot on the features (n, d)."""
+    """Mean maximal probability of zero-shot with a head (K, d) on the first 2,000 features (n, d)."""
     logits = features[:ROWS].float() @ head.T / temperature
     return float(torch.softmax(logits, dim=1).amax(dim=1).double().mean())
 

@@ -150,6 +150,9 @@ class Sample:
         head: Tensor | None = None,
     ) -> np.ndarray:
         config = replace(self._config, rounds=min(rounds, self._config.rounds))
+        if shard is not self._whole:
+            # A half is less sure: the threshold would leave out others of its labels, or all.
+            config = replace(config, threshold=0.0)
         head = self._head if head is None else head
         *_, (_, found) = Rounds(shard, head=head, prior=prior, config=config, recipe=recipe).run()
         return found.labels

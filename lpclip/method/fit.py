@@ -33,7 +33,7 @@ class SelfTraining:
     probe: Probe
     """The self-trained probe; zero-shot itself where the rounds cannot be trusted."""
     zero_shot: Probe
-    """The head as a probe, at its own temperature, whatever `config.temperature` makes of the first teacher."""
+    """Zero-shot as a probe, at the encoder's own temperature; `config.temperature` is the first teacher's alone."""
     prior: ChosenPrior
     """The class prior, and the evidence for it."""
     rounds: tuple[State, ...]
@@ -239,6 +239,6 @@ def _run(
         is_last = is_last_student(state.round, before=before, config=config)
         tell(round_line(state.round, state.metrics, is_last=is_last))
         states.append(state)
-        # Whatever comes now needs memory, and no targets.
+        # The steps after the rounds need memory and no targets.
         last = replace(found, targets=None)
     return states, last

@@ -92,7 +92,7 @@ def row_moments(features: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class TextAnchors:
-    """What the texts say of where the classes lie, and how much that counts."""
+    """The texts' opinion of where the classes lie, and its weight."""
 
     head: Tensor
     """(K, d) zero-shot weights in units of logits."""

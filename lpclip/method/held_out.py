@@ -49,9 +49,9 @@ def held_out_logits(
         return replace(student, weight=student.weight + student.zero_shot_share * head)
 
     whole = fit(*everything)
-    fitted = held_out = whole.logits(sample)
+    fitted = whole.logits(sample)
     if len(sample) < LEAST_ROWS:
-        return fitted, held_out, whole.evidence
+        return fitted, fitted, whole.evidence
     held_out = torch.empty_like(fitted)
     fold_of = torch.arange(len(sample)) % FOLDS
     for fold in range(FOLDS):

@@ -28,7 +28,7 @@ class Linear:
         return Linear(weight=self.weight.to(device), bias=self.bias.to(device))
 
     def by_blocks(self, num_rows: int, work: Callable[[slice], Sequence[Tensor]]) -> list[Tensor]:
-        """What `work` gives for all rows, (N, ...) each, from what it gives for runs of them.
+        """Call `work` on runs of rows, and join its results to tensors (N, ...) of all rows.
 
         So logits of all rows, which can be larger than the features, are never there. The results are written into
         arrays of their own: small ones kept from each run would lie between the large ones that are freed, and the

@@ -43,7 +43,8 @@ from lpclip.method.self_training import Rounds
 from lpclip.method.shard import Shard, Whitenings, fit_whitenings
 from lpclip.training.search_space import Parameters, SearchSpace, plain, trial_config
 
-FORMAT = 1
+# Trials of another format are of another recipe: a sweep never goes on with them.
+FORMAT = 2
 # The trial without parameters: the training as the job's flags describe it. It runs in every sweep.
 DEFAULT = "default"
 # Trials share zero-shot scores up to this many elements, each with a scaled copy. Above it, each pass computes its own.
@@ -164,7 +165,7 @@ def prepare(
 
 def trial_name(parameters: Parameters) -> str:
     """A digest of the trial's parameters; `DEFAULT` for the training that none of them changes."""
-    return digest([FORMAT, parameters])[:12] if parameters else DEFAULT
+    return digest(parameters)[:12] if parameters else DEFAULT
 
 
 def run_trials(
