@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from lpclip.config import SelfTrainingConfig
+from lpclip.config import SelfTrainingConfig, UserError
 from lpclip.encoders.head import Head
 from lpclip.jobs import settle_prior as settle_prior_module
 from lpclip.jobs.settle_prior import settle_prior
@@ -100,8 +100,12 @@ def test_the_trial_is_of_the_training_that_will_run_on_any_number_of_workers() -
     prior, usual = PRIORS["weak"], sample(features, head).confirm(PRIORS["weak"])
     workers = replace(CONFIG, num_workers=2)
     assert sample(features, head, config=workers).confirm(prior) == usual
-    for changes in ({"threshold": 0.99}, {"rounds": 1}, {"neighbours": 0}):
+    for changes in ({"rounds": 1}, {"neighbours": 0}):
         assert sample(features, head, config=replace(CONFIG, **changes)).confirm(prior) != usual
+    # A soft teacher, none of whose labels reaches the threshold: the training would end as the trial does.
+    soft = Sample(features, zero_shot=head, temperature=0.5, config=replace(CONFIG, threshold=0.5))
+    with pytest.raises(UserError, match="--threshold"):
+        soft.confirm(prior)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 5])
