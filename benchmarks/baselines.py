@@ -121,12 +121,13 @@ def lp_clip(problem: Problem) -> Solution:
     """LP-CLIP (arXiv 2309.10361), reconstructed: confidence-weighted cross-entropy on the teacher's labels, in rounds.
 
     The student sees the features that the teacher sees: a Problem has no strong views. What lpclip's gradient solver
-    adds is left out: class prior, neighbours, class shares in the loss, a lower learning rate.
+    adds is left out: class prior, neighbours, class shares in the loss, a lower learning rate, zero-shot's share.
     """
     shard = Shard(features=problem.features, num_rows=len(problem.features))
     head = problem.head / problem.temperature
     config = SelfTrainingConfig(solver="gradient", rounds=4, prior="none")
-    prior, recipe = Prior(strength=0.0), replace(RECIPE, gradient_rate=LP_CLIP_RATE, gradient_balance=0.0)
+    prior = Prior(strength=0.0)
+    recipe = replace(RECIPE, gradient_rate=LP_CLIP_RATE, gradient_balance=0.0, text_rows=0.0)
     *_, (state, _) = Rounds(shard, head=head, config=config, prior=prior, recipe=recipe).run()
     student = state.classifier(head)
     return Solution(predict=Probe(weight=student.weight, bias=student.bias).probabilities)

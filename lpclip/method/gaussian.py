@@ -124,7 +124,7 @@ def gaussian_probe(
     share = (counts / whitening.num_rows)[:, None]  # P
     # A class without rows lies at the mean of all.
     found = (sums - counts[:, None] * whitening.mean) / (counts[:, None] + 1e-6)  # M
-    trust = torch.ones_like(counts) if anchors is None else counts / (counts + anchors.rows)
+    trust = image_share(counts, text_rows=0.0 if anchors is None else anchors.rows)
     means = found if anchors is None else anchored_means(found, trust, whitening=whitening, head=anchors.head)
     within = whitening.covariance - found.T @ (share * found)  # W
     between = float((share * whitening.whitened(found) ** 2).sum())
@@ -133,8 +133,19 @@ def gaussian_probe(
     shrunk = (1 - shrinkage) * within + shrinkage * variance * whitening.shrunk  # S
     weight = torch.cholesky_solve(means.T, torch.linalg.cholesky(shrunk)).T
     bias = -(weight * means).sum(dim=1) / 2 - weight @ whitening.mean
-    evidence = float((counts * trust).sum() / counts.sum().clamp_min(1e-12))
+    evidence = mean_evidence(counts, text_rows=0.0 if anchors is None else anchors.rows)
     return GaussianClasses(weight=weight.float(), bias=bias.float(), evidence=evidence)
+
+
+def image_share(counts: Tensor, *, text_rows: float) -> Tensor:
+    """b_k = n_k / (n_k + text_rows) of classes with n_k images (K,): how much of a class's mean is the images'."""
+    return counts / (counts + text_rows) if text_rows else torch.ones_like(counts)
+
+
+def mean_evidence(counts: Tensor, *, text_rows: float) -> float:
+    """The mean of b_k over the images, 0 to 1."""
+    share = image_share(counts, text_rows=text_rows)
+    return float((counts * share).sum() / counts.sum().clamp_min(1e-12))
 
 
 def anchored_means(found: Tensor, trust: Tensor, *, whitening: Whitening, head: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpclip.method.gaussian import TextAnchors, Whitening, gaussian_probe
+from lpclip.method.gaussian import TextAnchors, Whitening, gaussian_probe, mean_evidence
 from lpclip.method.linear import Linear
 from lpclip.method.pseudo_labels import AllReduce, scale_to_confidence
 from lpclip.method.recipe import Recipe
@@ -118,9 +118,14 @@ class GradientSolver:
                 )
                 parameters.grad = (self.all_reduce(gradient.cpu()) / len(batch)).float().to(device)
                 optimiser.step()
-        learnt = parameters.to(CPU)
+        # With few images a class, the steps fit the images seen and no others: zero-shot makes up the rest.
+        evidence = mean_evidence(labelled.counts, text_rows=self.recipe.text_rows)
+        learnt = evidence * parameters.to(CPU)
         return Student(
-            weight=learnt[:, :-1].contiguous(), bias=learnt[:, -1], zero_shot_share=0.0, evidence=1.0
+            weight=learnt[:, :-1].contiguous(),
+            bias=learnt[:, -1],
+            zero_shot_share=1 - evidence,
+            evidence=evidence,
         )
 
     def _batches(self, round_number: int, epoch: int) -> list[np.ndarray]:
