@@ -16,7 +16,13 @@ from lpclip.encoders.head import Head
 from lpclip.jobs import settle_prior as settle_prior_module
 from lpclip.jobs.settle_prior import settle_prior
 from lpclip.method.chance import HEADS, chance_confidence, head_confidence, random_head
-from lpclip.method.confirmation import MIN_KAPPA, Confirmation, Sample, choose_prior
+from lpclip.method.confirmation import (
+    MIN_KAPPA,
+    Confirmation,
+    Sample,
+    choose_prior,
+    confirms_equal_shares,
+)
 from lpclip.method.priors import PRIORS, Prior
 from lpclip.method.trial import ChosenPrior, try_priors
 
@@ -70,6 +76,27 @@ def test_both_solvers_get_the_same_classes_prior_and_trust(counts: list[int]) ->
     assert found["tried"].keys() == {"uniform", "weak"}
     assert found["trusted"]
     assert found == chosen("gaussian")
+
+
+@pytest.mark.parametrize(
+    ("uniform", "entropy", "images_a_name", "equal"),
+    [
+        (0.57, 1.0, 1000.0, True),
+        (0.56, 1.0, 1000.0, False),  # confirmed less often
+        (0.57, 0.9, 1000.0, False),  # the labels are far from equal shares
+        (0.56, 1.0, 30.0, True),  # few images for each name: the halves can tell little
+        (0.52, 1.0, 10.0, True),
+        (0.51, 1.0, 3.0, False),  # no fewer than ten count
+    ],
+)
+def test_equal_shares_need_less_confirmation_with_few_images(
+    uniform: float, entropy: float, images_a_name: float, equal: bool
+) -> None:
+    found, weak = (
+        Confirmation(agreement=agreement, kappa=0.5, entropy=entropy, confidence=0.5, chance=0.4)
+        for agreement in (uniform, 0.6)
+    )
+    assert confirms_equal_shares(found, weak=weak, images_a_name=images_a_name) is equal
 
 
 def test_noise_is_not_believed() -> None:

@@ -32,9 +32,12 @@ SAMPLE_ROWS = 10_000
 HALF_ROWS = 6_000
 SPLITS = 4
 HALF_ROUNDS = 12
-# Equal shares may be confirmed by TOLERANCE less often than a weak pull to them. They must be confirmed more often, by
-# SUSPICION times the distance in relative entropy, the further from equal the labels are that the weak pull gives.
-TOLERANCE = 0.02
+# Equal shares may be confirmed by a tolerance less often than a weak pull to them: TOLERANCE, and more with few images
+# for each name (FEW over their number, of which ten at least), where the halves can tell little and equal shares help
+# most. They must be confirmed more often, by SUSPICION times the distance in relative entropy, the further from equal
+# the labels are that the weak pull gives.
+TOLERANCE = 0.03
+FEW, LEAST_IMAGES = 0.5, 10
 SUSPICION = 0.2
 # Halves of pure noise have a kappa up to 0.25, as they start from the same labels; real classes have 0.4 and more.
 MIN_KAPPA = 0.28
@@ -108,6 +111,11 @@ class Sample:
                     features=directions, num_rows=len(directions), zero_shot=logits, device=shard.device
                 )
                 self._halves.append(with_neighbours(part, whitening=None, **options))
+
+    @property
+    def images_a_name(self) -> float:
+        """Unlabelled images for each class name."""
+        return self._whole.num_rows / len(self._head)
 
     def confirm(self, prior: Prior) -> Confirmation:
         """Try the rounds with a prior on the whole features, and on the halves."""
@@ -188,6 +196,11 @@ def choose_prior(
     for name in ("uniform", "weak"):
         found[name] = sample.confirm(PRIORS[name])
         show(name, found[name])
-    doubt = SUSPICION * (1 - found["weak"].entropy) - TOLERANCE
-    equal = found["uniform"].agreement >= found["weak"].agreement + doubt
+    equal = confirms_equal_shares(found["uniform"], weak=found["weak"], images_a_name=sample.images_a_name)
     return "uniform" if equal else "weak", found
+
+
+def confirms_equal_shares(uniform: Confirmation, *, weak: Confirmation, images_a_name: float) -> bool:
+    """Say whether the halves confirm the rounds with equal class shares well enough beside those with a weak pull."""
+    tolerance = TOLERANCE + FEW / max(LEAST_IMAGES, images_a_name)
+    return uniform.agreement >= weak.agreement + SUSPICION * (1 - weak.entropy) - tolerance

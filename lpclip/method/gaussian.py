@@ -10,6 +10,9 @@ from torch import Tensor
 
 from lpclip.method.linear import Linear
 
+# The total covariance is shrunk by this much at least, and as if IDENTITY_ROWS rows a dimension had shown the identity.
+LEAST_TOTAL_SHRINKAGE = 0.1
+IDENTITY_ROWS = 2.0
 # The within-class covariance is shrunk by this much at least: the targets that it is computed from are not exact.
 LEAST_SHRINKAGE = 0.3
 # Share of the mean square of the features that is added to every variance.
@@ -70,7 +73,8 @@ def make_whitening(moments: Tensor) -> Whitening:
     num_rows, dim = moments[0, 0], len(moments) - 1
     mean = moments[0, 1:] / num_rows
     covariance = moments[1:, 1:] / num_rows - torch.outer(mean, mean)
-    shrinkage = max(0.1, 2 * dim / (2 * dim + float(num_rows)))
+    identity_rows = IDENTITY_ROWS * dim
+    shrinkage = max(LEAST_TOTAL_SHRINKAGE, identity_rows / (identity_rows + float(num_rows)))
     identity = torch.eye(dim, dtype=covariance.dtype, device=covariance.device)
     # More than float32's rounding took: rows that are all alike would have a covariance that is not even positive.
     covariance += (ROUNDING * moments[1:, 1:].trace() / num_rows / dim).clamp_min(1e-12) * identity
