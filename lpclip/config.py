@@ -25,6 +25,10 @@ class UserError(ValueError):
     """
 
 
+class StoreAwayError(UserError):
+    """A remote store did not answer for minutes, or answered that it is busy. No file is to blame for that."""
+
+
 # Label-free criteria that choose between trainings: lpclip/method/criteria.py.
 Criterion = Literal["structure", "class_ami", "neighbours"]
 

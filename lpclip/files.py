@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
 import urllib.parse
 import uuid
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
 from lpclip.config import UserError
+from lpclip.patience import patiently
 
 # Whoever may read logs, summaries and MLflow's pages must not find keys there.
 _SECRETS = re.compile(
     r"(?:^|=)\w+://([^/?#]*:(?!\d+/)[^?#]*@|.*[?&]\w*(secret|password|token|key)\w*=)", re.IGNORECASE
 )
+
+# Requests that one process has in flight: a remote store answers a thousand as fast as one.
+READERS = 64
+# A remote Parquet file of this size at most is read with one request, whatever columns are wanted.
+WHOLE_BYTES = 1 << 20
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 def cache_folder() -> Path:
@@ -49,6 +61,8 @@ def resolve(path: str) -> tuple[fs.FileSystem, str]:
     refuse_secrets(path)
     try:
         return locate(path)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"cannot open {path!r}: {error}") from error
 
@@ -64,15 +78,21 @@ def locate(uri: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), urllib.parse.unquote(rest)
     # Object names may hold what a URI may not: only the authority and the options are parsed as one.
     authority, _, path = rest.partition("/")
-    filesystem, start = _filesystem(f"{scheme}://{authority}{options}")
+    if scheme == "s3" and "allow_delayed_open" not in options:
+        # A file of up to ten megabytes is then written with one request, not with three.
+        options += f"{'&' if options else '?'}allow_delayed_open=true"
+    filesystem, start = patiently(uri, lambda: _filesystem(f"{scheme}://{authority}{options}"))
     return filesystem, f"{start.rstrip('/')}/{path}".rstrip("/")
 
 
-@contextlib.contextmanager
-def _explained(action: str, path: str) -> Iterator[None]:
-    """Turn a file system's refusal into a UserError. A file that is not there stays a FileNotFoundError."""
+def _explained(action: str, path: str, work: Callable[[fs.FileSystem, str], T]) -> T:
+    """Call `work` with the file system and the path on it, patiently, and turn a refusal into a UserError.
+
+    A file that is not there stays a FileNotFoundError.
+    """
+    filesystem, inner = resolve(path)
     try:
-        yield
+        return patiently(path, lambda: work(filesystem, inner))
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -81,7 +101,30 @@ def _explained(action: str, path: str) -> Iterator[None]:
 
 @lru_cache(maxsize=64)
 def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    # An S3 file system that is made now keeps as many connections.
+    pa.set_io_thread_count(max(READERS, pa.io_thread_count()))
     return fs.FileSystem.from_uri(uri)
+
+
+def each(function: Callable[[S], T], items: Iterable[S], *, folder: str) -> Iterator[T]:
+    """Results in the order of the items, which are about files in `folder`: by many threads where it is remote.
+
+    At most READERS results are made ahead.
+    """
+    if isinstance(resolve(folder)[0], fs.LocalFileSystem):
+        yield from map(function, items)
+        return
+    ahead: deque[Future[T]] = deque()
+    threads = ThreadPoolExecutor(READERS)
+    try:
+        for item in items:
+            ahead.append(threads.submit(function, item))
+            if len(ahead) > READERS:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def split_options(uri: str) -> tuple[str, str]:
@@ -116,56 +159,67 @@ def add_suffix(path: str, suffix: str) -> str:
 
 def exists(path: str) -> bool:
     """True when the file or folder is there."""
-    filesystem, inner = resolve(path)
-    with _explained("look for", path):
-        return filesystem.get_file_info(inner).type != fs.FileType.NotFound
+    info = _explained("look for", path, lambda filesystem, inner: filesystem.get_file_info(inner))
+    return info.type != fs.FileType.NotFound
 
 
 def list_names(folder: str) -> list[str]:
     """Sorted names of the files in a folder, empty when the folder is not there."""
-    filesystem, inner = resolve(folder)
-    with _explained("list", folder):
-        infos = filesystem.get_file_info(fs.FileSelector(inner, allow_not_found=True))
-        return sorted(info.base_name for info in infos if info.type == fs.FileType.File)
+    return sorted(list_sizes(folder))
+
+
+def list_sizes(folder: str) -> dict[str, int]:
+    """The files in a folder, each with its bytes, empty when the folder is not there."""
+    return {info.base_name: info.size for info in _list(folder) if info.type == fs.FileType.File}
 
 
 def list_folders(folder: str) -> list[str]:
     """Sorted names of the folders in a folder, empty when the folder is not there."""
-    filesystem, inner = resolve(folder)
-    with _explained("list", folder):
-        infos = filesystem.get_file_info(fs.FileSelector(inner, allow_not_found=True))
-        return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
+    return sorted(info.base_name for info in _list(folder) if info.type == fs.FileType.Directory)
+
+
+def _list(folder: str) -> list[fs.FileInfo]:
+    return _explained(
+        "list", folder, lambda f, inner: f.get_file_info(fs.FileSelector(inner, allow_not_found=True))
+    )
 
 
 def make_folder(folder: str) -> None:
     """Create a folder and its parents; UserError when it cannot be written."""
-    filesystem, inner = resolve(folder)
-    try:
+
+    def make(filesystem: fs.FileSystem, inner: str) -> None:
         filesystem.create_dir(inner, recursive=True)
         probe = join(inner, f".write-test-{uuid.uuid4().hex}")
         with filesystem.open_output_stream(probe) as stream:
             stream.write(b"")
         filesystem.delete_file(probe)
-    except OSError as error:
-        raise UserError(f"cannot write to the output folder {folder}: {error}") from error
+
+    _explained("write to the output folder", folder, make)
 
 
 def write_bytes(path: str, data: bytes | memoryview) -> None:
     """Write a file so that it is there whole or not at all. Raises UserError with its path when the disk is full."""
     filesystem, inner = resolve(path)
-    temporary = f"{inner}.{uuid.uuid4().hex}.tmp"
-    try:
-        with filesystem.open_output_stream(temporary) as stream:
+    # An object of these stores is there when all of it has come.
+    is_whole = filesystem.type_name in ("s3", "gcs")
+    target = inner if is_whole else f"{inner}.{uuid.uuid4().hex}.tmp"
+
+    def write() -> None:
+        with filesystem.open_output_stream(target) as stream:
             stream.write(data)
+
+    try:
+        patiently(path, write)
+        if isinstance(filesystem, fs.LocalFileSystem):
+            os.replace(target, inner)
+        elif not is_whole:
+            patiently(path, lambda: filesystem.move(target, inner))
     except OSError as error:
         # The part that was written would keep a full disk full.
         with contextlib.suppress(OSError):
-            filesystem.delete_file(temporary)
+            if not is_whole:
+                filesystem.delete_file(target)
         raise UserError(f"cannot write {path}: {error}; what was finished before is kept") from error
-    if isinstance(filesystem, fs.LocalFileSystem):
-        os.replace(temporary, inner)
-    else:
-        filesystem.move(temporary, inner)
 
 
 def write_parquet(
@@ -183,21 +237,86 @@ def open_parquet(path: str, *, remedy: str) -> Iterator[pq.ParquetFile]:
 
     Raises UserError, which ends with the remedy, when it is damaged, and FileNotFoundError when it is not there.
     """
-    filesystem, inner = resolve(path)
     try:
-        with filesystem.open_input_file(inner) as stream:
-            yield pq.ParquetFile(stream, page_checksum_verification=True)
+        with open_input(path) as stream:
+            is_small = isinstance(stream, RemoteFile) and stream.size() <= WHOLE_BYTES
+            source = pa.BufferReader(stream.read()) if is_small else stream
+            yield pq.ParquetFile(source, page_checksum_verification=True)
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is damaged ({error}): {remedy}") from error
 
 
+class RemoteFile(io.RawIOBase):
+    """A file of a remote store to be read at any place, patiently: a stream that a long read is never lost with."""
+
+    def __init__(self, path: str, filesystem: fs.FileSystem, inner: str) -> None:
+        super().__init__()
+        self._path = path
+        self._file = patiently(path, lambda: filesystem.open_input_file(inner))
+        self._size = self._file.size()
+        self._place = 0
+
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self._size
+
+    def read_at(self, num_bytes: int, place: int) -> bytes:
+        """Bytes from `place` on, fewer at the end of the file. Threads may call it at the same time."""
+        return patiently(self._path, lambda: self._file.read_at(num_bytes, place))
+
+    def read(self, size: int | None = -1) -> bytes:
+        """The next bytes, by default all that are left."""
+        left = max(0, self._size - self._place)
+        data = self.read_at(left if size is None or size < 0 else min(size, left), self._place)
+        self._place += len(data)
+        return data
+
+    def readall(self) -> bytes:
+        """All bytes that are left."""
+        return self.read()
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer, for io.BufferedReader. Returns the number of bytes."""
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def tell(self) -> int:
+        """The place of the next byte."""
+        return self._place
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Go to a place, from the start, the next byte or the end."""
+        self._place = offset + (0, self._place, self._size)[whence]
+        return self._place
+
+
+def open_input(path: str) -> pa.NativeFile | RemoteFile:
+    """A file to be read at any place. Raises what the file system raises, StoreAwayError when it does not answer."""
+    filesystem, inner = locate(absolute(path))
+    if isinstance(filesystem, fs.LocalFileSystem):
+        return filesystem.open_input_file(inner)
+    return RemoteFile(path, filesystem, inner)
+
+
 def read_bytes(path: str) -> bytes:
     """A whole file; FileNotFoundError when it is not there."""
-    filesystem, inner = resolve(path)
-    with _explained("read", path), filesystem.open_input_file(inner) as stream:
-        return stream.read()
+
+    def read(filesystem: fs.FileSystem, inner: str) -> bytes:
+        with filesystem.open_input_file(inner) as stream:
+            return stream.read()
+
+    return _explained("read", path, read)
 
 
 def write_json(path: str, value: Any) -> None:
@@ -215,13 +334,9 @@ def read_json(path: str) -> Any:
 
 def delete(path: str) -> None:
     """Delete a file."""
-    filesystem, inner = resolve(path)
-    with _explained("delete", path):
-        filesystem.delete_file(inner)
+    _explained("delete", path, lambda filesystem, inner: filesystem.delete_file(inner))
 
 
 def delete_folder(folder: str) -> None:
     """Delete a folder and all in it."""
-    filesystem, inner = resolve(folder)
-    with _explained("delete", folder):
-        filesystem.delete_dir(inner)
+    _explained("delete", folder, lambda filesystem, inner: filesystem.delete_dir(inner))

@@ -5,9 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import os
+import random
+import tarfile
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +26,73 @@ from pyarrow import fs
 from safetensors.torch import load as load_tensors
 
 from lpclip import files
+from lpclip.config import SourceConfig, StoreAwayError
 from lpclip.features.pairs import PairStore
 from lpclip.features.store import Store
 from lpclip.features.store_writer import DIGEST_MODULUS
+from lpclip.images.folders import FilesReader
+from lpclip.images.open import open_source
+from lpclip.images.parquet_reader import ParquetReader
+from lpclip.images.tars import TarReader
 from lpclip.method.probe import load_probe
 
 
+class Throttle:
+    """Stands before a server and refuses a share of the requests with 503, as S3 does when there are too many."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._random = random.Random(0)
+        self.share = 0.0
+        self.only = ""
+        """Requests for paths without this are never refused."""
+        self.refused = 0
+        self.methods: list[str] = []
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        self.methods.append(environ["REQUEST_METHOD"])
+        if self.only not in environ["PATH_INFO"] or self._random.random() >= self.share:
+            return self._app(environ, start_response)
+        self.refused += 1
+        body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+        start_response(
+            "503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))]
+        )
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+
+    @contextlib.contextmanager
+    def refusing(self, share: float, *, only: str = "") -> Iterator[None]:
+        """Refuse this share of the requests in the block."""
+        self.share, self.only = share, only
+        try:
+            yield
+        finally:
+            self.share, self.only = 0.0, ""
+
+
 @pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    """A server with an empty bucket; yields host:port. The keys are in every test's environment."""
+def server() -> Iterator[tuple[str, Throttle]]:
+    """A server with an empty bucket: host:port, and what throttles it. The keys are in every test's environment."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    assert server._server is not None
+    throttle = server._server.app = Throttle(server._server.app)
     host, port = server.get_host_and_port()
     urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/bucket", method="PUT")).close()
-    yield f"{host}:{port}"
+    yield f"{host}:{port}", throttle
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def endpoint(server: tuple[str, Throttle]) -> str:
+    """host:port of the server."""
+    return server[0]
+
+
+@pytest.fixture(scope="module")
+def throttle(server: tuple[str, Throttle]) -> Throttle:
+    """What stands before the server."""
+    return server[1]
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +136,135 @@ def test_files_come_back_and_folders_list_what_is_in_them(options: str) -> None:
         files.make_folder(f"s3://nowhere/out{options}")
 
 
+def test_a_file_is_written_with_one_request(options: str, throttle: Throttle) -> None:
+    path = f"s3://bucket/files/once.bin{options}"
+    throttle.methods.clear()
+    files.write_bytes(path, b"1" * 1_000_000)
+    assert throttle.methods == ["PUT"]
+    assert len(files.read_bytes(path)) == 1_000_000
+
+
+def work_in(folder: str, image: bytes) -> list[Callable[[], object]]:
+    """All that lpclip does with a bucket, on a folder with a.png, a.parquet and a.tar."""
+    table, picture = files.join(folder, "a.parquet"), files.join(folder, "a.png")
+    limits: dict[str, Any] = {"max_bytes": 1 << 20, "root": folder}
+    follow: dict[str, Any] = {"schemes": ("s3",), "timeout": 1.0}
+    one, span = json.dumps({"paths": ["a.png"]}), {"group": 0, "first": 0, "start": 0, "stop": 1}
+
+    def read_table() -> object:
+        with files.open_parquet(table, remedy="") as found:
+            return found.read()
+
+    return [
+        lambda: files.read_bytes(picture) == image,
+        lambda: files.write_bytes(files.join(folder, "b"), b"1"),
+        lambda: files.list_names(folder) and files.list_folders(folder) == [],
+        lambda: files.exists(picture),
+        lambda: files.delete(files.join(folder, "c")),
+        lambda: files.make_folder(files.join(folder, "d")),
+        read_table,
+        lambda: open_source(table, config=SourceConfig()),
+        lambda: [row.error for row in FilesReader(**limits, **follow).rows(one)],
+        lambda: [row.error for row in TarReader(**limits).rows(json.dumps({"file": "a.tar"}))],
+        lambda: [
+            row.error
+            for row in ParquetReader(**limits, **follow, image_column="image").rows(
+                json.dumps([{"file": "a.parquet", **span}])
+            )
+        ],
+    ]
+
+
+def outcome(work: Callable[[], object]) -> object:
+    """What the work returns or raises."""
+    try:
+        return work()
+    except Exception as error:
+        return error
+
+
+def test_a_store_that_is_busy_is_waited_for_and_blames_no_image(
+    photos: Path, options: str, throttle: Throttle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = f"s3://bucket/busy{options}"
+    image = next(photos.rglob("*.png")).read_bytes()
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as archive:
+        info = tarfile.TarInfo("a.png")
+        info.size = len(image)
+        archive.addfile(info, io.BytesIO(image))
+    for name, data in {"a.png": image, "a.tar": tar.getvalue(), "c": b""}.items():
+        files.write_bytes(files.join(folder, name), data)
+    files.write_parquet(files.join(folder, "a.parquet"), pa.table({"image": [image]}))
+    with ThreadPoolExecutor(16) as threads:
+        # pyarrow's own attempts end after six seconds.
+        with throttle.refusing(1.0):
+            monkeypatch.setenv("LPCLIP_PATIENCE", "0")
+            refused = list(threads.map(outcome, work_in(folder, image)))
+            monkeypatch.delenv("LPCLIP_PATIENCE")
+            waiting = [threads.submit(outcome, work) for work in work_in(folder, image)]
+            time.sleep(6.5)
+        found = [item.result() for item in waiting]
+    for error in refused:
+        assert isinstance(error, StoreAwayError)
+        assert "the store is busy or away" in str(error)
+    assert [item for item in found if isinstance(item, Exception)] == []
+    assert found[-3:] == [[None]] * 3
+
+
+def test_nothing_is_lost_when_a_fifth_of_the_requests_is_refused(
+    photos: Path,
+    cluster: None,
+    lite_map: None,
+    options: str,
+    throttle: Throttle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    to_bucket(photos, options)
+    plain = run(f"encode.py --data {photos} --out {tmp_path}", monkeypatch)
+    before = throttle.refused
+    with throttle.refusing(0.2):
+        command = f"encode.py --data s3://bucket/photos{options} --out s3://bucket/busy-out{options}"
+        found = run(command, monkeypatch)
+        features = Store.open(found["features"]).features()
+    assert throttle.refused > before + 10
+    expected = Store.open(plain["features"]).features()
+    assert (found["images"], found["quarantined"]) == (30, 0)
+    assert features.ids.tolist() == expected.ids.tolist()
+    assert np.array_equal(features.base.view(np.uint16), expected.base.view(np.uint16))
+
+
+@pytest.mark.slow
+def test_a_store_that_stays_away_ends_the_job_with_a_sentence_and_the_same_command_goes_on(
+    photos: Path, options: str, throttle: Throttle, tmp_path: Path
+) -> None:
+    to_bucket(photos, options)
+    command = f"encode.py --data s3://bucket/photos{options} --out {tmp_path}"
+    with throttle.refusing(1.0, only=".png"):
+        process = start(command, LPCLIP_PATIENCE="1")
+        stdout, stderr = process.communicate(timeout=600)
+    assert process.returncode == 1, stdout + stderr
+    (line,) = (line for line in stderr.splitlines() if line.startswith("error:"))
+    assert "the store is busy or away" in line
+    assert "the same command goes on" in line
+    assert "Traceback" not in stderr
+    process = start(command)
+    stdout, stderr = process.communicate(timeout=600)
+    assert process.returncode == 0, stdout + stderr
+    assert files.read_json(str(tmp_path / "summary.json"))["images"] == 30
+
+
+def to_bucket(photos: Path, options: str) -> None:
+    """Copy the photos to s3://bucket/photos."""
+    filesystem, inner = files.resolve(f"s3://bucket/photos{options}")
+    fs.copy_files(str(photos), inner, destination_filesystem=filesystem)
+
+
 @pytest.fixture(scope="module")
 def in_bucket(photos: Path, cluster: None, lite_map: None, options: str) -> tuple[dict[str, Any], str]:
     """The summary of a training that reads images from the bucket and writes all that it makes there; what it said."""
-    filesystem, inner = files.resolve(f"s3://bucket/photos{options}")
-    fs.copy_files(str(photos), inner, destination_filesystem=filesystem)
+    to_bucket(photos, options)
     data, out = f"s3://bucket/photos{options}", f"s3://bucket/runs/photos{options}"
     told = io.StringIO()
     with (

@@ -118,9 +118,8 @@ class PairStore:
         return data
 
 
-def _open(path: str) -> pa.NativeFile:
-    filesystem, inner = files.resolve(path)
+def _open(path: str) -> pa.NativeFile | files.RemoteFile:
     try:
-        return filesystem.open_input_file(inner)
+        return files.open_input(path)
     except FileNotFoundError as error:
         raise UserError(f"{path} is lost: remove its folder, the images are read again") from error

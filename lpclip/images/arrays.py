@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,10 +15,11 @@ from numpy.lib import format as npy
 from pyarrow import fs
 
 from lpclip.config import UserError
-from lpclip.files import locate, split
-from lpclip.images.fetch import reason, retry
+from lpclip.files import locate, open_input, split
+from lpclip.images.fetch import reason
 from lpclip.images.pixels import encode_png
 from lpclip.images.source import File, Reader, Row
+from lpclip.patience import patiently
 
 HEADER_BYTES = 1 << 16
 
@@ -44,7 +44,7 @@ class ArrayReader(Reader):
         work = json.loads(unit)
         ids = [f"{self.prefix}-{row:05d}" for row in work["rows"]]
         try:
-            images = retry(partial(self._read, work["rows"]))
+            images = self._read(work["rows"])
         except (OSError, pa.ArrowException) as error:
             for name, label in zip(ids, work["labels"], strict=True):
                 yield Row(name, None, label, f"npy: {reason(error)}")
@@ -57,8 +57,7 @@ class ArrayReader(Reader):
         shape = (self.height, self.width, 3)
         size = math.prod(shape)
         parts = []
-        filesystem, path = locate(self.uri)
-        with filesystem.open_input_file(path) as file:
+        with open_input(self.uri) as file:
             for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1):
                 data = file.read_at(len(run) * size, self.offset + int(run[0]) * size)
                 if len(data) < len(run) * size:
@@ -81,11 +80,11 @@ def inspect_array(uri: str) -> ArrayFile:
     """The header of a .npy file. Raises UserError when it is missing, damaged, cut, or would have to be unpickled."""
     filesystem, path = locate(uri)
     try:
-        info = filesystem.get_file_info(path)
+        info = patiently(uri, lambda: filesystem.get_file_info(path))
         if info.type == fs.FileType.NotFound:
             raise UserError(f"{uri}: no such file")
-        with filesystem.open_input_file(path) as file:
-            head = io.BytesIO(retry(lambda: file.read_at(HEADER_BYTES, 0)))
+        with open_input(uri) as file:
+            head = io.BytesIO(file.read_at(HEADER_BYTES, 0))
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{uri}: cannot be read ({reason(error)})") from error
     try:

@@ -15,7 +15,7 @@ from typing import IO, TypeVar
 import pyarrow as pa
 
 from lpclip import files
-from lpclip.config import UserError
+from lpclip.config import StoreAwayError, UserError
 
 RETRY_SECONDS = (0.2, 0.8)
 # Client errors that mean "try later": request timeout and too many requests.
@@ -62,14 +62,22 @@ def fetch_all(
     """The bytes of files below root or at URIs, in order; an exception stands for each file that cannot be read.
 
     Only URIs of these schemes are followed, even when an http server redirects to another. `timeout` is in seconds and
-    limits one attempt over http(s); other file systems have their own limits.
+    limits one attempt over http(s). Raises StoreAwayError when another file system is busy or away for minutes. An http
+    server that is away is a reason like any other: lists name thousands, and some are gone.
     """
 
     def fetch(uri: str) -> bytes | Exception:
         try:
             place = under(root, uri)
             refuse_scheme(place, schemes)
-            return retry(lambda: _fetch(place, max_bytes=max_bytes, schemes=schemes, timeout=timeout))
+            if place.startswith(("http://", "https://")):
+                return _retry(lambda: _get(place, max_bytes=max_bytes, schemes=schemes, timeout=timeout))
+            with files.open_input(place) as file:
+                if file.size() > max_bytes:
+                    raise UserError(f"{file.size()} bytes, more than {max_bytes}")
+                return file.read()
+        except StoreAwayError:
+            raise
         except (OSError, ValueError, pa.ArrowException) as error:
             return error
 
@@ -77,13 +85,11 @@ def fetch_all(
         return list(threads.map(fetch, uris))
 
 
-def retry(read: Callable[[], T]) -> T:
+def _retry(read: Callable[[], T]) -> T:
     """Call `read` and return its result. An OSError that may be temporary leads to two more attempts."""
     for seconds in RETRY_SECONDS:
         try:
             return read()
-        except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError):
-            raise
         except OSError as error:
             if (
                 isinstance(error, urllib.error.HTTPError)
@@ -117,20 +123,14 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _fetch(uri: str, *, max_bytes: int, schemes: Sequence[str], timeout: float) -> bytes:
-    if uri.startswith(("http://", "https://")):
-        try:
-            return _fetch_http(uri, max_bytes=max_bytes, schemes=schemes, timeout=timeout)
-        except http.client.HTTPException as error:
-            raise ConnectionError(f"no valid answer ({reason(error)})") from error
-    filesystem, path = files.locate(uri)
-    with filesystem.open_input_file(path) as file:
-        if file.size() > max_bytes:
-            raise UserError(f"{file.size()} bytes, more than {max_bytes}")
-        return file.read()
+def _get(uri: str, *, max_bytes: int, schemes: Sequence[str], timeout: float) -> bytes:
+    try:
+        return _get_once(uri, max_bytes=max_bytes, schemes=schemes, timeout=timeout)
+    except http.client.HTTPException as error:
+        raise ConnectionError(f"no valid answer ({reason(error)})") from error
 
 
-def _fetch_http(uri: str, *, max_bytes: int, schemes: Sequence[str], timeout: float) -> bytes:
+def _get_once(uri: str, *, max_bytes: int, schemes: Sequence[str], timeout: float) -> bytes:
     deadline = time.monotonic() + timeout
     opener = urllib.request.build_opener(_Redirects(schemes))
     with opener.open(uri, timeout=timeout) as response:

@@ -14,7 +14,7 @@ import pyarrow.json
 from pyarrow import fs
 
 from lpclip.config import SourceConfig, UserError
-from lpclip.files import locate
+from lpclip.files import open_input, split_options
 from lpclip.images.columns import (
     ID_COLUMNS,
     IMAGE_COLUMNS,
@@ -214,12 +214,12 @@ def _units(work: dict[str, list[Any] | None], sizes: Sequence[int]) -> tuple[str
 
 
 def _read_manifest(uri: str) -> pa.Table:
-    filesystem, path = locate(uri)
+    path = split_options(uri)[0].lower()
     try:
-        with filesystem.open_input_file(path) as file:
-            if path.lower().endswith((".jsonl", ".ndjson")):
+        with open_input(uri) as file:
+            if path.endswith((".jsonl", ".ndjson")):
                 return pa.json.read_json(file)
-            delimiter = "\t" if path.lower().endswith(".tsv") else ","
+            delimiter = "\t" if path.endswith(".tsv") else ","
             parse = pa.csv.ParseOptions(delimiter=delimiter)
             names = pa.csv.open_csv(file, parse_options=parse).schema.names
             file.seek(0)

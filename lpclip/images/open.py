@@ -23,6 +23,7 @@ from lpclip.images.named import CLASSES, named_parquet
 from lpclip.images.parquet import open_parquet
 from lpclip.images.source import IMAGE_SUFFIXES, File, Listing, Source
 from lpclip.images.tars import open_webdataset
+from lpclip.patience import patiently
 
 OPENERS = {
     "folder": open_folder,
@@ -90,7 +91,7 @@ def _list(data: str) -> tuple[Listing, bool]:
     uri = data.rstrip("/") if "://" in data else str(Path(data).expanduser().absolute())
     try:
         filesystem, path = locate(uri)
-        info = filesystem.get_file_info(path)
+        info = patiently(uri, lambda: filesystem.get_file_info(path))
         if info.type == fs.FileType.NotFound:
             raise UserError(f"{data}: no such path")
         is_file = info.is_file
@@ -100,7 +101,8 @@ def _list(data: str) -> tuple[Listing, bool]:
             files = list(_walk(path, above=()))
         else:
             selector = fs.FileSelector(path, recursive=True)
-            infos = [i for i in filesystem.get_file_info(selector) if i.type != fs.FileType.Directory]
+            found = patiently(uri, lambda: filesystem.get_file_info(selector))
+            infos = [i for i in found if i.type != fs.FileType.Directory]
             start = path.rstrip("/")
             files = [File(i.path[len(start) :].lstrip("/"), i.size, i.mtime_ns) for i in infos]
     except (OSError, pa.ArrowException) as error:

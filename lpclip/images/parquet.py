@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lpclip.config import SourceConfig, UserError
-from lpclip.files import locate
+from lpclip.files import open_input
 from lpclip.images.columns import (
     ID_COLUMNS,
     IMAGE_COLUMNS,
@@ -23,7 +23,7 @@ from lpclip.images.columns import (
     refuse_duplicates,
     text_column,
 )
-from lpclip.images.fetch import followed, reason, retry, under
+from lpclip.images.fetch import followed, reason, under
 from lpclip.images.parquet_reader import ParquetReader, label_indices, row_id
 from lpclip.images.source import (
     UNIT_ROWS,
@@ -210,20 +210,19 @@ def _names_in_metadata(schema: pa.Schema, column: str) -> tuple[str, ...] | None
 
 
 def _footer(root: str, path: str) -> pq.FileMetaData:
-    filesystem, inner = locate(under(root, path))
     try:
-        return retry(lambda: pq.read_metadata(inner, filesystem=filesystem))
+        with open_input(under(root, path)) as file:
+            return pq.read_metadata(file)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a Parquet file that can be read ({reason(error)})") from error
 
 
 def _read_column(listing: Listing, column: str) -> pa.ChunkedArray:
     def read(path: str) -> pa.ChunkedArray:
-        filesystem, inner = locate(under(listing.root, path))
-        with filesystem.open_input_file(inner) as file:
+        with open_input(under(listing.root, path)) as file:
             return pq.ParquetFile(file).read(columns=[column])[column]
 
-    parts = _each([file.path for file in listing.files], lambda path: retry(lambda: read(path)))
+    parts = _each([file.path for file in listing.files], read)
     return pa.chunked_array([chunk for part in parts for chunk in part.chunks], parts[0].type)
 
 

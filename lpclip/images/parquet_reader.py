@@ -6,16 +6,15 @@ import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lpclip.files import locate, split
+from lpclip.files import open_input, split
 from lpclip.images.columns import as_texts, is_text
-from lpclip.images.fetch import fetch_all, reason, retry, under
+from lpclip.images.fetch import fetch_all, reason, under
 from lpclip.images.source import UNIT_ROWS, Reader, Row, make_row
 
 
@@ -48,7 +47,7 @@ class ParquetReader(Reader):
         kept = rows or list(range(start, stop))
         ids = [row_id(file, first + row) for row in kept]
         try:
-            table = retry(partial(self._read, file, group, start, stop))
+            table = self._read(file, group, start, stop)
             table = table.take([row - start for row in kept])
             if self.id_column:
                 ids = table[self.id_column].cast(pa.string()).to_pylist()
@@ -127,8 +126,7 @@ class _Cursor:
 
     def __init__(self, key: tuple[str, str, int, list[str]]) -> None:
         root, file, group, columns = key
-        filesystem, path = locate(under(root, file))
-        parquet = pq.ParquetFile(filesystem.open_input_file(path), buffer_size=1 << 20, pre_buffer=False)
+        parquet = pq.ParquetFile(open_input(under(root, file)), buffer_size=1 << 20, pre_buffer=False)
         self.key = key
         self.position = 0
         self.schema = pa.schema([parquet.schema_arrow.field(name) for name in columns])

@@ -19,12 +19,13 @@ import pyarrow as pa
 from pyarrow import fs
 
 from lpclip.config import SourceConfig, UserError
-from lpclip.files import locate
+from lpclip.files import locate, open_input
 from lpclip.images.arrays import ArrayReader, inspect_array
-from lpclip.images.fetch import reason, retry, under
+from lpclip.images.fetch import reason, under
 from lpclip.images.open import open_source
 from lpclip.images.source import TABLE_BYTES, UNIT_ROWS, File, Source, choose, make_identity
 from lpclip.images.views import CORRUPTIONS, SEVERITIES
+from lpclip.patience import patiently
 
 LABELS = "labels.npy"
 
@@ -115,12 +116,12 @@ def _list(root: str, folder: str = "") -> tuple[list[str], list[str]]:
     uri = under(root, folder) if folder else root
     try:
         filesystem, path = locate(uri)
-        info = filesystem.get_file_info(path)
+        info = patiently(uri, lambda: filesystem.get_file_info(path))
         if info.type == fs.FileType.NotFound:
             raise UserError(f"{uri}: no such path")
         if info.is_file:
             raise UserError(f"{uri}: a file, where a folder of corruptions should be")
-        infos = filesystem.get_file_info(fs.FileSelector(path))
+        infos = patiently(uri, lambda: filesystem.get_file_info(fs.FileSelector(path)))
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{uri}: cannot be listed ({reason(error)})") from error
     infos = sorted((i for i in infos if not i.base_name.startswith(".")), key=lambda i: i.base_name)
@@ -193,9 +194,8 @@ def _labels(uri: str, *, num_rows: int) -> tuple[File, np.ndarray]:
     if array.shape[0] != num_rows:
         raise UserError(f"{uri}: {array.shape[0]} labels, but the images are {num_rows}")
     try:
-        filesystem, path = locate(uri)
-        with filesystem.open_input_file(path) as file:
-            data = retry(lambda: file.read_at(num_rows * array.dtype.itemsize, array.offset))
+        with open_input(uri) as file:
+            data = file.read_at(num_rows * array.dtype.itemsize, array.offset)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{uri}: cannot be read ({reason(error)})") from error
     labels = np.frombuffer(data, array.dtype).reshape(len(SEVERITIES), -1)

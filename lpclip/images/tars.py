@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
 import zlib
@@ -13,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from lpclip.config import SourceConfig
-from lpclip.files import locate
+from lpclip.files import open_input
 from lpclip.images.columns import Texts
 from lpclip.images.fetch import reason, under
 from lpclip.images.source import IMAGE_SUFFIXES, Listing, Reader, Row, Source, make_identity, make_pair
@@ -21,6 +22,7 @@ from lpclip.images.source import IMAGE_SUFFIXES, Listing, Reader, Row, Source, m
 TAR_ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error)
 MAX_MEMBERS = 32
 """Most members of one sample, because all of them are in memory at once."""
+BUFFER_BYTES = 4 << 20
 MAX_HEADER_BYTES = 1 << 20
 """Most bytes of a member's name and other properties: tarfile reads them whole, and they could fill the memory."""
 
@@ -146,8 +148,8 @@ def class_label(data: bytes | Exception) -> int | None:
 
 def open_tar(root: str, file: str) -> tarfile.TarFile:
     """A tar below root, compressed or not, opened to be read from start to end."""
-    filesystem, path = locate(under(root, file))
-    stream = filesystem.open_input_stream(path, compression=None)
+    # tarfile asks for ten kilobytes at a time: a store would be sent a request for each.
+    stream = io.BufferedReader(open_input(under(root, file)), BUFFER_BYTES)
     return tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo)
 
 

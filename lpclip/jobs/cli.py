@@ -26,6 +26,7 @@ from lpclip.config import (
     PredictJob,
     PretrainJob,
     SelftrainJob,
+    StoreAwayError,
     TuneJob,
     UiJob,
     UserError,
@@ -201,5 +202,6 @@ def _mistake_in_traceback(text: str) -> str | None:
     if not own:
         return None
     name, message = own[-1]
-    is_mistake = name == f"{UserError.__module__}.{UserError.__name__}" or "[Errno 28]" in message
+    known = {f"{kind.__module__}.{kind.__name__}" for kind in (UserError, StoreAwayError)}
+    is_mistake = name in known or "[Errno 28]" in message
     return message.strip() if is_mistake else None

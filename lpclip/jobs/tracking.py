@@ -31,6 +31,7 @@ from pyarrow import fs
 import lpclip
 from lpclip import files
 from lpclip.config import TrackingConfig, UserError, digest
+from lpclip.patience import patiently
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -107,9 +108,9 @@ class Run:
             return
         with tempfile.TemporaryDirectory() as folder_here:
             copy = Path(folder_here, Path(inner).name)
-            if not filesystem.get_file_info(inner).is_file:
+            if not patiently(str(path), lambda: filesystem.get_file_info(inner)).is_file:
                 copy.mkdir()  # an object store has no folders that pyarrow would make here
-            fs.copy_files(inner, str(copy), source_filesystem=filesystem)
+            patiently(str(path), lambda: fs.copy_files(inner, str(copy), source_filesystem=filesystem))
             self.artifact(copy, folder)
 
     def log_params(self, params: dict[str, Any]) -> None:

@@ -255,13 +255,13 @@ class _Training:
 
 def _read_metadata(path: str) -> dict[str, str]:
     """Read the metadata of a safetensors file. Raises UserError when it is damaged."""
-    filesystem, inner = files.resolve(path)
-    with filesystem.open_input_file(inner) as file:
-        try:
-            length = int.from_bytes(file.read(8), "little")
-            return json.loads(file.read(min(length, MAX_HEADER)))["__metadata__"]
-        except (ValueError, KeyError, OSError) as error:
-            raise UserError(f"{path} is damaged ({error}); remove it to begin again") from error
+    with files.open_input(path) as file:
+        length = int.from_bytes(file.read_at(8, 0), "little")
+        header = file.read_at(min(length, MAX_HEADER), 8)
+    try:
+        return json.loads(header)["__metadata__"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it to begin again") from error
 
 
 def resolve_training_precision(precision: str, device: torch.device) -> torch.dtype:
