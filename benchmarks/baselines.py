@@ -53,6 +53,8 @@ TRANSCLIP_INNER_STEPS = 5
 TRANSCLIP_PROTOTYPE_ROWS = 8
 # Share of the mean variance that no variance falls below.
 VARIANCE_FLOOR = 1e-3
+# What a row's log density counts beside the log of its zero-shot probability, in both authors' programs.
+DENSITY_WEIGHT = 1 / 50
 
 ZLAP_ALPHA = 0.3
 ZLAP_GAMMA = 5.0
@@ -80,33 +82,35 @@ class Problem:
 class Solution:
     """The classifier that a method learnt."""
 
-    predict: Callable[[np.ndarray | Tensor], Tensor]
-    """(m, d) unit-norm features of any float dtype to (m, K) float32 probabilities, each row by itself."""
+    logits: Callable[[np.ndarray | Tensor], Tensor]
+    """(m, d) unit-norm features of any float dtype to (m, K) float32 logits, each row by itself."""
     transductive: Tensor | None = None
     """(n, K) float32 probabilities of the unlabelled rows themselves, where a method is made for those."""
+
+    def predict(self, features: np.ndarray | Tensor) -> Tensor:
+        """(m, d) unit-norm features of any float dtype to (m, K) float32 probabilities."""
+        return torch.softmax(self.logits(features), dim=1)
 
 
 def zero_shot_single(problem: Problem) -> Solution:
     """Zero-shot with one prompt (CLIP, ICML 2021)."""
-    return Solution(
-        predict=zero_shot_probe(problem.single_head, temperature=problem.temperature).probabilities
-    )
+    return Solution(logits=zero_shot_probe(problem.single_head, temperature=problem.temperature).logits)
 
 
 def zero_shot(problem: Problem) -> Solution:
     """Zero-shot with the prompt ensemble (CLIP, ICML 2021): softmax(f . head / temperature)."""
-    return Solution(predict=_zero_shot_probe(problem).probabilities)
+    return Solution(logits=_zero_shot_probe(problem).logits)
 
 
 def domain_centred(problem: Problem) -> Solution:
     """Zero-shot of features less the unlabelled rows' mean, normalised again."""
     mean, probe = _mean(problem), _zero_shot_probe(problem)
 
-    def predict(features: np.ndarray | Tensor) -> Tensor:
+    def logits(features: np.ndarray | Tensor) -> Tensor:
         pieces = [F.normalize(f - mean, dim=1) for _, f in _blocks(features)]
-        return torch.cat([probe.probabilities(piece) for piece in pieces])
+        return torch.cat([probe.logits(piece) for piece in pieces])
 
-    return Solution(predict=predict)
+    return Solution(logits=logits)
 
 
 def naive_hard_labels(problem: Problem) -> Solution:
@@ -114,7 +118,7 @@ def naive_hard_labels(problem: Problem) -> Solution:
     start = _zero_shot_probe(problem)
     labels = start.logits(problem.features).argmax(dim=1)
     targets = F.one_hot(labels, len(problem.head)).float()
-    return Solution(predict=fit_probe(problem.features, targets, start=start).probabilities)
+    return Solution(logits=fit_probe(problem.features, targets, start=start).logits)
 
 
 def lp_clip(problem: Problem) -> Solution:
@@ -129,8 +133,7 @@ def lp_clip(problem: Problem) -> Solution:
     prior = Prior(strength=0.0)
     recipe = replace(RECIPE, gradient_rate=LP_CLIP_RATE, gradient_balance=0.0, text_rows=0.0)
     *_, (state, _) = Rounds(shard, head=head, config=config, prior=prior, recipe=recipe).run()
-    student = state.classifier(head)
-    return Solution(predict=Probe(weight=student.weight, bias=student.bias).probabilities)
+    return Solution(logits=state.classifier(head).logits)
 
 
 def inmap(problem: Problem) -> Solution:
@@ -162,63 +165,60 @@ def inmap(problem: Problem) -> Solution:
         recent = norms[-INMAP_PATIENCE:]
         if len(norms) > INMAP_PATIENCE and max(recent) - min(recent) < INMAP_TOLERANCE * recent[-1]:
             break
-    return Solution(predict=zero_shot_probe(weight, temperature=student).probabilities)
+    return Solution(logits=zero_shot_probe(weight, temperature=student).logits)
 
 
 def logit_centring(problem: Problem) -> Solution:
     """Class-wise logit centring: each class's mean logit over the unlabelled rows is taken off."""
     probe = _zero_shot_probe(problem)
     bias = -(probe.weight @ _mean(problem))
-    return Solution(predict=Probe(weight=probe.weight, bias=bias).probabilities)
+    return Solution(logits=Probe(weight=probe.weight, bias=bias).logits)
 
 
 def statistical_anchor(problem: Problem) -> Solution:
-    """StatA (CVPR 2025): Gaussian classes held to text anchors N(t_k, S') by sum_k KL(N'_k || N_k), worth a row each.
+    """StatA (CVPR 2025): TransCLIP with Gaussian classes held to text anchors N(t_k, S'), each worth one row.
 
     S' is the diagonal variance of the rows about the text embeddings t_k, weighted by zero-shot's posterior. With
-    v_k the mean of class k under the assignments z, n_k its number of rows by argmax, and b_k = n_k / (n_k + 1):
-        mu_k = b_k v_k + (1 - b_k) t_k,
-        S = (sum_ik z_ik (f_i - mu_k)^2 + sum_k (S' + (t_k - mu_k)^2)) / (n + K).
-    What the descriptions at hand leave open is taken from TransCLIP, on which the method is built: the assignments,
-    one diagonal covariance of all classes (one for each class gained less on CIFAR-10), 10 rounds. z starts from
-    zero-shot's posterior, and a round fits the classes first. `predict` is a linear probe fitted to the
-    assignments (`fit_probe`).
+    v_k the mean of class k under the assignments z, of unit norm, n_k its number of rows by argmax and
+    b_k = n_k / (n_k + 1), the mean and diagonal variance of class k are
+        mu_k = b_k v_k + (1 - b_k) t_k, of unit norm,
+        S_k = b_k sum_i z_ik (f_i - mu_k)^2 / sum_i z_ik + (1 - b_k) (S' + (t_k - mu_k)^2).
+    Starts from t_k and S'. The density has det S_k, which the authors' program leaves out: without, classes that have
+    no rows take many. `logits` are those of a linear probe fitted to the assignments (`fit_probe`).
     """
-    z, text = _zero_shot_probe(problem).probabilities(problem.features), problem.head
-    graph = _graph(problem, count=TRANSCLIP_NEIGHBOURS)
-    anchor = _moments(problem, z).scatter(text).sum(dim=0) / len(z)
-    for _ in range(TRANSCLIP_STEPS):
+    text = problem.head
+    anchor = _moments(problem, _zero_shot_probe(problem).probabilities(problem.features)).scatter(text)
+    anchor = anchor.sum(dim=0) / len(problem.features)
+
+    def fit(z: Tensor) -> tuple[Tensor, Tensor]:
         found, rows = _moments(problem, z), torch.bincount(z.argmax(dim=1), minlength=len(text))[:, None]
         trust = rows / (rows + 1)
-        means = trust * found.first / found.mass.clamp_min(1e-12) + (1 - trust) * text
-        total = (found.scatter(means) + anchor + (text - means) ** 2).sum(dim=0)
-        variance = total / (len(z) + len(text))
-        z = _assign(z, problem, graph=graph, means=means.float(), variance=variance.float())
-    return _distilled(problem, z)
+        means = F.normalize(trust * F.normalize(found.first, dim=1) + (1 - trust) * text, dim=1)
+        own = found.scatter(means) / found.mass.clamp_min(1e-12)
+        return means, trust * own + (1 - trust) * (anchor + (text - means) ** 2)
+
+    return _distilled(problem, _assignments(problem, means=text, variance=anchor, fit=fit))
 
 
 def transclip(problem: Problem) -> Solution:
     """TransCLIP-ZS (NeurIPS 2024): Gaussian classes of one diagonal covariance, neighbours and a text prior.
 
-    Assignments z_i proportional to y_i exp(log N(f_i; mu_k, S) + sum_j w_ij z_j), with y zero-shot's posterior and
-    w_ij = max(0, f_i . f_j) for the 3 nearest neighbours j; then mu_k and S are the weighted mean and variance.
-    Starts from the mean of each class's 8 most confident rows and S = 1/d. 10 rounds of 5 assignment steps.
-    `predict` is a linear probe fitted to the assignments (`fit_probe`).
+    Assignments z_i are as in `_assignments`; mu_k is their mean of unit norm, and S their variance about it. Starts
+    from the mean of each class's 8 most confident rows, weighted by their posterior, and S = 1/d. `logits` are those of
+    a linear probe fitted to the assignments (`fit_probe`).
     """
     z = _zero_shot_probe(problem).probabilities(problem.features)
-    graph = _graph(problem, count=TRANSCLIP_NEIGHBOURS)
-    sure = z.topk(min(TRANSCLIP_PROTOTYPE_ROWS, len(z)), dim=0).indices.T
-    means = torch.stack(
-        [torch.from_numpy(problem.features[rows.numpy()]).float().mean(dim=0) for rows in sure]
-    )
-    variance = torch.full_like(means[0], 1 / means.shape[1])
-    for _ in range(TRANSCLIP_STEPS):
-        z = _assign(z, problem, graph=graph, means=means, variance=variance)
+    sure, rows = (part.T for part in z.topk(min(TRANSCLIP_PROTOTYPE_ROWS, len(z)), dim=0))
+    near = torch.from_numpy(problem.features)[rows].float()
+    means = F.normalize(torch.einsum("kj,kjd->kd", sure, near), dim=1)
+
+    def fit(z: Tensor) -> tuple[Tensor, Tensor]:
         found = _moments(problem, z)
-        # A class that lost all its rows stays where it was.
-        means = torch.where(found.mass > 1e-6, found.first / found.mass.clamp_min(1e-6), means).float()
-        variance = (found.scatter(means).sum(dim=0) / len(z)).float()
-    return _distilled(problem, z)
+        means = F.normalize(found.first, dim=1)
+        return means, found.scatter(means).sum(dim=0) / len(z)
+
+    variance = torch.full_like(means[0], 1 / means.shape[1])
+    return _distilled(problem, _assignments(problem, means=means, variance=variance, fit=fit))
 
 
 def zlap(problem: Problem) -> Solution:
@@ -250,16 +250,15 @@ def zlap(problem: Problem) -> Solution:
     for _ in range(ZLAP_STEPS):
         spread = seeds + ZLAP_ALPHA * torch.sparse.mm(smoothing, spread)
 
-    def predict(features: np.ndarray | Tensor) -> Tensor:
+    def logits(features: np.ndarray | Tensor) -> Tensor:
         similarity, places = cosine_neighbours(features, among=problem.features, count=NUM_NEIGHBOURS)
         text_similarity, classes = _class_edges(features, problem.head)
         scores = _gather(spread[:num_classes], weights=text_similarity, places=classes)
         scores += _gather(spread[num_classes:], weights=similarity, places=places)
         # No edge, no evidence: a row with nothing but negative cosines is uniform.
-        scores = scores.clamp_min(1e-12)
-        return scores / scores.sum(dim=1, keepdim=True)
+        return scores.clamp_min(1e-12).log()
 
-    return Solution(predict=predict)
+    return Solution(logits=logits)
 
 
 METHODS: dict[str, Callable[[Problem], Solution]] = {
@@ -282,7 +281,7 @@ def supervised(problem: Problem, labels: np.ndarray) -> Solution:
     Raises ValueError with fewer than two classes or ten labelled rows.
     """
     probe = supervised_probe(problem.features, labels, like=_zero_shot_probe(problem))
-    return Solution(predict=probe.probabilities)
+    return Solution(logits=lambda features: probe.logits(features) / probe.temperature)
 
 
 def cosine_neighbours(
@@ -392,22 +391,42 @@ def _gather(values: Tensor, *, weights: Tensor, places: Tensor) -> Tensor:
     return total
 
 
-def _assign(
-    z: Tensor, problem: Problem, *, graph: tuple[Tensor, Tensor], means: Tensor, variance: Tensor
+def _assignments(
+    problem: Problem,
+    *,
+    means: Tensor,
+    variance: Tensor,
+    fit: Callable[[Tensor], tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """TransCLIP's assignments (n, K): 5 steps of z_i ~ y_i N(f_i; mu_k, S) exp(sum_j w_ij z_j) from z.
+    """Assignments (n, K) of TransCLIP: 10 rounds of fitting Gaussian classes and of assigning the rows to them.
 
-    Gaussian classes with `means` (K, d) and the diagonal `variance` (d,); `graph` holds cosines and places (n, k).
+    From `means` (K, d) and diagonal variances (K, d) or (d,), which `fit` gives for assignments. Rows are assigned
+    in 5 steps of z_i ~ y_i N(f_i; mu_k, S_k)^(1/50) exp(sum_j (w_ij + w_ji) z_j / 6), with y zero-shot's posterior and
+    w_ij the cosine of row i and its neighbour j, of 3, before the first round too.
     """
-    weights, places = graph
-    # A dimension without any variance has no density. The terms in f^2 are the same for all classes.
-    spread = variance.clamp_min(VARIANCE_FLOOR * float(variance.mean()))
-    gaussian = Probe(weight=means / spread, bias=-(means**2 / spread).sum(dim=1) / 2)
-    text = _zero_shot_probe(problem).logits(problem.features)
-    scores = gaussian.logits(problem.features) + torch.log_softmax(text, dim=1)
-    for _ in range(TRANSCLIP_INNER_STEPS):
-        z = F.threshold(torch.softmax(scores + _gather(z, weights=weights, places=places), dim=1), DUST, 0.0)
+    similarity, places = _graph(problem, count=TRANSCLIP_NEIGHBOURS)
+    starts = torch.arange(len(places))[:, None].expand_as(places)
+    edges = torch.stack([starts.flatten(), places.flatten()])
+    weights = similarity.flatten().repeat(2) / (2 * TRANSCLIP_NEIGHBOURS)
+    both, size = torch.cat([edges, edges.flip(0)], dim=1), (len(places), len(places))
+    graph = torch.sparse_coo_tensor(both, weights, size, check_invariants=False).coalesce()
+    zero_shot = torch.log_softmax(_zero_shot_probe(problem).logits(problem.features), dim=1)
+    z = zero_shot.exp()
+    for step in range(TRANSCLIP_STEPS + 1):
+        if step > 0:
+            means, variance = fit(z)
+        scores = zero_shot + DENSITY_WEIGHT * _log_densities(problem, means=means, variance=variance)
+        for _ in range(TRANSCLIP_INNER_STEPS):
+            z = F.threshold(torch.softmax(scores + torch.sparse.mm(graph, z), dim=1), DUST, 0.0)
     return z
+
+
+def _log_densities(problem: Problem, *, means: Tensor, variance: Tensor) -> Tensor:
+    """-sum_d ((f_id - mu_kd)^2 / S_kd + log S_kd) / 2, (n, K), with `means` (K, d) and `variance` (K, d) or (d,)."""
+    # A dimension without any variance has no density.
+    precision = (1 / variance.clamp_min(VARIANCE_FLOOR * float(variance.mean()))).float().expand_as(means)
+    pull, offset = (precision * means).float(), (precision * means**2 - precision.log()).sum(dim=1).float()
+    return torch.cat([f @ pull.T - (f**2 @ precision.T + offset) / 2 for _, f in _blocks(problem.features)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -434,4 +453,4 @@ def _moments(problem: Problem, z: Tensor) -> _Moments:
 
 def _distilled(problem: Problem, z: Tensor) -> Solution:
     probe = fit_probe(problem.features, z, start=_zero_shot_probe(problem))
-    return Solution(predict=probe.probabilities, transductive=z)
+    return Solution(logits=probe.logits, transductive=z)

@@ -44,6 +44,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from baselines import METHODS, NUM_NEIGHBOURS, Problem, cosine_neighbours, supervised
+from calibrated import baseline_temperature
 from feature_files import file_settings, read_file
 from method_data import Data, Images, Setting, long_tailed, only_classes, with_foreign
 from sklearn.metrics import adjusted_mutual_info_score
@@ -376,8 +377,10 @@ class Bench:
         for name in self.methods:
             clock.lap()
             solution = METHODS[name](problem)
-            p, q = solution.predict(test.features), solution.transductive
+            logits, q = solution.logits(test.features), solution.transductive
             seconds = clock.lap() + graph_seconds * (name in GRAPH_METHODS)
+            temperature = baseline_temperature(METHODS[name], problem, solution=solution)
+            p = torch.softmax(logits / temperature, dim=1)
             yield self.row(name, "inductive", p, seconds=seconds)
             if q is not None:
                 yield self.row(name, "transductive", q, images=unlabelled, seconds=seconds)

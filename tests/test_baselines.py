@@ -1,4 +1,4 @@
-"""The baselines on planted clusters: what every one of them must do, and the equations of some."""
+"""The baselines on planted clusters: what every one of them must do, the equations of some, and their temperature."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from baselines import METHODS, Problem, cosine_neighbours, fit_probe, sinkhorn, supervised
+from calibrated import baseline_temperature
 
+from lpclip.method.calibration import expected_accuracy, mean_confidence
 from lpclip.method.probe import zero_shot_probe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -172,3 +174,50 @@ def test_a_probe_fitted_to_its_own_posteriors_stays():
     start = zero_shot_probe(problem.head, temperature=0.05)
     fitted = fit_probe(problem.features, start.probabilities(problem.features), start=start)
     assert torch.allclose(fitted.weight, start.weight, atol=1e-3)
+
+
+def test_transclip_assigns_rows_by_the_equation_of_all_pairs():
+    problem, _ = planted(60)
+    x, head = torch.from_numpy(problem.features).double(), problem.head.double()
+    cosines = x @ x.T
+    near = cosines.clone().fill_diagonal_(-1).topk(3, dim=1).indices
+    directed = torch.zeros_like(cosines).scatter_(1, near, cosines.gather(1, near))
+    y = torch.softmax(x @ head.T / problem.temperature, dim=1)
+    sure = y.topk(8, dim=0).indices
+    weights = torch.zeros_like(y).scatter_(0, sure, y.gather(0, sure))
+    z, means, variance = y, F.normalize(weights.T @ x, dim=1), torch.full((DIM,), 1 / DIM).double()
+    for _ in range(11):
+        density = -((x[:, None] - means) ** 2 / variance).sum(dim=2) / 2
+        for _ in range(5):
+            z = torch.softmax(y.log() + density / 50 + (directed + directed.T) @ z / 6, dim=1)
+        means = F.normalize(z.T @ x, dim=1)
+        variance = (z[:, :, None] * (x[:, None] - means) ** 2).sum(dim=(0, 1)) / len(x)
+    found = METHODS["TransCLIP"](problem).transductive
+    assert found is not None
+    assert torch.allclose(found.double(), z, atol=1e-3)
+
+
+FITTED = [name for name in METHODS if not name.startswith("zero-shot")]
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_baselines_are_as_confident_in_images_not_seen_as_they_are_expected_to_be_right(name: str):
+    problem, _ = planted(600)
+    unseen = problem.features[300:]
+    problem = replace(problem, features=problem.features[:300], temperature=0.3)
+    solution = METHODS[name](problem)
+    temperature = baseline_temperature(METHODS[name], problem, solution=solution)
+    zero_shot = mean_confidence(zero_shot_probe(problem.head, temperature=0.3), problem.features)
+    # A class has 75 rows, and its text counts for ten.
+    expected = expected_accuracy(zero_shot, evidence=75 / 85)
+    assert 0.5 < expected < 0.95
+    p = torch.softmax(solution.logits(unseen) / temperature, dim=1)
+    assert float(p.amax(dim=1).mean()) == pytest.approx(expected, abs=0.06)
+
+
+def test_zero_shot_keeps_its_temperature_and_a_handful_of_rows_needs_no_folds():
+    problem, _ = planted(6)
+    for name in METHODS:
+        temperature = baseline_temperature(METHODS[name], problem, solution=METHODS[name](problem))
+        assert 0 < temperature < np.inf
+        assert (temperature == 1) == (name not in FITTED)
