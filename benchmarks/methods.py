@@ -92,7 +92,7 @@ CONFIG = SelfTrainingConfig()
 # Which of `temperatures` lpclip has in the tables of methods.
 DEFAULT_TEMPERATURE = "(f) (e), on images held out"
 ORACLE = "oracle (test labels)"
-CANDIDATES = ("uniform", "weak")
+CANDIDATES = tuple(PRIORS)
 # Accuracy below which a choice is worse than zero-shot, or than the other candidate.
 MISS, REGRET = 0.005, 0.01
 HEADINGS = {

@@ -51,7 +51,7 @@ GRADIENT_CONSTANTS = ("gradient_epochs", "gradient_batch", "gradient_rate")
 MODULE_CONSTANTS = {
     "gaussian": ("LEAST_SHRINKAGE", "LEAST_TOTAL_SHRINKAGE", "IDENTITY_ROWS", "ROUNDING"),
     "priors": ("MAX_FACTOR", "WEAK_STRENGTH"),
-    "confirmation": ("TOLERANCE", "FEW", "SUSPICION", "MIN_KAPPA", "SPLITS", "HALF_ROUNDS"),
+    "confirmation": ("TOLERANCE", "SUSPICION", "LEAST_ENTROPY", "MIN_KAPPA", "SPLITS", "HALF_ROUNDS"),
     "chance": ("HEADS",),
     "presence": (
         "SURE",

@@ -63,9 +63,9 @@ def test_all_names_stay_where_all_have_images_or_nearly_all() -> None:
         assert places.tolist() == list(range(NUM_CLASSES))
 
 
-def test_all_names_stay_with_fewer_than_a_hundred_images() -> None:
+def test_all_names_stay_with_fewer_than_forty_images() -> None:
     _, found = head()
-    for each, left in ((33, NUM_CLASSES), (34, 3)):
+    for each, left in ((13, NUM_CLASSES), (14, 3)):
         features, _ = images((1, 4, 7), each=each)
         assert len(present_classes(zero_shot(features, found), label=by_text(features, found))) == left
 
@@ -142,7 +142,7 @@ def test_a_training_leaves_out_names_without_images_and_its_probe_knows_them() -
         name: lpclip.evaluate(one.probe, later, true)["accuracy"]
         for name, one in {"auto": auto, "all": whole}.items()
     }
-    assert right["auto"] > right["all"] + 0.05, "names without images are not lost"
+    assert right["auto"] > right["all"] > 0.9, "names without images are not lost"
 
 
 def test_a_prior_that_is_asked_for_keeps_all_names() -> None:

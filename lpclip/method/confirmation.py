@@ -32,13 +32,13 @@ SAMPLE_ROWS = 10_000
 HALF_ROWS = 6_000
 SPLITS = 4
 HALF_ROUNDS = 12
-# Equal shares may be confirmed by a tolerance less often than a weak pull to them: TOLERANCE, and more with few images
-# for each name (FEW over their number, of which ten at least), where the halves can tell little and equal shares help
-# most. They must be confirmed more often, by SUSPICION times the distance in relative entropy, the further from equal
-# the labels are that the weak pull gives.
-TOLERANCE = 0.03
-FEW, LEAST_IMAGES = 0.5, 10
+# Equal shares may be confirmed by TOLERANCE less often than a weak pull to them. They must be confirmed more often, by
+# SUSPICION times the distance in relative entropy, the further from equal the labels are that the weak pull gives.
+TOLERANCE = 0.035
 SUSPICION = 0.2
+# Where even the weak pull leaves labels with a smaller relative entropy, there is none: such labels mean a steep tail
+# or names without images, and a pull would fill these with images of others.
+LEAST_ENTROPY = 0.85
 # Halves of pure noise have a kappa up to 0.25, as they start from the same labels; real classes have 0.4 and more.
 MIN_KAPPA = 0.28
 
@@ -111,11 +111,6 @@ class Sample:
                     features=directions, num_rows=len(directions), zero_shot=logits, device=shard.device
                 )
                 self._halves.append(with_neighbours(part, whitening=None, **options))
-
-    @property
-    def images_a_name(self) -> float:
-        """Unlabelled images for each class name."""
-        return self._whole.num_rows / len(self._head)
 
     def confirm(self, prior: Prior) -> Confirmation:
         """Try the rounds with a prior on the whole features, and on the halves."""
@@ -190,17 +185,19 @@ def choose_prior(
 ) -> tuple[str, dict[str, Confirmation]]:
     """The name in `PRIORS`, and the evidence for each candidate: equal class shares where the halves confirm them.
 
-    `show` is called with each candidate's evidence as soon as it is there.
+    Without equal shares the pull to them is weak, or there is none where even this pull leaves labels that are far from
+    equal. `show` is called with each candidate's evidence as soon as it is there.
     """
-    found = {}
-    for name in ("uniform", "weak"):
+    found: dict[str, Confirmation] = {}
+
+    def try_one(name: str) -> Confirmation:
         found[name] = sample.confirm(PRIORS[name])
         show(name, found[name])
-    equal = confirms_equal_shares(found["uniform"], weak=found["weak"], images_a_name=sample.images_a_name)
+        return found[name]
+
+    uniform, weak = try_one("uniform"), try_one("weak")
+    if weak.entropy < LEAST_ENTROPY:
+        try_one("none")
+        return "none", found
+    equal = uniform.agreement >= weak.agreement + SUSPICION * (1 - weak.entropy) - TOLERANCE
     return "uniform" if equal else "weak", found
-
-
-def confirms_equal_shares(uniform: Confirmation, *, weak: Confirmation, images_a_name: float) -> bool:
-    """Say whether the halves confirm the rounds with equal class shares well enough beside those with a weak pull."""
-    tolerance = TOLERANCE + FEW / max(LEAST_IMAGES, images_a_name)
-    return uniform.agreement >= weak.agreement + SUSPICION * (1 - weak.entropy) - tolerance

@@ -18,7 +18,7 @@ from lpclip.method.linear import Linear
 # A row is sure where zero-shot gives a name more than this.
 SURE = 0.9
 # So few rows say too little of what is not among them.
-ENOUGH_ROWS = 100
+ENOUGH_ROWS = 40
 # With a smaller share of sure rows, zero-shot is weak: those it has speak for what is easy, not for what is there.
 ENOUGH_OF_ALL = 0.05
 # With fewer sure rows for each name on the mean, a name without any says nothing about that name ...
