@@ -197,8 +197,8 @@ class SelfTrainingConfig:
     prior: str = "auto"
     """Class shares that the pseudo-labels are pulled toward: uniform (equal shares), weak (equal shares at strength
     0.3), none, or a text file with one weight, or `name<TAB>weight`, per line. auto tries them on a sample and
-    takes uniform if rounds in random halves of the features' directions repeat its labels, none if the labels are far
-    from equal shares even with weak, else weak."""
+    takes uniform if rounds in random halves of the features' directions repeat its labels, else weak, or none if labels
+    are far from equal shares even with weak."""
     present: Literal["auto", "all"] = "auto"
     """Class names that the rounds use. auto leaves out names that have no images, as far as zero-shot and trial rounds
     can tell, if two fifths of the names are without (only with --prior auto; trials of a sweep use all). The

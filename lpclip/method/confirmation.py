@@ -185,8 +185,8 @@ def choose_prior(
 ) -> tuple[str, dict[str, Confirmation]]:
     """The name in `PRIORS`, and the evidence for each candidate: equal class shares where the halves confirm them.
 
-    Without equal shares the pull to them is weak, or there is none where even this pull leaves labels that are far from
-    equal. `show` is called with each candidate's evidence as soon as it is there.
+    Otherwise the pull to them is weak, and there is none where even this pull leaves labels that are far from equal.
+    `show` is called with each candidate's evidence as soon as it is there.
     """
     found: dict[str, Confirmation] = {}
 
@@ -196,8 +196,9 @@ def choose_prior(
         return found[name]
 
     uniform, weak = try_one("uniform"), try_one("weak")
-    if weak.entropy < LEAST_ENTROPY:
-        try_one("none")
-        return "none", found
-    equal = uniform.agreement >= weak.agreement + SUSPICION * (1 - weak.entropy) - TOLERANCE
-    return "uniform" if equal else "weak", found
+    if uniform.agreement >= weak.agreement + SUSPICION * (1 - weak.entropy) - TOLERANCE:
+        return "uniform", found
+    if weak.entropy >= LEAST_ENTROPY:
+        return "weak", found
+    try_one("none")
+    return "none", found
