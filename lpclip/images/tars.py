@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -21,7 +22,9 @@ from lpclip.images.source import IMAGE_SUFFIXES, Listing, Reader, Row, Source, m
 
 TAR_ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error)
 MAX_MEMBERS = 32
-"""Most members of one sample, because all of them are in memory at once."""
+"""Most members of one sample that are in memory at once."""
+ROWS_VERSION = 2
+"""Version of the rows that a tar has: features of other rows are never taken for these."""
 BUFFER_BYTES = 4 << 20
 MAX_HEADER_BYTES = 1 << 20
 """Most bytes of a member's name and other properties: tarfile reads them whole, and they could fill the memory."""
@@ -39,91 +42,143 @@ class TarReader(Reader):
     image_extension: str | None = None
 
     def rows(self, unit: str) -> Iterator[Row]:
-        """The samples in the tar's order; a damaged tar ends in a row that says so."""
+        """The images in the tar's order; a damaged tar ends in a row that says so."""
         work = json.loads(unit)
         file, limit = work["file"], work.get("limit")
-        seen: set[str] = set()
-        empty = True
+        empty, num_images = True, 0
         try:
             with open_tar(self.root, file) as tar:
-                for key, members in samples(tar, read=partial(self._read, tar)):
-                    if len(seen) == limit:
+                for is_image_row, row in self._walk(file, samples(tar, read=partial(self._read, tar))):
+                    if limit and num_images == limit:
                         return
-                    empty = False
-                    yield from self._sample(f"{file}/{key}", members, seen)
+                    empty, num_images = False, num_images + is_image_row
+                    yield row
             if empty:
                 # Without a row, the unit would leave no part in a store, as if it had never been read.
                 yield Row(f"{file}/(empty)", None, error="tar: holds no samples")
         except TAR_ERRORS as error:
             yield Row(f"{file}/(rest)", None, error=f"tar: {reason(error)}")
 
+    def count_images(self, file: str, *, most: int) -> int:
+        """The number of images in a tar, up to `most` and to where it is damaged: the rows report that later."""
+        found = 0
+        with contextlib.suppress(*TAR_ERRORS), open_tar(self.root, file) as tar:
+            for is_image_row, _ in self._walk(file, samples(tar, read=lambda *_: b"")):
+                found += is_image_row
+                if found == most:
+                    break
+        return found
+
     def _read(self, tar: tarfile.TarFile, info: tarfile.TarInfo, extension: str) -> bytes | Exception:
         wanted = ("cls", "txt") if self.has_texts else ("cls",)
-        if is_image(extension, self.image_extension) or extension in wanted:
+        if is_image(extension, self.image_extension) or extension.rpartition(".")[2] in wanted:
             return read_member(tar, info, max_bytes=self.max_bytes)
         return b""
 
-    def _sample(self, name: str, members: list[Member], seen: set[str]) -> Iterator[Row]:
-        if len(members) > MAX_MEMBERS:
-            yield Row(name, None, error=f"more than {MAX_MEMBERS} files of one sample")
-            return
-        images = [member for member in members if is_image(member.extension, self.image_extension)]
-        if not images:
-            if name not in seen:
-                yield Row(
-                    name, None, error=f"no image in {', '.join(member.extension for member in members)}"
-                )
-            return
-        if name in seen:
-            yield Row(name, None, error="duplicate id")
-            return
-        seen.add(name)
-        label = next((class_label(member.data) for member in members if member.extension == "cls"), None)
-        texts = [member.data for member in members if member.extension == "txt"]
-        yield make_pair(name, images[0].data, label, texts)
-        if any(member.extension == images[0].extension for member in images[1:]):
-            yield Row(name, None, error="duplicate id")
+    def _walk(self, file: str, found: Iterable[Sample]) -> Iterator[tuple[bool, Row]]:
+        """The rows of samples, each with True when it stands for an image that the tar should have."""
+        seen: set[str] = set()
+        for sample in found:
+            images = [member for member in sample.members if is_image(member.extension, self.image_extension)]
+            if not images and f"{file}/{sample.key}" not in seen:
+                there = ", ".join(member.extension for member in sample.members)
+                yield False, Row(f"{file}/{sample.key}", None, error=f"no image in {there}")
+            # `1.jpg` is the picture of sample 1, and `1.seg.png` beside it is not another picture.
+            whole = next((member for member in images if "." not in member.extension), None)
+            first = None if sample.is_cut else whole
+            for image in images:
+                name = f"{file}/{sample.key if self.image_extension else image.stem}"
+                if first is not None and image.extension != first.extension:
+                    yield False, Row(f"{name}.{image.suffix}", None, error=_further(image, first))
+                elif name in seen:
+                    yield False, Row(name, None, error="duplicate id")
+                else:
+                    seen.add(name)
+                    label = class_label(sample.beside(image, "cls"))
+                    text = sample.beside(image, "txt") if self.has_texts else None
+                    yield True, make_pair(name, image.data, label, [] if text is None else [text])
 
 
 class Member(NamedTuple):
-    """A file in a tar. The extension is the part of its name after the first dot."""
+    """A file in a tar. The extension is the part of its name after the first dot, in lower case.
 
+    The stem is its path up to the last dot.
+    """
+
+    stem: str
     extension: str
     data: bytes | Exception
+
+    @property
+    def suffix(self) -> str:
+        """The part of the name after the last dot."""
+        return self.extension.rpartition(".")[2]
+
+
+class Sample(NamedTuple):
+    """Neighbouring members whose paths are equal up to the first dot of their names, the key.
+
+    `is_cut` says that these are only some of very many.
+    """
+
+    key: str
+    members: list[Member]
+    is_cut: bool
+
+    def beside(self, image: Member, suffix: str) -> bytes | Exception | None:
+        """The file that says something of an image: for `1.2.jpg`, `1.2.cls` goes before `1.cls`."""
+        found = {member.extension: member.data for member in reversed(self.members)}
+        parts = image.extension.split(".")
+        names = (".".join((*parts[:stop], suffix)) for stop in range(len(parts) - 1, -1, -1))
+        return next((found[name] for name in names if name in found), None)
+
+
+def _further(image: Member, first: Member) -> str:
+    return (
+        f"a further image of one sample, which has a .{first.extension}: --image-column {first.extension} leaves it "
+        f"out, --image-column {image.extension} reads it instead"
+    )
 
 
 def samples(
     tar: tarfile.TarFile, *, read: Callable[[tarfile.TarInfo, str], bytes | Exception]
-) -> Iterator[tuple[str, list[Member]]]:
-    """WebDataset's samples: neighbouring members whose paths are equal up to the first dot of their names.
+) -> Iterator[Sample]:
+    """WebDataset's samples. Hidden members are left out; a link has a reason in place of its bytes.
 
-    `read` takes a member and its extension. At most MAX_MEMBERS members of a sample are read; one more shows, unread,
-    that there are too many.
+    `read` takes a member and its extension. A sample of more than MAX_MEMBERS members is cut, between two stems if
+    possible: names with dots make one sample of a whole tar.
     """
-    key = ""
+    key, is_cut = "", False
     members: list[Member] = []
     try:
         for info in tar:
             path = PurePosixPath(info.name)
-            if not info.isfile() or path.name.startswith((".", "_")):
+            if (
+                info.isdir()
+                or not path.name
+                or path.name.startswith(".")
+                or re.fullmatch("__.*__", path.name)
+            ):
                 continue
-            stem, _, extension = path.name.partition(".")
-            name = str(path.with_name(stem))
+            start, _, extension = path.name.partition(".")
+            name, extension = str(path.with_name(start)), extension.lower()
             if members and name != key:
-                yield key, members
-                members = []
-            key = name
-            extension = extension.lower()
-            if len(members) < MAX_MEMBERS:
-                members.append(Member(extension, read(info, extension)))
+                yield Sample(key, members, is_cut)
+                members, is_cut = [], False
             elif len(members) == MAX_MEMBERS:
-                members.append(Member(extension, b""))
+                is_cut = True
+                num_last = sum(member.stem == members[-1].stem for member in members) % MAX_MEMBERS
+                yield Sample(key, members[: MAX_MEMBERS - num_last], is_cut)
+                members = members[MAX_MEMBERS - num_last :]
+            key = name
+            data = read(info, extension) if info.isfile() else ValueError("a link, which is not followed")
+            members.append(Member(str(path.with_suffix("")), extension, data))
     except TAR_ERRORS:
         if members:
-            yield key, members
+            yield Sample(key, members, is_cut)
         raise
     if members:
-        yield key, members
+        yield Sample(key, members, is_cut)
 
 
 def read_member(tar: tarfile.TarFile, info: tarfile.TarInfo, *, max_bytes: int) -> bytes | ValueError:
@@ -140,9 +195,9 @@ def is_image(extension: str, wanted: str | None = None) -> bool:
     return extension == wanted if wanted else f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES
 
 
-def class_label(data: bytes | Exception) -> int | None:
-    """The number in a .cls member, None when it holds none."""
-    text = b"" if isinstance(data, Exception) else data.strip()
+def class_label(data: bytes | Exception | None) -> int | None:
+    """The number in a .cls member, None when there is no member or it holds none."""
+    text = data.strip() if isinstance(data, bytes) else b""
     return int(text) if text.isdigit() else None
 
 
@@ -180,57 +235,51 @@ class _StrictTarInfo(tarfile.TarInfo):
 def open_webdataset(
     listing: Listing, *, config: SourceConfig, limit: int | None, texts: Texts | None
 ) -> Source:
-    """Tars, each a unit. A limit takes the first samples, because only reading shows what a tar holds."""
+    """Tars, each a unit. A limit takes the first images, because only reading shows what a tar holds."""
+    reader = TarReader(
+        root=listing.root,
+        max_bytes=config.max_bytes,
+        image_extension=config.image_column,
+        has_texts=texts is not None,
+    )
     units = [{"file": file.path} for file in listing.files]
     notes = []
     if limit is not None:
-        units = list(_first_samples(listing, limit))
-        notes.append(f"--limit takes the first {limit} samples of {listing.name}, in the order of the tars")
+        units = list(_first_images(listing, reader, limit))
+        notes.append(f"--limit takes the first {limit} images of {listing.name}, in the order of the tars")
+    identity = make_identity(
+        "webdataset",
+        listing.files,
+        config=config,
+        limit=limit,
+        columns=[config.image_column, *(["txt"] if texts is not None else [])],
+    )
     return Source(
         name=listing.name,
         kind="webdataset",
         root=listing.root,
-        reader=TarReader(
-            root=listing.root,
-            max_bytes=config.max_bytes,
-            image_extension=config.image_column,
-            has_texts=texts is not None,
-        ),
+        reader=reader,
         units=tuple(map(json.dumps, units)),
         num_rows=None,
         has_labels=_has_labels(listing),
         label_names=None,
-        identity=make_identity(
-            "webdataset",
-            listing.files,
-            config=config,
-            limit=limit,
-            columns=[config.image_column, *(["txt"] if texts is not None else [])],
-        ),
+        identity={**identity, "rows": ROWS_VERSION},
         config=config,
         notes=tuple(notes),
     )
 
 
-def _first_samples(listing: Listing, limit: int) -> Iterator[dict[str, Any]]:
+def _first_images(listing: Listing, reader: TarReader, limit: int) -> Iterator[dict[str, Any]]:
     for file in listing.files:
-        num_samples = sum(1 for _ in islice(_peek(listing.root, file.path), limit))
-        yield {"file": file.path, "limit": num_samples}
-        limit -= num_samples
+        num_images = reader.count_images(file.path, most=limit)
+        yield {"file": file.path, "limit": num_images}
+        limit -= num_images
         if not limit:
             return
 
 
 def _has_labels(listing: Listing) -> bool:
-    members = next(_peek(listing.root, listing.files[0].path), [])
-    return any(member.extension == "cls" for member in members)
-
-
-def _peek(root: str, file: str) -> Iterator[list[Member]]:
-    """The samples without their bytes, up to where the tar is damaged: the reader reports the damage later."""
-    try:
-        with open_tar(root, file) as tar:
-            for _, members in samples(tar, read=lambda *_: b""):
-                yield members
-    except TAR_ERRORS:
-        return
+    with contextlib.suppress(*TAR_ERRORS), open_tar(listing.root, listing.files[0].path) as tar:
+        first = next(samples(tar, read=lambda *_: b""), None)
+        return first is not None and any(member.suffix == "cls" for member in first.members)
+    return False
