@@ -62,5 +62,6 @@ def test_each_constant_has_a_row_and_each_training_a_record(
     assert found == [("as it is", 1), *((name, factor) for name in constants for factor in (0.5, 2))]
     assert all(row["accuracy"] > 90 for row in rows)
     shown = capsys.readouterr().out
+    assert "planted  all" in shown
     assert "text_rows" in shown.splitlines()[-2]
     assert "zero_shot_share" in shown.splitlines()[-1]
