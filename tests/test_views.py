@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from open_clip.transform import image_transform
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from lpclip.config import UserError
 from lpclip.images.pixels import Preprocess, decode_image
 from lpclip.images.render import corrupt, render, strong_view, view_seed, weak_view
 from lpclip.images.views import CORRUPTIONS, WEAK, View, base_views, parse_views, pixel_views
@@ -99,6 +101,105 @@ def test_16_bit_grey_is_scaled_to_8(format: str) -> None:  # noqa: A002
 def test_float_grey_of_0_to_1_is_scaled_to_8_bits() -> None:
     pixels = decoded(encoded(Image.fromarray(np.full((4, 4), 0.5, np.float32)), "TIFF"))
     assert (pixels == 128).all()
+
+
+GREYS = np.tile(np.arange(256), (8, 1))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *[(GREYS * (4**step)).astype(np.uint16) for step in range(4)],
+        *[
+            (GREYS * 16).astype(np.int32),
+            (GREYS * 2000).astype(np.int32),
+            (GREYS * 16 - 1024).astype(np.int16),
+        ],
+        *[(GREYS / 255).astype(np.float32), (GREYS / 250).astype(np.float32), GREYS.astype(np.float32)],
+        *[(GREYS * 257).astype(np.float32), (GREYS / 127.5 - 1).astype(np.float32)],
+        (GREYS / 1e6).astype(np.float32),
+    ],
+    ids=lambda values: f"{values.dtype}-{values.max():.3g}",
+)
+def test_deep_grey_is_as_bright_as_its_values_say_whatever_their_type(values: np.ndarray) -> None:
+    pixels = decoded(encoded(Image.fromarray(values), "TIFF"))[..., 0].astype(int)
+    assert np.abs(pixels - GREYS).max() <= 1
+    if values.dtype == np.uint16:
+        np.testing.assert_array_equal(decoded(encoded(Image.fromarray(values)))[..., 0], pixels)
+
+
+def test_gaps_in_float_grey_cost_no_other_pixel() -> None:
+    values = (GREYS / 255).astype(np.float32)
+    values[0, :3] = (np.nan, np.inf, -np.inf)
+    pixels = decoded(encoded(Image.fromarray(values), "TIFF"))[..., 0]
+    assert pixels[0, :3].tolist() == [0, 255, 0]
+    np.testing.assert_array_equal(pixels[1:], GREYS[1:])
+
+
+def test_a_deep_grey_tiff_with_white_as_zero_is_turned_round() -> None:
+    negative = encoded(Image.fromarray((65535 - GREYS * 257).astype(np.uint16)), "TIFF", tiffinfo={262: 0})
+    assert Image.open(io.BytesIO(negative)).tag_v2[262] == 0
+    np.testing.assert_array_equal(decoded(negative)[..., 0], GREYS)
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def deep_colour_png(values: np.ndarray) -> bytes:
+    """Colours (H, W, 3) of 16 bits, which Pillow does not write."""
+    height, width, _ = values.shape
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
+
+
+def test_deep_colours_that_come_out_black_are_refused() -> None:
+    colours = np.repeat(GREYS[..., None], 3, axis=2)
+    np.testing.assert_array_equal(decoded(deep_colour_png(colours * 257)), colours)
+    for factor in (1, 16):
+        with pytest.raises(UserError, match="less than 12 bits are used"):
+            decoded(deep_colour_png(colours * factor))
+
+
+def png_with(**texts: str) -> PngInfo:
+    info = PngInfo()
+    for name, text in texts.items():
+        info.add_text(name, text, zip=True)
+    return info
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"icc_profile": bytes(1_200_000)},
+        {"pnginfo": png_with(workflow="x" * 1_500_000)},
+        {"pnginfo": png_with(**{f"text{n}": "x" * 1_000_000 for n in range(70)})},
+    ],
+    ids=["profile", "text", "texts"],
+)
+def test_a_png_is_not_lost_for_its_metadata(options: dict[str, Any]) -> None:
+    np.testing.assert_array_equal(decoded(encoded(photo(), **options)), np.asarray(photo()))
+
+
+def test_a_png_with_a_damaged_text_is_whole() -> None:
+    data = encoded(photo(), pnginfo=png_with(workflow="some text"))
+    place = data.index(b"zTXt") + 15
+    assert len(decoded(data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :]))
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}])
+@pytest.mark.parametrize("size", [None, 20])
+def test_a_jpeg_that_lacks_its_end_marker_alone_is_whole(options: dict[str, Any], size: int | None) -> None:
+    data = encoded(photo(200, 160), "JPEG", **options)
+    limits: dict[str, Any] = {"max_pixels": 10**6, "max_bytes": 10**6, "size": size}
+    whole = np.asarray(decode_image(data, **limits))
+    for missing in (1, 2):
+        np.testing.assert_array_equal(np.asarray(decode_image(data[:-missing], **limits)), whole)
+    for missing in (10, 150, len(data) // 2):
+        with pytest.raises(UserError, match="truncated"):
+            decode_image(data[:-missing], **limits)
 
 
 def test_transparency_is_laid_on_white() -> None:

@@ -16,7 +16,7 @@ from lpclip.features.decode_stage import pixel_array
 from lpclip.features.describe import has_gpus
 from lpclip.features.passes import CpuPasses, Passes
 from lpclip.features.store import has_unit_norm
-from lpclip.images.pixels import REDUCING_GAP, preprocess_identity
+from lpclip.images.pixels import DECODING_VERSION, REDUCING_GAP, preprocess_identity
 from lpclip.images.source import Source
 from lpclip.images.views import STRONG_VERSION, View, pixel_views
 
@@ -46,6 +46,7 @@ def store_identity(
         "encoder": info.identity,
         "preprocessing": preprocess_identity(info.preprocess),
         "reducing_gap": REDUCING_GAP,
+        "decoding": DECODING_VERSION,
         "views": [str(view) for view in views],
         "seed": seed if any(view.is_random for view in views) else None,
     }

@@ -27,7 +27,7 @@ from lpclip.features.decode_stage import pixel_array
 from lpclip.features.pipeline import decode_units, fill_store
 from lpclip.features.store import Store, row_order
 from lpclip.features.store_writer import Part, StoreWriter
-from lpclip.images.pixels import REDUCING_GAP, Pixels, Preprocess, preprocess_identity
+from lpclip.images.pixels import DECODING_VERSION, REDUCING_GAP, Pixels, Preprocess, preprocess_identity
 from lpclip.images.source import Source
 from lpclip.images.views import WEAK
 
@@ -43,6 +43,7 @@ def pairs_identity(source: Source, preprocess: Preprocess) -> dict[str, Any]:
         "pairs": FORMAT,
         "pixels": {key: found[key] for key in found if key not in ("mean", "std")},
         "reducing_gap": REDUCING_GAP,
+        "decoding": DECODING_VERSION,
         "source": source.identity,
     }
 
