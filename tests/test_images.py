@@ -321,6 +321,76 @@ class TestParquet:
         assert all(row["error"].startswith("Parquet: ") for row in read[100:])
 
 
+class TestPatterns:
+    """Files beside each other that are not one set of images."""
+
+    def data(self, folder: Path) -> None:
+        for split, places in (("train", range(3)), ("test", range(3, 5))):
+            images = {"image": [png(n) for n in places], "label": list(places)}
+            write_parquet(folder / f"{split}-00000-of-00001.parquet", images)
+
+    def test_splits_beside_each_other_are_not_read_as_one(self, tmp_path: Path) -> None:
+        self.data(tmp_path)
+        with pytest.raises(UserError, match=r"several splits \(1 test, 1 train files\)") as caught:
+            open_source(str(tmp_path), config=CONFIG)
+        one, all_ = re.findall("'(.*?)'", str(caught.value))
+        assert [row["label"] for row in rows(open_source(one, config=CONFIG))] == [3, 4]
+        assert [row["label"] for row in rows(open_source(all_, config=CONFIG))] == [3, 4, 0, 1, 2]
+        source = open_source(str(tmp_path / "train-*.parquet"), config=CONFIG)
+        assert (source.num_rows, source.name) == (3, f"{tmp_path.name.strip('_')}-train")
+
+    @pytest.mark.parametrize("tops", [("train", "test"), ("Training", "valid")])
+    def test_folders_of_splits_are_no_classes(self, tmp_path: Path, tops: tuple[str, str]) -> None:
+        for n, top in enumerate(tops):
+            for name in ("cat", "dog"):
+                write(tmp_path / top / name / "1.png", png(n))
+        with pytest.raises(UserError, match="several splits") as caught:
+            open_source(str(tmp_path), config=CONFIG)
+        one, all_ = re.findall("'(.*?)'", str(caught.value))
+        assert open_source(one, config=CONFIG).num_rows == 2
+        assert open_source(all_, config=CONFIG).num_rows == 4
+        assert open_source(str(tmp_path / tops[0]), config=CONFIG).label_names == ("cat", "dog")
+
+    def test_names_that_only_look_like_splits_are_one_set(self, tmp_path: Path) -> None:
+        for name in ("latest.parquet", "training.parquet", "strain-1.parquet"):
+            write_parquet(tmp_path / "p" / name, {"image": [png(1)]})
+        assert open_source(str(tmp_path / "p"), config=CONFIG).num_rows == 3
+        for name in ("train", "bus", "test tube"):
+            write(tmp_path / "f" / name / "1.png", png(1))
+        assert open_source(str(tmp_path / "f"), config=CONFIG).label_names == ("bus", "test tube", "train")
+
+    def test_a_pattern_takes_the_files_that_fit_and_what_lies_in_folders_that_do(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for n, name in enumerate(("2023-01/1.png", "2023-02/a/2.png", "2024-01/3.png")):
+            write(tmp_path / name, png(n))
+        monkeypatch.chdir(tmp_path)
+        for pattern in ("2023-*", str(tmp_path / "2023-*"), f"file://{tmp_path}/2023-*"):
+            assert by_id(open_source(pattern, config=CONFIG)).keys() == {"2023-01/1.png", "2023-02/a/2.png"}
+        with pytest.raises(UserError, match=r"no file fits this pattern; there are 3 in"):
+            open_source(str(tmp_path / "2022*"), config=CONFIG)
+        write(tmp_path / "odd [1]" / "4.png", png(4))
+        assert by_id(open_source("odd [1]", config=CONFIG)).keys() == {"4.png"}
+
+    def test_what_a_downloader_writes_beside_its_images_is_left_out_with_a_note(self, tmp_path: Path) -> None:
+        about = {"url": ["http://x/1.jpg"], "key": ["0"], "caption": ["a cat"], "status": ["success"]}
+        write_tar(tmp_path / "00000.tar", [("0.jpg", png(1)), ("0.txt", b"a cat"), ("0.json", b"{}")])
+        write(tmp_path / "00000_stats.json", "{}")
+        write_parquet(tmp_path / "00000.parquet", about)
+        for data in (tmp_path, tmp_path / "*.tar"):
+            source = open_source(str(data), config=CONFIG)
+            assert by_id(source).keys() == {"00000.tar/0"}
+        assert open_source(str(tmp_path), config=CONFIG).notes == (
+            f"2 files in {tmp_path} are not tars and were left out (1 .parquet, 1 .json)",
+        )
+        (tmp_path / "00000.tar").unlink()
+        write(tmp_path / "00000" / "0.jpg", png(1))
+        assert by_id(open_source(str(tmp_path), config=CONFIG)).keys() == {"00000/0.jpg"}
+        write_parquet(tmp_path / "00001.parquet", {"jpg": [png(1)], **about})
+        with pytest.raises(UserError, match=r"different kinds .* by a pattern"):
+            open_source(str(tmp_path), config=CONFIG)
+
+
 class TestLimit:
     def test_it_takes_a_fair_and_nested_sample(self, tmp_path: Path) -> None:
         for label in "abcd":

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 from pyarrow import fs
 
 from lpclip.config import SourceConfig, UserError
-from lpclip.files import locate
+from lpclip.files import locate, split_options
 from lpclip.files import split as split_uri
 from lpclip.images.columns import Texts
 from lpclip.images.fetch import reason
 from lpclip.images.folders import is_text_file, open_folder, open_manifest
 from lpclip.images.named import CLASSES, named_parquet
-from lpclip.images.parquet import open_parquet
+from lpclip.images.parquet import has_image_bytes, open_parquet
 from lpclip.images.source import IMAGE_SUFFIXES, File, Listing, Source
 from lpclip.images.tars import open_webdataset
 from lpclip.patience import patiently
@@ -31,6 +33,10 @@ OPENERS = {
     "webdataset": open_webdataset,
     "manifest": open_manifest,
 }
+SPLIT = re.compile(
+    r"(?:^|[/_.-])(?P<word>train(?:ing)?|test(?:ing)?|val(?:id|idation)?|dev)(?=[/_.-]|\d|$)", re.IGNORECASE
+)
+"""A split's name in a path."""
 SUFFIXES = {
     "folder": IMAGE_SUFFIXES,
     "parquet": (".parquet", ".pq"),
@@ -49,21 +55,27 @@ def open_source(
 ) -> Source:
     """The images in a folder, Parquet, WebDataset tars, a manifest or a named data set; none is read yet.
 
-    A path that exists goes before a data set of that name. `split` is the part of a data set that is named without
-    one. A limit chooses rows by a hash of their ids. With `texts`, images have texts. Raises UserError when there is
-    nothing to read.
+    `data` may be a pattern, with `*` for any part of a name: what lies in a folder that fits is read as well. A path
+    that exists goes before a data set of that name. `split` is the part of a data set that is named without one. A
+    limit chooses rows by a hash of their ids. With `texts`, images have texts. Raises UserError when there is nothing
+    to read, or when names tell of several splits and no pattern asks for them.
     """
     if limit is not None and limit < 1:
         raise UserError(f"the limit must be at least 1, not {limit}")
-    if "://" in data or Path(data).expanduser().exists():
+    is_pattern = _is_pattern(data)
+    if is_pattern:
+        listing, is_file = _list_pattern(data), False
+    elif "://" in data or Path(data).expanduser().exists():
         listing, is_file = _list(data)
     else:
         name, split = _parse_name(data, split=split)
         listing, is_file = _list(str(named_parquet(name, split=split)))
         listing = listing._replace(name=f"{name}-{split}")
-    kind = _kind_of_file(data, listing) if is_file else _kind_of_folder(data, listing)
+    kind = _kind_of_file(data, listing) if is_file else _kind_of_folder(data, listing, config)
     beside = kind == "folder" and texts is not None
     files = [f for f in listing.files if _kind(f.path) == kind or (beside and is_text_file(f.path))]
+    if not is_pattern:
+        _refuse_splits(data, kind, [file.path for file in files])
     source = OPENERS[kind](listing._replace(files=files), config=config, limit=limit, texts=texts)
     if source.num_rows == 0:
         raise UserError(f"{data}: no rows")
@@ -116,6 +128,56 @@ def _list(data: str) -> tuple[Listing, bool]:
     return Listing(name, folder if is_file else uri, files), is_file
 
 
+def _is_pattern(data: str) -> bool:
+    """True when `data` names several files by a pattern, and is not itself a path."""
+    return re.search(r"[*[]", split_options(data)[0]) is not None and not (
+        "://" not in data and Path(data).expanduser().exists()
+    )
+
+
+def _list_pattern(data: str) -> Listing:
+    """The files that fit a pattern, or lie in folders that do, below the last folder before its first wildcard."""
+    base, options = split_options(data)
+    parts = base.split("/")
+    first = next(place for place, part in enumerate(parts) if re.search(r"[*[]", part))
+    listing, _ = _list(("/".join(parts[:first]) or ("/" if first else ".")) + options)
+    wanted = parts[first:]
+
+    def fits(path: str) -> bool:
+        found = path.split("/")
+        return len(found) >= len(wanted) and all(map(fnmatch.fnmatchcase, found, wanted))
+
+    files = [file for file in listing.files if fits(file.path)]
+    if not files:
+        raise UserError(
+            f"{data}: no file fits this pattern; there are {len(listing.files)} in {listing.root}"
+        )
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", f"{listing.name}-{'-'.join(wanted).partition('.')[0]}").strip("-")
+    return Listing(name or "images", listing.root, files)
+
+
+def _refuse_splits(data: str, kind: str, paths: Sequence[str]) -> None:
+    """Raise UserError where names tell that the files are of several splits: read as one, tests would be trained on.
+
+    Of images, the folders right below `data` alone are asked, and only where all of them are called like splits.
+    """
+    names = list(paths)
+    if kind == "folder":
+        names = [path.partition("/")[0] for path in paths if "/" in path]
+        if not all(map(SPLIT.fullmatch, set(names))):
+            return
+    found = [SPLIT.search(name) for name in names]
+    counts = Counter(match["word"].lower() for match in found if match)
+    if len({word[:2] for word in counts}) < 2:
+        return
+    first = next(name[: match.end("word")] for name, match in zip(names, found, strict=True) if match)
+    told = ", ".join(f"{count} {word}" for word, count in counts.most_common())
+    raise UserError(
+        f"{data}: the names tell of several splits ({told} files): name one, as in '{data.rstrip('/')}/{first}*', or "
+        f"all of them, as in '{data.rstrip('/')}/*'"
+    )
+
+
 def _walk(folder: str, *, above: tuple[tuple[int, int], ...]) -> Iterator[File]:
     """The files below a local folder, their paths relative to it; hidden folders are left out.
 
@@ -156,15 +218,23 @@ def _kind_of_file(data: str, listing: Listing) -> str:
     return kind
 
 
-def _kind_of_folder(data: str, listing: Listing) -> str:
+def _kind_of_folder(data: str, listing: Listing, config: SourceConfig) -> str:
     kinds = sorted({kind for file in listing.files if (kind := _kind(file.path)) and kind != "manifest"})
     if not kinds:
         what = (
             f"{len(listing.files)} files, and no image, Parquet file or tar" if listing.files else "nothing"
         )
         raise UserError(f"{data}: the folder holds {what}")
+    if len(kinds) > 1 and "parquet" in kinds:
+        # Downloaders write what they know of the images beside them.
+        files = [file for file in listing.files if _kind(file.path) == "parquet"]
+        if not any(map(partial(has_image_bytes, listing.root, config=config), files)):
+            kinds.remove("parquet")
     if len(kinds) > 1:
+        first = next(file.path for file in listing.files if _kind(file.path) == kinds[-1])
+        pattern = f"'{data.rstrip('/')}/*{Path(first).suffix}'"
         raise UserError(
-            f"{data}: the folder holds files of different kinds ({', '.join(kinds)}); name one of them"
+            f"{data}: the folder holds files of different kinds ({', '.join(kinds)}); name one of them, or those of "
+            f"one kind by a pattern, as in {pattern}"
         )
     return kinds[0]

@@ -27,6 +27,7 @@ from lpclip.images.fetch import followed, reason, under
 from lpclip.images.parquet_reader import ParquetReader, label_indices, row_id
 from lpclip.images.source import (
     UNIT_ROWS,
+    File,
     Listing,
     Source,
     choose,
@@ -168,6 +169,16 @@ def _holds_images(dtype: pa.DataType) -> bool:
     if pa.types.is_dictionary(dtype):
         dtype = dtype.value_type
     return is_text(dtype) or is_bytes(dtype)
+
+
+def has_image_bytes(root: str, file: File, *, config: SourceConfig) -> bool:
+    """True when a Parquet file below root has a column of images, and not just of where they are."""
+    schema = _footer(root, file.path).schema.to_arrow_schema()
+    columns = [field for field in schema if field.name in (config.image_column, *IMAGE_COLUMNS)]
+    return any(
+        is_bytes(field.type) or (pa.types.is_struct(field.type) and _holds_images(field.type))
+        for field in columns
+    )
 
 
 def _label_names(listing: Listing, schemas: Sequence[pa.Schema], column: str) -> tuple[str, ...] | None:

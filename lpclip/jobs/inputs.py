@@ -187,7 +187,7 @@ def evaluated_on(inputs: Inputs, labels: np.ndarray) -> dict[str, Any]:
 
 def _open_test(job: SelftrainJob | TuneJob) -> Data | None:
     name = job.eval_data
-    if name is None and not files.exists(job.data) and ":" not in job.data:
+    if name is None and job.data in CLASSES and not files.exists(job.data):
         name = job.data
     if name is None:
         return None
