@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from lpclip.config import ClassConfig
-from lpclip.images.classes import ClassList, map_labels, read_classes, resolve_classes
+from lpclip.config import ClassConfig, SelftrainJob, UserError
+from lpclip.images.classes import ClassList, map_labels, read_classes, readable, resolve_classes
+from lpclip.jobs.inputs import open_inputs
 
 ANIMALS = ClassList(names=("cat", "dog", "aquarium fish"))
 
@@ -39,6 +43,61 @@ def test_without_any_names_the_user_is_told_what_to_give():
 def test_data_with_one_class_name_makes_no_classifier():
     with pytest.raises(ValueError, match="at least two"):
         resolve_classes(ClassConfig(), label_names=("cat",))
+
+
+@pytest.mark.parametrize("names", [("2023", "2024"), ("00000", "00001"), ("01", "02", "3")])
+def test_numbers_are_no_class_names(names: tuple[str, ...]):
+    with pytest.raises(UserError, match=rf"numbers \({names[0]}, .*--classes"):
+        resolve_classes(ClassConfig(), label_names=names)
+    digits = tuple(map(str, range(10)))
+    assert resolve_classes(ClassConfig(), label_names=digits).names == digits
+
+
+def write_images(folder: Path, *paths: str) -> Path:
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(folder / path)
+    return folder
+
+
+@pytest.mark.parametrize("paths", [("2023/05/1.png", "2024/1.png"), ("images/1.png",), ("train/cat/1.png",)])
+def test_folders_of_which_none_is_a_class_are_no_labels(tmp_path: Path, paths: tuple[str, ...]):
+    data = str(write_images(tmp_path / "photos", *paths))
+    job = SelftrainJob(data=data, names=ClassConfig(classes="cat,dog"))
+    found = open_inputs(job).data
+    assert not found.has_labels
+    assert found.source is not None
+    assert [row.label for unit in found.source.units for row in found.source.reader.rows(unit)] == [
+        None
+    ] * len(paths)
+    assert found.source.notes[-1].startswith(
+        f"labels: none, as none of the folders in photos ({paths[0].split('/')[0]}"
+    )
+    with pytest.raises(UserError, match="--classes"):
+        open_inputs(SelftrainJob(data=data))
+    with pytest.raises(UserError, match="not in the class list"):
+        open_inputs(replace(job, supervised=True))
+    with pytest.raises(UserError, match="not in the class list"):
+        open_inputs(replace(job, eval_data=data))
+
+
+def test_folders_of_which_some_are_classes_must_all_be(tmp_path: Path):
+    data = str(write_images(tmp_path, "cat/1.png", "2023/1.png"))
+    with pytest.raises(UserError, match=r"1 labels of .* \(2023\)"):
+        open_inputs(SelftrainJob(data=data, names=ClassConfig(classes="cat,dog")))
+
+
+def test_names_in_two_unicode_forms_are_one(tmp_path: Path):
+    composed, apart = (unicodedata.normalize(form, "Fusée à eau") for form in ("NFC", "NFD"))
+    assert composed != apart
+    for one, other in ((composed, apart), (apart, composed)):
+        assert mapped([0, -1], (one.upper(),), ClassList(names=("cat", other))) == [1, -1]
+        assert mapped([0], (one,), ClassList(names=("cat", "dog"), labels=("x", other))) == [1]
+    assert readable(apart) == composed
+    with pytest.raises(UserError, match="occurs twice"):
+        ClassList(names=(composed, apart))
+    with pytest.raises(UserError, match="occurs twice"):
+        ClassList(names=("a", "b"), labels=(composed, apart))
 
 
 def test_names_meet_by_name_whatever_their_order():

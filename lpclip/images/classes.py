@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from lpclip.config import ClassConfig, UserError
 def resolve_classes(config: ClassConfig, *, label_names: tuple[str, ...] | None) -> ClassList:
     """The classes that `--classes` names, else those that the data names.
 
-    Raises UserError when neither names any, and as ClassList does.
+    Raises UserError when neither names any, when names of the data are numbers or a single one, and as ClassList does.
     """
     if config.classes is not None:
         return read_classes(config.classes)
@@ -24,7 +25,29 @@ def resolve_classes(config: ClassConfig, *, label_names: tuple[str, ...] | None)
             "no class names: give --classes comma-separated names or a text file (one name a line); only "
             "folders with a subfolder for each class and data with named labels bring their own"
         )
+    _refuse_no_names(label_names)
     return ClassList(names=label_names)
+
+
+def _refuse_no_names(label_names: tuple[str, ...]) -> None:
+    """Raise UserError where the data's labels, often folders, say nothing of what is to be seen."""
+    examples = ", ".join(label_names[:3]) + (", ..." if len(label_names) > 3 else "")
+    if len(label_names) == 1:
+        raise UserError(
+            f"the data has one label, {examples}, and a classifier needs at least two class names: give --classes, or "
+            "name the folder whose subfolders are the classes"
+        )
+    # 0 to 9 may be digits to recognize; 2023 and 00012 are years and numbers of files.
+    if all(name.isdecimal() for name in label_names) and any(len(name) > 1 for name in label_names):
+        raise UserError(
+            f"the data's labels are numbers ({examples}), which are no class names: give --classes comma-separated "
+            "names, or a text file with lines label<TAB>name where the numbers stand for classes"
+        )
+
+
+def names_meet(label_names: tuple[str, ...], classes: ClassList) -> bool:
+    """True when any label is the name of a class, or a file says which labels are."""
+    return classes.labels is not None or not {*map(_key, classes.names)}.isdisjoint(map(_key, label_names))
 
 
 def map_labels(
@@ -39,7 +62,8 @@ def map_labels(
     found = [label_names[i] for i in seen] if label_names else [str(i) for i in seen]
     keys = found
     if classes.labels is not None:
-        places = {label: place for place, label in enumerate(classes.labels)}
+        places = {_composed(label): place for place, label in enumerate(classes.labels)}
+        keys = [_composed(name) for name in found]
     elif label_names is not None:
         places = {_key(name): place for place, name in enumerate(classes.names)}
         keys = [_key(name) for name in found]
@@ -58,7 +82,12 @@ def map_labels(
 
 
 def _key(name: str) -> str:
-    return readable(name).casefold()
+    return _composed(readable(name).casefold())
+
+
+def _composed(text: str) -> str:
+    """The text with letters and their accents as one character each: some systems write them apart."""
+    return unicodedata.normalize("NFC", text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +106,10 @@ class ClassList:
         for position, name in enumerate(self.names, start=1):
             if not readable(name):
                 raise UserError(f"class name {position} of {len(self.names)} is empty")
-        _refuse_duplicates("class name", [readable(name).casefold() for name in self.names])
+        _refuse_duplicates("class name", [_key(name) for name in self.names])
         if self.labels is not None:
             assert len(self.labels) == len(self.names)
-            _refuse_duplicates("label", self.labels)
+            _refuse_duplicates("label", [_composed(label) for label in self.labels])
 
 
 def read_classes(spec: str) -> ClassList:
@@ -102,7 +131,7 @@ def read_classes(spec: str) -> ClassList:
 
 def readable(name: str) -> str:
     """A class name as it reads in a prompt: `aquarium_fish` becomes "aquarium fish"."""
-    return " ".join(name.replace("_", " ").split())
+    return " ".join(_composed(name).replace("_", " ").split())
 
 
 def names_a_file(spec: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -118,6 +118,21 @@ def open_folder(listing: Listing, *, config: SourceConfig, limit: int | None, te
         identity=make_identity("folder", listing.files, config=config, limit=limit),
         config=config,
         labels_there=different(work["labels"] or ()),
+    )
+
+
+def without_labels(source: Source, *, note: str) -> Source:
+    """The folder with subfolders that mean nothing."""
+    units = (
+        {key: value for key, value in json.loads(unit).items() if key != "labels"} for unit in source.units
+    )
+    return replace(
+        source,
+        units=tuple(map(json.dumps, units)),
+        has_labels=False,
+        label_names=None,
+        labels_there=(),
+        notes=(*source.notes, note),
     )
 
 

@@ -29,8 +29,9 @@ from lpclip.features.store import Features
 from lpclip.features.stored_views import Encoded
 from lpclip.features.zero_shot_labels import ZeroShotLabels
 from lpclip.images.captions import with_captions
-from lpclip.images.classes import ClassList, map_labels, resolve_classes
+from lpclip.images.classes import ClassList, map_labels, names_meet, resolve_classes
 from lpclip.images.columns import Texts
+from lpclip.images.folders import without_labels
 from lpclip.images.named import CLASSES
 from lpclip.images.open import open_source
 from lpclip.images.source import Source
@@ -74,6 +75,8 @@ def open_inputs(job: SelftrainJob | TuneJob) -> Inputs:
     classes = resolve_classes(job.names, label_names=data.label_names)
     test = _open_test(job)
     supervised = isinstance(job, SelftrainJob) and job.supervised
+    if not supervised:
+        data = _without_foreign_folders(data, classes)
     _check_label_names(data, test, classes, supervised=supervised)
     return Inputs(data=data, test=test, classes=classes)
 
@@ -195,6 +198,19 @@ def _open_test(job: SelftrainJob | TuneJob) -> Data | None:
     if not test.has_labels and test.source is None:
         raise UserError(f"--eval-data {name} has no labels: there is nothing to evaluate on")
     return test
+
+
+def _without_foreign_folders(data: Data, classes: ClassList) -> Data:
+    """The images without labels where their folders are years, cameras or the like: none has the name of a class."""
+    source, names = data.source, data.label_names
+    if source is None or source.kind != "folder" or not names or names_meet(names, classes):
+        return data
+    folders = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    note = (
+        f"labels: none, as none of the folders in {data.name} ({folders}) has the name of a class; if they are labels, "
+        "a --classes file with lines label<TAB>name says so, and if the classes lie deeper, name the folder above them"
+    )
+    return Data(without_labels(source, note=note))
 
 
 def _check_label_names(data: Data, test: Data | None, classes: ClassList, *, supervised: bool) -> None:
