@@ -20,7 +20,8 @@ import pytest
 from conftest import ROOT
 from mlflow import MlflowClient
 
-from lpclip.config import TrackingConfig, UserError
+from lpclip.config import SelftrainJob, TrackingConfig, UserError
+from lpclip.jobs.selftrain import selftrain_job
 from lpclip.jobs.tracking import PARENT_TAG, Run, charts, metric_name, redact, track, tracking_uri
 
 CONFIG = TrackingConfig(experiment="tests")
@@ -229,6 +230,23 @@ def test_folders_of_runs_are_refused(uri: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(ValueError, match="sqlite:////folder/mlflow.db or http://host:port"):
         tracking_uri()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "sentence"),
+    [
+        ("mssql", "the driver of this database is not installed: run pip install pyodbc"),
+        ("postgresql+nothing", "is no database's address"),
+    ],
+)
+def test_a_database_that_cannot_be_spoken_to_is_a_sentence_before_any_work(
+    scheme: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{scheme}://me:secret@127.0.0.1:5999/runs")
+    with pytest.raises(UserError, match=sentence) as caught:
+        selftrain_job(SelftrainJob(data=str(tmp_path / "nowhere"), out=str(tmp_path / "out")))
+    assert "secret" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_file_is_not_taken_for_a_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lpclip import files
-from lpclip.config import EncoderConfig, EvaluateJob, check
+from lpclip.config import EncoderConfig, EvaluateJob
 from lpclip.evaluation.results import ZERO_SHOT
 from lpclip.features.describe import describe_encoder
 from lpclip.features.find_or_encode import Encoding
@@ -34,7 +34,7 @@ from lpclip.jobs.evaluate_sets import (
 )
 from lpclip.jobs.inputs import describe_probes_encoder, evaluation_encoding
 from lpclip.jobs.process import start_ray
-from lpclip.jobs.run import job_run
+from lpclip.jobs.run import check_job, job_run
 from lpclip.jobs.runtime import Stopwatch, claim, output_folder
 from lpclip.method.probe import zero_shot_probe
 
@@ -58,7 +58,7 @@ def evaluate_job(job: EvaluateJob) -> dict[str, Any]:
 
     Retrieval alone has no page. Raises UserError for flags that do not go together, and for what cannot be read.
     """
-    check(job)
+    check_job(job)
     watch = Stopwatch()
     probes = load_probes(job.probe)
     corruptions = parse_corruptions(job) if job.data is not None else []

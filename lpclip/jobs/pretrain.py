@@ -14,7 +14,6 @@ from lpclip.config import (
     PretrainConfig,
     PretrainJob,
     SelftrainJob,
-    check,
     digest,
     to_dict,
 )
@@ -29,7 +28,7 @@ from lpclip.jobs import tracking
 from lpclip.jobs.console import command_line, print_mlflow, shown
 from lpclip.jobs.inputs import open_pairs
 from lpclip.jobs.process import start_ray
-from lpclip.jobs.run import job_run, provenance
+from lpclip.jobs.run import check_job, job_run, provenance
 from lpclip.jobs.runtime import Stopwatch, claim, output_folder
 from lpclip.method.contrastive_step import check_num_pairs, num_steps
 from lpclip.progress import Progress, watched
@@ -42,7 +41,7 @@ COUNTED_TEXTS = 200_000
 
 def pretrain_job(job: PretrainJob) -> dict[str, Any]:
     """Train on pairs; the model goes to OUT/model, metrics to MLflow. Returns the summary."""
-    check(job)
+    check_job(job)
     watch = Stopwatch()
     with output_folder(job.out) as out:
         source = open_pairs(

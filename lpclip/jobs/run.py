@@ -7,12 +7,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from lpclip import files
-from lpclip.config import EvaluateJob, PretrainJob, SelftrainJob, TuneJob, to_dict
+from lpclip.config import EvaluateJob, PretrainJob, SelftrainJob, TuneJob, check, to_dict
 from lpclip.evaluation.metrics import METRICS
 from lpclip.jobs import tracking
 from lpclip.jobs.runtime import versions
 
 Job = SelftrainJob | TuneJob | EvaluateJob | PretrainJob
+
+
+def check_job(job: Job) -> None:
+    """Raise UserError, before any work, for flags that make no sense and where no MLflow run can be kept."""
+    check(job)
+    tracking.tracking_uri(job.out)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from lpclip import files
-from lpclip.config import SelftrainJob, UserError, check, config_identity
+from lpclip.config import SelftrainJob, UserError, config_identity
 from lpclip.encoders.head import EncoderInfo, Head, make_head, take_names
 from lpclip.encoders.prompts import templates
 from lpclip.evaluation.judge import accuracy, evaluate, probe_curves
@@ -23,7 +23,7 @@ from lpclip.jobs import tracking
 from lpclip.jobs.console import print_plan, print_result, print_training
 from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
 from lpclip.jobs.process import start_ray
-from lpclip.jobs.run import job_run, provenance, single_metrics
+from lpclip.jobs.run import check_job, job_run, provenance, single_metrics
 from lpclip.jobs.runtime import Stopwatch, claim, output_folder
 from lpclip.jobs.settle_prior import ChosenPrior, load_prior, settle_prior
 from lpclip.method.fit import finish_probe, is_last_student, zero_shot_labels
@@ -75,7 +75,7 @@ class _Trained:
 
 def selftrain_job(job: SelftrainJob) -> dict[str, Any]:
     """Encode what is missing, self-train, evaluate where labels exist; everything goes to OUT and MLflow."""
-    check(job)
+    check_job(job)
     watch = Stopwatch()
     parse_views(job.encode.views)
     with output_folder(job.out) as out:

@@ -43,6 +43,9 @@ PARENT_TAG = "mlflow.parentRunId"
 # The criterion that a sweep chooses by, under the same name in all sweeps: the trials' charts are sorted by it.
 SWEEP_CRITERION = "tune/criterion"
 
+# Packages that bring modules of other names.
+DRIVERS = {"psycopg2": "psycopg2-binary", "psycopg": "'psycopg[binary]'", "MySQLdb": "mysqlclient"}
+
 # Without this tag MLflow's pages open an experiment as traces of language models.
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 
@@ -245,7 +248,7 @@ def tracking_uri(out: str | None = None) -> str:
 
     A submitted job works in a temporary copy, so its mlflow.db lies beside its output folder `out`, where the next
     job finds it again. Raises UserError for a folder of files, which MLflow has given up, and where the runs of a
-    submitted job would be lost.
+    submitted job would be lost, and for a database whose driver is not installed.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if out is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
@@ -266,8 +269,28 @@ def tracking_uri(out: str | None = None) -> str:
             f"MLFLOW_TRACKING_URI is {uri}, a folder, and MLflow keeps runs in databases or on servers: "
             "set it to sqlite:////folder/mlflow.db or http://host:port, or unset it for ./mlflow.db"
         )
+    _refuse_missing_driver(uri)
     database = database_of(uri)
     return f"sqlite:///{database}" if database else uri
+
+
+def _refuse_missing_driver(uri: str) -> None:
+    if not uri.startswith(("postgresql", "mysql", "mssql")):
+        return
+    from sqlalchemy import exc, make_url
+
+    try:
+        make_url(uri).get_dialect().import_dbapi()
+    except ModuleNotFoundError as error:
+        package = DRIVERS.get(error.name or "", error.name)
+        raise UserError(
+            f"MLFLOW_TRACKING_URI is {redact(uri)}, and the driver of this database is not installed: run pip install "
+            f"{package}, or unset MLFLOW_TRACKING_URI to keep the runs in ./mlflow.db"
+        ) from error
+    except exc.ArgumentError as error:
+        raise UserError(
+            f"MLFLOW_TRACKING_URI is {redact(uri)}, which is no database's address ({redact(_line(error))})"
+        ) from error
 
 
 def charts(server: str, experiment_id: str, *, parent: str | None = None) -> str:

@@ -18,7 +18,6 @@ from lpclip.config import (
     SelftrainJob,
     TuneJob,
     UserError,
-    check,
     config_identity,
     to_dict,
 )
@@ -31,7 +30,7 @@ from lpclip.jobs import tracking
 from lpclip.jobs.console import LITE_NOTE, command_line, print_plan
 from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
 from lpclip.jobs.process import start_ray
-from lpclip.jobs.run import job_run, provenance, single_metrics
+from lpclip.jobs.run import check_job, job_run, provenance, single_metrics
 from lpclip.jobs.runtime import Stopwatch, claim, output_folder
 from lpclip.jobs.settle_prior import load_prior, print_tried, settle_prior
 from lpclip.jobs.tune_print import print_sweep, print_sweep_plan
@@ -76,7 +75,7 @@ ALIAS = "champion"
 
 def tune_job(job: TuneJob) -> dict[str, Any]:
     """Search without labels on features that are encoded once; everything goes to OUT and MLflow."""
-    check(job)
+    check_job(job)
     watch = Stopwatch()
     # Trials are compared on all names.
     job = replace(job, training=replace(job.training, present="all"))
