@@ -415,7 +415,7 @@ class Bench:
             rows.append(self.row(f"lpclip {prior}", "inductive", p, seconds=seconds[prior]))
         trial = self._trial(rows, found, chosen=chosen)
         best, prior, places = found[chosen], chosen, None
-        present = sample.present()
+        present = sample.present().places
         if len(present) < len(head):
             clock.lap()
             shard = with_neighbours(

@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import json
 import math
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -37,6 +38,11 @@ def did_you_mean(text: str, known: Iterable[str]) -> str:
     """`, did you mean ...?` with the known name that is nearest to a text, empty when none is near."""
     near = difflib.get_close_matches(text, list(known), n=1)
     return f", did you mean {near[0]}?" if near else ""
+
+
+def readable(name: str) -> str:
+    """A class name as it reads in a prompt: `aquarium_fish` becomes "aquarium fish"."""
+    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split())
 
 
 def _refuse(config: Any, name: str, rule: str) -> None:
@@ -199,10 +205,11 @@ class SelfTrainingConfig:
     0.3), none, or a text file with one weight, or `name<TAB>weight`, per line. auto tries them on a sample and
     takes uniform if rounds in random halves of the features' directions repeat its labels, else weak, or none if labels
     are far from equal shares even with weak."""
-    present: Literal["auto", "all"] = "auto"
-    """Class names that the rounds use. auto leaves out names that have no images, as far as zero-shot and trial rounds
-    can tell, if two fifths of the names are without (only with --prior auto; trials of a sweep use all). The
-    probe still knows these names, and takes one for an image that is much like it."""
+    present: str = "auto"
+    """Class names that the rounds use: all, or those that have images, comma-separated or in a text file as for
+    --classes. auto leaves out names that have no images, as far as zero-shot and trial rounds can tell, if two fifths
+    of the names are without (only with --prior auto; trials of a sweep use all). The probe still knows the names
+    left out, and takes one for an image that is much like it."""
     neighbours: int | None = None
     """Number of nearest neighbours whose labels influence each pseudo-label; 0 turns this off. The default is half
     the mean number of images per class, between 3 and 30, and 0 above 100,000 images."""

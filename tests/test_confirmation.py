@@ -179,7 +179,13 @@ def test_the_trial_of_another_version_is_not_this_version_s(
 
     def settled() -> ChosenPrior:
         return settle_prior(
-            CONFIG, out=str(tmp_path), features=features, prior=None, head=head, fingerprint="f"
+            CONFIG,
+            out=str(tmp_path),
+            features=features,
+            prior=None,
+            head=head,
+            fingerprint="f",
+            present=None,
         )
 
     path = tmp_path / "prior.json"

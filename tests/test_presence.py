@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -10,7 +13,8 @@ import torch
 
 import lpclip
 from lpclip.method.linear import Linear
-from lpclip.method.presence import among_all, present_classes, with_absent
+from lpclip.method.presence import among_all, named_classes, present_classes, with_absent
+from lpclip.method.priors import Prior
 
 NUM_CLASSES, DIM, TEMPERATURE = 12, 40, 0.05
 
@@ -47,11 +51,15 @@ def by_text(features: np.ndarray, found: lpclip.Head):
     return lambda places: (features @ found.weight[places].T).argmax(axis=1)
 
 
+def places_of(logits: torch.Tensor, *, label: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    return present_classes(logits, label=label).places
+
+
 @pytest.mark.parametrize("classes", [(1, 4, 7), (0, 2, 3, 5, 8, 11)])
 def test_the_names_that_have_images_are_found(classes: tuple[int, ...]) -> None:
     features, _ = images(classes)
     _, found = head()
-    places = present_classes(zero_shot(features, found), label=by_text(features, found))
+    places = places_of(zero_shot(features, found), label=by_text(features, found))
     assert places.tolist() == list(classes)
 
 
@@ -59,7 +67,7 @@ def test_all_names_stay_where_all_have_images_or_nearly_all() -> None:
     _, found = head()
     for classes in (range(NUM_CLASSES), range(NUM_CLASSES - 2)):
         features, _ = images(tuple(classes))
-        places = present_classes(zero_shot(features, found), label=by_text(features, found))
+        places = places_of(zero_shot(features, found), label=by_text(features, found))
         assert places.tolist() == list(range(NUM_CLASSES))
 
 
@@ -67,15 +75,13 @@ def test_all_names_stay_with_fewer_than_forty_images() -> None:
     _, found = head()
     for each, left in ((13, NUM_CLASSES), (14, 3)):
         features, _ = images((1, 4, 7), each=each)
-        assert len(present_classes(zero_shot(features, found), label=by_text(features, found))) == left
+        assert len(places_of(zero_shot(features, found), label=by_text(features, found))) == left
 
 
 def test_all_names_stay_where_zero_shot_is_sure_of_nothing() -> None:
     features, _ = images((1, 4, 7))
     _, found = head()
-    assert (
-        len(present_classes(zero_shot(features, found) / 20, label=by_text(features, found))) == NUM_CLASSES
-    )
+    assert len(places_of(zero_shot(features, found) / 20, label=by_text(features, found))) == NUM_CLASSES
 
 
 @pytest.mark.parametrize("each", [60, 600])
@@ -89,9 +95,9 @@ def test_a_weak_zero_shot_names_nothing_as_absent_with_many_images_either(each: 
     def few_names(places: np.ndarray) -> np.ndarray:
         return np.zeros(len(labels), int)
 
-    assert len(present_classes(logits, label=few_names)) == NUM_CLASSES
+    assert len(places_of(logits, label=few_names)) == NUM_CLASSES
     logits[1::20, 3], logits[2::20, 4] = 20.0, 20.0
-    assert present_classes(logits, label=few_names).tolist() == [0, 1, 2, 3, 4]
+    assert places_of(logits, label=few_names).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_the_rounds_speak_for_a_name_of_which_zero_shot_is_never_sure() -> None:
@@ -99,10 +105,10 @@ def test_the_rounds_speak_for_a_name_of_which_zero_shot_is_never_sure() -> None:
     _, found = head()
     logits = zero_shot(features, found)
     logits[labels == 7] /= 20
-    both = present_classes(logits, label=lambda places: np.searchsorted(places, labels))
+    both = places_of(logits, label=lambda places: np.searchsorted(places, labels))
     assert both.tolist() == [1, 4, 7]
     merged = np.where(labels == 7, 4, labels)
-    alone = present_classes(logits, label=lambda places: np.searchsorted(places, merged))
+    alone = places_of(logits, label=lambda places: np.searchsorted(places, merged))
     assert alone.tolist() == [1, 4]
 
 
@@ -145,7 +151,94 @@ def test_a_training_leaves_out_names_without_images_and_its_probe_knows_them() -
     assert right["auto"] > right["all"] > 0.9, "names without images are not lost"
 
 
+def test_where_all_names_stay_the_reason_is_told() -> None:
+    _, found = head()
+    reasons = {
+        "39 images are too few to tell, 40 are needed": ((1, 4, 7), 13, 1),
+        "zero-shot is sure of too few images to tell": ((1, 4, 7), 60, 20),
+        "none seems to be without images": (range(NUM_CLASSES), 60, 1),
+        "10 seem to have images, and so few others do little harm": (range(10), 60, 1),
+    }
+    for why, (classes, each, divisor) in reasons.items():
+        features, _ = images(tuple(classes), each=each)
+        logits = zero_shot(features, found) / divisor
+        kept = present_classes(logits, label=by_text(features, found))
+        assert (kept.why, len(kept.places)) == (why, NUM_CLASSES)
+
+
 def test_a_prior_that_is_asked_for_keeps_all_names() -> None:
     features, _ = images((1, 4, 7))
     _, found = head()
-    assert lpclip.fit(features, found, config=lpclip.SelfTrainingConfig(prior="weak")).prior.present is None
+    told: list[str] = []
+    config = lpclip.SelfTrainingConfig(prior="weak")
+    assert lpclip.fit(features, found, config=config, tell=told.append).prior.present is None
+    why = "names without images are looked for with --prior auto alone"
+    assert f"classes: the rounds use all 12 names: {why}" in told
+
+
+def test_names_are_found_as_they_read_in_prompts() -> None:
+    names = ("traffic_cone", "Stop Sign", "tennis ball")
+    assert named_classes(["tennis_ball", "traffic cone"], names) is not None
+    assert named_classes(["tennis_ball", "traffic cone"], names).tolist() == [0, 2]
+    assert named_classes(["stop  sign", "traffic cone", "Tennis Ball"], names) is None, "all of them"
+
+
+@pytest.mark.parametrize(
+    ("present", "message"),
+    [
+        (
+            "class 1,class 44",
+            "--present names 'class 44', which is none of the 12 classes (class 0, class 1, class 2,",
+        ),
+        ("class 1,class 44", "did you mean class 4?"),
+        ("atuo", "did you mean auto?"),
+        ("class 1", "--present must name at least two classes, not 1"),
+        ("class 1, Class_1", "--present must name at least two classes, not 1"),
+    ],
+)
+def test_names_that_cannot_be_used_are_refused_in_a_sentence(present: str, message: str) -> None:
+    features, _ = images((1, 4))
+    with pytest.raises(lpclip.UserError, match=re.escape(message)):
+        lpclip.fit(features, head()[1], config=lpclip.SelfTrainingConfig(present=present))
+
+
+@pytest.mark.parametrize("solver", ["gaussian", "gradient"])
+@pytest.mark.parametrize("strong", [False, True])
+def test_named_classes_are_used_whatever_zero_shot_thinks_and_the_others_are_known(
+    solver: Literal["gaussian", "gradient"], strong: bool
+) -> None:
+    # Where nothing says which names have images, equal shares give images to all twelve.
+    classes = (1, 4, 7)
+    features, labels = images(classes, each=33)
+    _, found = head(error=1.2)
+    views = images(classes, each=33, seed=3)[:1] if strong else ()
+    config = lpclip.SelfTrainingConfig(solver=solver, prior="uniform", present="Class_7, class 1,CLASS_4")
+    named = lpclip.fit(features, found, strong=views, config=config)
+    assert named.prior.present is not None
+    assert named.prior.present.tolist() == list(classes)
+    summary = named.prior.summary(found.class_names)
+    assert (summary["absent"][:2], summary["why_these_names"]) == (
+        ["class 0", "class 2"],
+        "as --present says",
+    )
+    assert named.trusted
+    assert (named.labels == labels).mean() > 0.95
+    every = lpclip.fit(features, found, strong=views, config=replace(config, present="all"))
+    assert every.prior.present is None
+    assert set(named.labels) == set(classes) < set(every.labels)
+    later, true = images(range(NUM_CLASSES), seed=2)
+    absent = np.isin(true, classes, invert=True)
+    assert (named.probe.predict(later) == true)[absent].mean() > 0.4, "the other names are known"
+
+
+def test_shares_count_among_the_names_that_have_images() -> None:
+    shares = np.arange(1.0, NUM_CLASSES + 1)
+    prior = Prior(shares=torch.from_numpy(shares / shares.sum())).among(np.array([1, 4, 7]))
+    assert prior.shares is not None
+    assert prior.shares.tolist() == pytest.approx([2 / 15, 5 / 15, 8 / 15])
+    features, _ = images((1, 4, 7))
+    config = lpclip.SelfTrainingConfig(present="class 1,class 4,class 7")
+    found = lpclip.fit(features, head()[1], config=config, shares=shares)
+    assert found.prior.prior.shares is not None
+    assert found.prior.prior.shares.tolist() == prior.shares.tolist()
+    assert found.rounds[-1].weight.shape == (3, DIM)

@@ -405,6 +405,26 @@ def test_the_winners_command_trains_the_same_probe(
 
 
 @pytest.mark.slow
+def test_trials_know_the_names_that_have_images_and_the_winner_knows_all(
+    work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = WORDS.rpartition(",")[0]
+    found = run(f"{work.command} --trials 1 --present {told} --out {work.folder}/told", monkeypatch)
+    assert found["prior"]["absent"] == ["fire truck"]
+    assert "4, of which 3 have images, as --present says" in (work.folder / "told/report.html").read_text()
+    trained = read_classifier(str(work.folder / "told" / "trials"), "default")
+    own = load_probe(f"{work.folder}/told/probe")
+    assert (len(trained.weight), len(own.weight)) == (3, 4)
+    flags = shlex.split(found["chosen"]["command"])[2:]
+    flags[flags.index("--out") + 1] = f"{work.folder}/told-again"
+    again = run(shlex.join(["selftrain.py", *flags]), monkeypatch)
+    assert again["prior"]["absent"] == ["fire truck"]
+    probe = load_probe(f"{work.folder}/told-again/probe")
+    torch.testing.assert_close(probe.weight, own.weight, rtol=0, atol=1e-5 * float(own.weight.abs().max()))
+    assert again["probe"]["accuracy"] == found["chosen"]["accuracy"]
+
+
+@pytest.mark.slow
 def test_the_same_command_on_a_finished_sweep_runs_no_trial(
     swept: Summary,
     work: Work,

@@ -373,6 +373,38 @@ def test_names_without_images_are_left_out_of_the_rounds_and_stay_in_the_probe(
 
 
 @pytest.mark.slow
+def test_the_names_that_have_images_can_be_told(
+    base: dict[str, Any], work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = (*NAMES.split(","), "zebra", "submarine", "piano")
+    head = lpclip.zero_shot_head(names)
+    like = Store.open(base["features"]["train"])
+    store = write_store(work / "told", like=like, base=head.weight[:3], labels=np.arange(3))
+    told, shares = work / "told.txt", work / "told-shares.txt"
+    told.write_text("\n".join((*names[:3], "zebra")) + "\n")
+    shares.write_text("\n".join("422111"))
+    command = (
+        f"selftrain.py --data {store} --classes {','.join(names).replace(' ', '%20')} --out {work}/told-out"
+    )
+    command += f" --prior {shares} --present {told}"
+    found = run(command, monkeypatch)
+    assert found["prior"]["absent"] == ["submarine", "piano"]
+    assert found["prior"]["why_these_names"] == "as --present says"
+    plan = capsys.readouterr().out
+    assert f"present   4: {', '.join((*names[:3], 'zebra'))}, as --present says; the rounds use these" in plan
+    probe = load_probe(str(work / "told-out" / "probe"))
+    config = lpclip.SelfTrainingConfig(present=",".join((*names[:3], "zebra")))
+    views = Store.open(str(store)).features(views=("strong",))
+    same = lpclip.fit(views, head, config=config, shares=[4, 2, 2, 1, 1, 1])
+    assert float((same.probe.weight - probe.weight).abs().max()) <= 1e-4 * float(probe.weight.abs().max())
+    # Other names are other work, even under the same file's name; the same names go on.
+    assert run(command, monkeypatch)["probe"] == found["probe"]
+    assert "trying the rounds" not in capsys.readouterr().out
+    told.write_text("\n".join(names[:3]) + "\n")
+    assert "other" in refusal(command, monkeypatch, capsys)
+
+
+@pytest.mark.slow
 def test_finished_rounds_are_gone_on_from(crowd: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = f"selftrain.py --data {crowd} --classes {WORDS} --rounds 4 --neighbours 0 --prior weak"
     whole = run(f"{command} --out {work}/whole", monkeypatch)
@@ -500,6 +532,15 @@ def test_a_half_written_store_is_refused_as_data(
         (
             "--data {photos} --prior some",
             "--prior some is none of auto, uniform, weak, none, nor a text file",
+        ),
+        (
+            "--data {photos} --present al",
+            "--present al: at least two class names are needed, got 1, did you mean all?",
+        ),
+        ("--data {photos} --present {tmp}/none.txt", "--present {tmp}/none.txt: no such file"),
+        (
+            "--data {photos} --present stop%20sign,tennis%20bull",
+            "--present names 'tennis bull', which is none of the 3 classes",
         ),
         ("--data {photos} --views strong,blurry", "blurry"),
         ("--data {photos} --limit 0", "--limit must be at least 1, not 0"),

@@ -11,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpclip.config import EncoderConfig, UserError, to_dict
+from lpclip.config import EncoderConfig, UserError, readable, to_dict
 from lpclip.encoders import prompts
 from lpclip.encoders.encoder import Encoder
 from lpclip.encoders.head import EncoderInfo, Head, make_head
 from lpclip.encoders.load import full_identity, load_encoder
-from lpclip.images.classes import readable
 
 
 def describe(

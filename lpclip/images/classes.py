@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lpclip.config import ClassConfig, UserError
+from lpclip.config import ClassConfig, UserError, readable
 
 
 def resolve_classes(config: ClassConfig, *, label_names: tuple[str, ...] | None) -> ClassList:
@@ -127,11 +127,6 @@ def read_classes(spec: str) -> ClassList:
     if widths - {1}:
         raise UserError(f"{spec}: every line must be a class name, or every line label<TAB>name")
     return ClassList(names=tuple(row[0].strip() for row in rows))
-
-
-def readable(name: str) -> str:
-    """A class name as it reads in a prompt: `aquarium_fish` becomes "aquarium fish"."""
-    return " ".join(_composed(name).replace("_", " ").split())
 
 
 def names_a_file(spec: str) -> bool:

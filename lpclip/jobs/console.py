@@ -6,8 +6,11 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lpclip import files
 from lpclip.config import PredictJob, SelftrainJob, UiJob, flags
@@ -84,11 +87,23 @@ def print_mlflow(run: tracking.Run) -> None:
     print(f"MLflow   compare the runs: {run.charts or command_line('ui', show)}", flush=True)
 
 
-def print_training(job: SelftrainJob, classes: ClassList, head: Head) -> None:
+def print_classes(names: tuple[str, ...], present: np.ndarray | None) -> None:
+    """Print a plan's class names, and those at the places `present` (K',) that `--present` names, if any."""
+    print(f"classes   {_listed(names)}")
+    if present is not None:
+        print(
+            f"present   {_listed([names[place] for place in present])}, as --present says; the rounds use these"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{len(names)}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+
+
+def print_training(job: SelftrainJob, classes: ClassList, head: Head, *, present: np.ndarray | None) -> None:
     """The plan of the rounds."""
     t = job.training
-    names = ", ".join(classes.names[:8]) + (", ..." if len(classes.names) > 8 else "")
-    print(f"classes   {len(classes.names)}: {names}")
+    print_classes(classes.names, present)
     workers = f"{t.num_workers} Ray Train workers" if t.num_workers else "in this process"
     print(
         f"training  {t.solver}, at most {t.rounds} rounds, temperature {head.temperature:.4g}, "

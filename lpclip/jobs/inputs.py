@@ -17,6 +17,7 @@ from lpclip.config import (
     SelftrainJob,
     TuneJob,
     UserError,
+    did_you_mean,
     to_dict,
 )
 from lpclip.encoders.head import EncoderInfo, Head
@@ -29,7 +30,7 @@ from lpclip.features.store import Features
 from lpclip.features.stored_views import Encoded
 from lpclip.features.zero_shot_labels import ZeroShotLabels
 from lpclip.images.captions import with_captions
-from lpclip.images.classes import ClassList, map_labels, names_meet, resolve_classes
+from lpclip.images.classes import ClassList, map_labels, names_meet, read_classes, resolve_classes
 from lpclip.images.columns import Texts
 from lpclip.images.folders import without_labels
 from lpclip.images.named import CLASSES
@@ -38,6 +39,7 @@ from lpclip.images.source import Source
 from lpclip.images.views import base_views, parse_views
 from lpclip.jobs.console import print_zero_shot
 from lpclip.jobs.runtime import Stopwatch
+from lpclip.method.presence import named_classes
 from lpclip.method.probe import Probe, zero_shot_probe
 
 
@@ -49,6 +51,8 @@ class Inputs:
     test: Data | None
     """None when the evaluation is on `data` itself, as far as it has labels."""
     classes: ClassList
+    present: np.ndarray | None
+    """Places (K',) of the class names that have images, as `--present` says; None where it says nothing of that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +82,22 @@ def open_inputs(job: SelftrainJob | TuneJob) -> Inputs:
     if not supervised:
         data = _without_foreign_folders(data, classes)
     _check_label_names(data, test, classes, supervised=supervised)
-    return Inputs(data=data, test=test, classes=classes)
+    present = _named_present(job.training.present, classes.names)
+    return Inputs(data=data, test=test, classes=classes, present=present)
+
+
+def _named_present(spec: str, class_names: tuple[str, ...]) -> np.ndarray | None:
+    """Places (K',) of the class names that `--present` names; None for `auto`, `all`, and where it names all.
+
+    Raises UserError when it names what is no class, or fewer than two.
+    """
+    if spec in ("auto", "all"):
+        return None
+    try:
+        names = read_classes(spec).names
+    except UserError as error:
+        raise UserError(f"--present {spec}: {error}{did_you_mean(spec, ('auto', 'all'))}") from error
+    return named_classes(names, class_names)
 
 
 def open_pairs(

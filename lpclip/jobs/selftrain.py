@@ -82,7 +82,7 @@ def selftrain_job(job: SelftrainJob) -> dict[str, Any]:
         opened = _open(job)
         inputs, info = opened.inputs, opened.info
         print_plan(inputs.data, inputs.test, info=info, views=job.encode.views, out=out)
-        print_training(job, inputs.classes, opened.head)
+        print_training(job, inputs.classes, opened.head, present=inputs.present)
         watch.lap("start")
         with job_run("selftrain", job, out=out, encoder=info.name, data=inputs.data.name) as run:
             known = encode_inputs(job, inputs, info=info, head=opened.head, out=out, watch=watch)
@@ -144,6 +144,7 @@ def _train(
         prior=opened.prior,
         head=opened.teacher,
         fingerprint=fingerprint,
+        present=opened.inputs.present,
     )
     watch.lap("prior")
     rounds, labels = _run_rounds(job, opened, known, chosen=chosen, identity=identity, out=out)

@@ -9,13 +9,13 @@ import torch
 
 from lpclip import files
 from lpclip.config import SelfTrainingConfig, UserError, config_identity, did_you_mean, digest
-from lpclip.encoders.head import Head
+from lpclip.encoders.head import Head, take_names
 from lpclip.method.confirmation import Confirmation
 from lpclip.method.priors import PRIORS, Prior, read_prior
 from lpclip.method.trial import ChosenPrior, try_priors
 
 # The format of prior.json: the outcome of another version's trial is not this version's.
-FORMAT = 2
+FORMAT = 3
 MEANINGS = {
     "uniform": " (labels are pulled to equal class shares)",
     "weak": " (labels are pulled weakly to equal class shares)",
@@ -45,14 +45,19 @@ def settle_prior(
     prior: Prior | None,
     head: Head,
     fingerprint: str,
+    present: np.ndarray | None,
 ) -> ChosenPrior:
     """Try the rounds on a sample: with the prior that was asked for, or with those that `auto` has to choose from.
 
-    OUT/prior.json keeps the outcome, so that a job which goes on goes on with the same prior.
+    `present` (K',) are the places of the names that are known to have images: the rounds use them alone. OUT/prior.json
+    keeps the outcome, so that a job which goes on goes on with the same prior.
     """
     path = files.join(out, "prior.json")
+    tried_head = head if present is None else take_names(head, present)
+    if present is not None and prior is not None:
+        prior = prior.among(present)
     shares = None if prior is None or prior.shares is None else prior.shares.tolist()
-    identity = digest([FORMAT, fingerprint, head.identity, config_identity(training), shares])
+    identity = digest([FORMAT, fingerprint, tried_head.identity, config_identity(training), shares])
     kept = files.read_json(path) if files.exists(path) else {}
     if kept.get("identity") != identity:
         print(
@@ -62,22 +67,34 @@ def settle_prior(
         )
         found = try_priors(
             features,
-            torch.tensor(head.weight),
+            torch.tensor(tried_head.weight),
             temperature=head.temperature,
             config=training,
             prior=prior,
             show=print_tried,
         )
         outcome = {k: asdict(v) for k, v in found.tried.items()}
-        present = None if found.present is None else found.present.tolist()
-        kept = {"identity": identity, "name": found.name, "tried": outcome, "present": present}
+        places = None if found.present is None else found.present.tolist()
+        kept = {
+            "identity": identity,
+            "name": found.name,
+            "tried": outcome,
+            "present": places,
+            "why": found.why,
+        }
         files.write_json(path, kept)
     name, tried = kept["name"], {k: Confirmation(**v) for k, v in kept["tried"].items()}
-    present = None if kept["present"] is None else np.array(kept["present"])
-    prior = PRIORS[name] if prior is None else prior
-    chosen = ChosenPrior(name=name, prior=prior, tried=tried, present=present)
-    if present is not None:
-        print_present(head.class_names, present)
+    if kept["present"] is not None:
+        print_present(head.class_names, np.array(kept["present"]))
+    elif training.present == "auto":
+        print(f"classes: the rounds use all {len(head.class_names)} names: {kept['why']}", flush=True)
+    chosen = ChosenPrior(
+        name=name,
+        prior=PRIORS[name] if prior is None else prior,
+        tried=tried,
+        present=present if kept["present"] is None else np.array(kept["present"]),
+        why=kept["why"],
+    )
     print_prior(name, tried, trusted=chosen.trusted)
     return chosen
 

@@ -21,13 +21,13 @@ from lpclip.config import (
     config_identity,
     to_dict,
 )
-from lpclip.encoders.head import EncoderInfo, Head, make_head
+from lpclip.encoders.head import EncoderInfo, Head, make_head, take_names
 from lpclip.encoders.prompts import templates
 from lpclip.evaluation.judge import accuracy, evaluate
 from lpclip.features.describe import describe_encoder
 from lpclip.images.views import parse_views
 from lpclip.jobs import tracking
-from lpclip.jobs.console import LITE_NOTE, command_line, print_plan
+from lpclip.jobs.console import LITE_NOTE, command_line, print_classes, print_plan
 from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
 from lpclip.jobs.process import start_ray
 from lpclip.jobs.run import check_job, job_run, provenance, single_metrics
@@ -38,6 +38,7 @@ from lpclip.method.calibration import label_free_temperature
 from lpclip.method.criteria import CRITERIA, make_yardstick, measure
 from lpclip.method.linear import Linear
 from lpclip.method.neighbours import comparison_dtype
+from lpclip.method.presence import with_absent
 from lpclip.method.priors import Prior
 from lpclip.method.probe import Probe, zero_shot_probe
 from lpclip.method.recipe import RECIPE
@@ -77,8 +78,8 @@ def tune_job(job: TuneJob) -> dict[str, Any]:
     """Search without labels on features that are encoded once; everything goes to OUT and MLflow."""
     check_job(job)
     watch = Stopwatch()
-    # Trials are compared on all names.
-    job = replace(job, training=replace(job.training, present="all"))
+    if job.training.present == "auto":  # trials are compared on the same names
+        job = replace(job, training=replace(job.training, present="all"))
     parse_views(job.encode.views)
     space = read_space(job.space)
     if job.search == "optuna" and space.undrawable:
@@ -108,7 +109,8 @@ def tune_job(job: TuneJob) -> dict[str, Any]:
         count = len(trials) or job.trials
         concurrent = job.concurrent or max(1, int(ray.cluster_resources().get("CPU", 1)))
         print_plan(inputs.data, inputs.test, info=info, views=job.encode.views, out=out)
-        print_sweep_plan(job, space, classes=inputs.classes, count=count, concurrent=concurrent)
+        print_classes(names, inputs.present)
+        print_sweep_plan(job, space, count=count, concurrent=concurrent)
         with job_run("tune", job, out=out, encoder=info.name, data=inputs.data.name) as run:
             watch.lap("start")
             sweep = _Sweep(job, out, space, inputs, info, head, run)
@@ -178,6 +180,9 @@ class _Sweep:
     ) -> None:
         self._job, self._out, self._space, self._inputs = job, out, space, inputs
         self._info, self._head, self._run = info, head, run
+        # Trials know the names that have images, where --present names them; the probes know all.
+        self._present = inputs.present
+        self._used = head if inputs.present is None else take_names(head, inputs.present)
         self._folder = files.join(out, "trials")
         self._children: dict[str, tracking.Run] = {}
         self._prior: ChosenPrior | None = None
@@ -195,7 +200,7 @@ class _Sweep:
         """All of it. Returns the summary."""
         job, out, head = self._job, self._out, self._head
         known = encode_inputs(job, self._inputs, info=self._info, head=head, out=out, watch=watch)
-        self._x, self._y = known.x, known.y
+        self._x, self._y, self._features = known.x, known.y, known.features.base
         fingerprint = known.encoded.store.manifest.fingerprint
         claim(out, self._identity(fingerprint))
         # Whichever priors are searched: where a sample's views do not agree on the rounds, no trial is to be trusted.
@@ -207,6 +212,7 @@ class _Sweep:
             prior=priors.get(spec),
             head=head,
             fingerprint=fingerprint,
+            present=self._present,
         )
         watch.lap("prior")
         material = self._prepare(known, configs, priors)
@@ -233,7 +239,7 @@ class _Sweep:
             "format": FORMAT,
             "space": self._space.identity,
             "features": fingerprint,
-            "head": self._head.identity,
+            "head": self._used.identity,
             "training": config_identity(job.training),
             "search": [job.search, job.scheduler, job.criterion if self._steered else None],
         }
@@ -244,7 +250,7 @@ class _Sweep:
         configs: list[SelfTrainingConfig],
         priors: Mapping[str, Prior | None],
     ) -> Material:
-        job, head, chosen = self._job, self._head, self._prior
+        job, head, chosen = self._job, self._used, self._prior
         strong = _strong_views(job)
         loaded = known.encoded.store.features(views=strong, with_labels=False).strong if strong else {}
         print("criteria: finding the clusters and neighbours of a sample, to compare trials with", flush=True)
@@ -260,7 +266,11 @@ class _Sweep:
             head=head,
             base=job.training,
             fixed=self._space.fixed,
-            priors={spec: prior for spec, prior in found.items() if prior is not None},
+            priors={
+                spec: prior if self._present is None else prior.among(self._present)
+                for spec, prior in found.items()
+                if prior is not None
+            },
             yardstick=yardstick,
             criterion=job.criterion,
             folder=self._folder,
@@ -342,10 +352,18 @@ class _Sweep:
                 named = {f"rounds/{k}": v for k, v in metrics.items() if k != "round"}
                 run.log(named, step=int(metrics["round"]))
             if record.status == "finished":
-                candidate = read_classifier(self._folder, record.name)
+                candidate = self._whole(read_classifier(self._folder, record.name))
                 run.log({"test/accuracy": accuracy(candidate, self._x, self._y)})
             run.log({"speed/seconds_total": record.seconds})
         self._children[record.name] = run
+
+    def _whole(self, classifier: Linear) -> Linear:
+        """A trial's classifier as one of all names."""
+        if self._present is None:
+            return classifier
+        head = self._head
+        zero_shot = zero_shot_probe(torch.tensor(head.weight), temperature=head.temperature)
+        return with_absent(classifier, self._present, zero_shot=zero_shot, features=self._features)
 
     def _choose(self, known: EncodedInputs, records: list[TrialRecord], material: Material) -> _Choice:
         """Compare all candidates by every criterion; the winner's probe goes to OUT/probe."""
@@ -355,8 +373,10 @@ class _Sweep:
         finished = {record.name: record for record in records if record.status == "finished"}
         # Ties are decided for zero-shot, then for the default recipe.
         order = sorted(finished, key=lambda name: (name != DEFAULT, name))
-        candidates: dict[str, Linear] = {ZERO_SHOT_KEY: zero_shot}
+        used = zero_shot_probe(torch.tensor(self._used.weight), temperature=head.temperature)
+        candidates: dict[str, Linear] = {ZERO_SHOT_KEY: used}
         candidates |= {name: read_classifier(self._folder, name) for name in order}
+        whole = {name: self._whole(one) for name, one in candidates.items()} | {ZERO_SHOT_KEY: zero_shot}
         own = ", the default recipe" if DEFAULT in finished else ""
         print(f"choosing among {len(finished) - len(own[:1])} trials{own} and zero-shot", flush=True)
         worth = {
@@ -377,7 +397,7 @@ class _Sweep:
             best=best,
             record=finished.get(best),
             worth=worth,
-            accuracy={name: accuracy(one, self._x, self._y) for name, one in candidates.items()},
+            accuracy={name: accuracy(one, self._x, self._y) for name, one in whole.items()},
             trusted=trusted,
             rejected=rejected,
         )
@@ -390,7 +410,7 @@ class _Sweep:
         try:
             found = try_priors(
                 known.features.base,
-                torch.tensor(self._head.weight),
+                torch.tensor(self._used.weight),
                 temperature=config.temperature,
                 config=config,
                 prior=material.task.priors[record.parameters.get("prior", self._job.training.prior)],
@@ -451,14 +471,15 @@ class _Sweep:
         """The winner as a probe with a label-free temperature, saved."""
         probe = zero_shot
         if record is not None:
-            probe = replace(zero_shot, weight=candidate.weight, bias=candidate.bias)
+            whole = self._whole(candidate)
+            probe = replace(zero_shot, weight=whole.weight, bias=whole.bias)
             teacher = float(self._training(record)["temperature"])
             temperature = label_free_temperature(
                 probe,
                 zero_shot=zero_shot,
                 features=known.features.base,
                 trained=candidate,
-                head=zero_shot.weight * (self._head.temperature / teacher),
+                head=torch.tensor(self._used.weight) / teacher,
             )
             probe = replace(probe, temperature=temperature)
         summary = {
@@ -489,7 +510,7 @@ class _Sweep:
 
     def _shown_default(self, num_rows: int) -> Parameters:
         """The default recipe's values of what the space searches."""
-        base, head = self._job.training, self._head
+        base, head = self._job.training, self._used
         count = RECIPE.neighbour_count(base, num_rows=num_rows, num_classes=len(head.class_names))
         temperature = base.temperature or head.temperature
         found = {**to_dict(base), "temperature": temperature, FACTOR: temperature / head.temperature}
@@ -517,6 +538,13 @@ class _Sweep:
         )
         return command_line("selftrain", again)
 
+    def _names(self) -> str:
+        """How many class names there are, and which of them `--present` names."""
+        count, used = len(self._head.class_names), self._used.class_names
+        if self._present is None:
+            return str(count)
+        return f"{count}, of which {len(used)} have images, as --present says: {', '.join(used)}"
+
     def _tell_all(self, summary: dict[str, Any]) -> None:
         """To files, to the page and to MLflow."""
         out, run, criterion = self._out, self._run, self._job.criterion
@@ -524,6 +552,7 @@ class _Sweep:
         facts = {
             "Data": f"{self._inputs.data.describe()}",
             "Encoder": self._info.name + (f" ({LITE_NOTE})" if self._info.name == "lite" else ""),
+            "Class names": self._names(),
             "Space": self._job.space,
             "Chosen by": criterion,
         }

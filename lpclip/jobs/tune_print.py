@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from lpclip.config import TuneJob
-from lpclip.images.classes import ClassList
 from lpclip.jobs import tracking
 from lpclip.jobs.console import print_places
 from lpclip.report.sweep_page import status_line, trials_table, verdict
@@ -13,12 +12,8 @@ from lpclip.report.tables import format_table
 from lpclip.training.search_space import SearchSpace
 
 
-def print_sweep_plan(
-    job: TuneJob, space: SearchSpace, *, classes: ClassList, count: int, concurrent: int
-) -> None:
-    """Print the plan of a sweep."""
-    names = ", ".join(classes.names[:8]) + (", ..." if len(classes.names) > 8 else "")
-    print(f"classes   {len(classes.names)}: {names}")
+def print_sweep_plan(job: TuneJob, space: SearchSpace, *, count: int, concurrent: int) -> None:
+    """Print the plan of a sweep, but for its images, encoder and classes."""
     fixed = "".join(f", {name}={value}" for name, value in space.fixed.items())
     print(f"space     {job.space}: {', '.join(space.searched)}{fixed}")
     scheduler = "no trial is stopped early" if job.scheduler == "none" else f"{job.scheduler} stops the worst"

@@ -22,7 +22,7 @@ from lpclip.method.agreement import Agreement, agreement
 from lpclip.method.chance import chance_confidence, head_confidence
 from lpclip.method.gaussian import Whitening
 from lpclip.method.neighbours import nearest
-from lpclip.method.presence import present_classes
+from lpclip.method.presence import Presence, present_classes
 from lpclip.method.priors import PRIORS, Prior
 from lpclip.method.recipe import RECIPE, Recipe
 from lpclip.method.self_training import Rounds
@@ -132,8 +132,8 @@ class Sample:
             chance=self._chance,
         )
 
-    def present(self) -> np.ndarray:
-        """Places (K',) of the class names that have images in the sample."""
+    def present(self) -> Presence:
+        """The class names that have images in the sample."""
         zero_shot = torch.from_numpy(self._whole.features).float() @ self._head.T
 
         def label(places: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from lpclip.method.arrays import StoredFeatures, ZeroShotHead, arrange, check_he
 from lpclip.method.calibration import label_free_temperature
 from lpclip.method.confirmation import with_neighbours
 from lpclip.method.neighbours import comparison_dtype
-from lpclip.method.presence import with_absent
+from lpclip.method.presence import named_classes, with_absent
 from lpclip.method.priors import PRIORS, Prior, read_prior
 from lpclip.method.probe import Probe, zero_shot_probe
 from lpclip.method.recipe import RECIPE
@@ -84,7 +84,8 @@ def fit(
         bring their strong views and the encoder's identity; with them the probe equals the selftrain job's.
     head: class names, their weights (K, d) of unit norm, and the encoder's temperature.
     strong: further views of the same rows, each (N, d), such as augmented images; the last student is fitted to them.
-    config: options of the method. Its `num_workers` is not used: everything runs in this process.
+    config: options of the method. Its `num_workers` is not used: everything runs in this process. Its `present` is
+        auto, all or comma-separated class names.
     shares: the classes' shares (K,) where they are known; they replace `config.prior`.
     tell: called with a line of text after each step, for instance `print`.
 
@@ -92,13 +93,16 @@ def fit(
     range, or the features and the head come from two encoders.
     """
     weight, names = check_head(head), tuple(head.class_names)
-    config, prior = _read_options(config, shares, class_names=names)
+    config, prior, present = _read_options(config, shares, class_names=names)
     rows, views, order = arrange(features, strong, dim=weight.shape[1])
     temperature = head.temperature if config.temperature is None else config.temperature
     origin = join_origins(features, head)
     zero_shot = zero_shot_probe(weight, temperature=head.temperature, class_names=names, encoder=origin)
     teacher = weight / temperature
-    chosen = _try_priors(rows, weight, temperature=temperature, config=config, prior=prior, tell=tell)
+    tried = weight if present is None else weight[present]
+    chosen = _try_priors(rows, tried, temperature=temperature, config=config, prior=prior, tell=tell)
+    if present is not None:
+        chosen = replace(chosen, present=present)
     places = np.arange(len(names)) if chosen.present is None else chosen.present
     shard = Shard(features=rows, strong=views, num_rows=len(rows), device=compute_device())
     states, last = _run(shard, head=teacher[places], prior=chosen.prior, config=config, tell=tell)
@@ -182,18 +186,26 @@ def _read_options(
     shares: Sequence[float] | np.ndarray | None,
     *,
     class_names: tuple[str, ...],
-) -> tuple[SelfTrainingConfig, Prior | None]:
-    """The configuration, and the prior that it or the shares ask for: None for `auto`."""
+) -> tuple[SelfTrainingConfig, Prior | None, np.ndarray | None]:
+    """The configuration, and what it or the shares ask for: the prior, None for `auto`, among the names to be used.
+
+    These are the places (K',) of the class names that `present` names, None where it names none or all.
+    """
     config = config or SelfTrainingConfig()
     check(config)
+    present = None
+    if config.present not in ("auto", "all"):
+        present = named_classes([name.strip() for name in config.present.split(",")], class_names)
     if shares is not None:
         text = "\n".join(str(float(share)) for share in shares)
-        return replace(config, prior="shares"), read_prior("shares", class_names, text=text)
-    if config.prior != "auto" and config.prior not in PRIORS:
+        config, prior = replace(config, prior="shares"), read_prior("shares", class_names, text=text)
+    elif config.prior != "auto" and config.prior not in PRIORS:
         raise UserError(
             f"prior {config.prior!r} is none of auto, uniform, weak, none; give the classes' shares as shares="
         )
-    return config, read_prior(config.prior, class_names)
+    else:
+        prior = read_prior(config.prior, class_names)
+    return config, prior if prior is None or present is None else prior.among(present), present
 
 
 def _try_priors(
@@ -218,6 +230,8 @@ def _try_priors(
     tell(f"prior: {chosen.name}{doubt}")
     if chosen.present is not None:
         tell(f"classes: {len(chosen.present)} of {len(weight)} names have images, the rounds use these")
+    elif config.present == "auto":
+        tell(f"classes: the rounds use all {len(weight)} names: {chosen.why}")
     return chosen
 
 

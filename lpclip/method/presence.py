@@ -7,12 +7,14 @@ for is taken for absent. Labels play no part.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lpclip.config import UserError, did_you_mean, readable
 from lpclip.method.linear import Linear
 
 # A row is sure where zero-shot gives a name more than this.
@@ -35,27 +37,62 @@ STEPS = 8
 TAKEN = 0.003
 
 
-def present_classes(zero_shot: Tensor, *, label: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Places (K',) int64, rising, of the names that have images; all K where too little speaks against any.
+@dataclass(frozen=True, kw_only=True)
+class Presence:
+    """The class names that have images."""
+
+    places: np.ndarray
+    """(K',) int64, rising."""
+    why: str
+    """Why these, a clause."""
+
+
+def named_classes(names: Sequence[str], class_names: Sequence[str]) -> np.ndarray | None:
+    """Places (K',) int64, rising, of the class names that `--present` names; None for all of them.
+
+    Raises UserError for fewer than two names, and for one that is no class.
+    """
+    known = {readable(name).casefold(): place for place, name in enumerate(class_names)}
+    for name in names:
+        if readable(name).casefold() not in known:
+            shown = f"{', '.join(class_names[:8])}{', ...' if len(class_names) > 8 else ''}"
+            raise UserError(
+                f"--present names {name!r}, which is none of the {len(class_names)} classes "
+                f"({shown}){did_you_mean(name, ('auto', 'all', *class_names))}"
+            )
+    places = np.unique([known[readable(name).casefold()] for name in names]).astype(np.int64)
+    if len(places) < 2:
+        raise UserError(f"--present must name at least two classes, not {len(places)}")
+    return places if len(places) < len(class_names) else None
+
+
+def present_classes(zero_shot: Tensor, *, label: Callable[[np.ndarray], np.ndarray]) -> Presence:
+    """The names that have images; all K where too little speaks against any.
 
     `zero_shot` are its logits (n, K) of the rows. `label` takes places and returns the rows' labels (n,), places among
     these, of rounds that know these names alone and have no class prior.
     """
     num_rows, num_classes = zero_shot.shape
-    places = np.arange(num_classes)
-    for _ in range(STEPS if num_rows >= ENOUGH_ROWS else 0):
+    places, why = np.arange(num_classes), "none seems to be without images"
+    if num_rows < ENOUGH_ROWS:
+        return Presence(places=places, why=f"{num_rows} images are too few to tell, {ENOUGH_ROWS} are needed")
+    for _ in range(STEPS):
         sure = (torch.softmax(zero_shot[:, places], dim=1) > SURE).sum(dim=0).numpy()
         spoken_for = sure > SURE_SHARE * sure.mean()
-        if sure.sum() < ENOUGH_OF_ALL * num_rows:
-            break
-        if sure.mean() < ENOUGH_SURE and not _crowd(sure, hit=int(spoken_for.sum())):
+        telling = sure.mean() >= ENOUGH_SURE or _crowd(sure, hit=int(spoken_for.sum()))
+        if sure.sum() < ENOUGH_OF_ALL * num_rows or not telling:
+            why = "zero-shot is sure of too few images to tell"
             break
         counts = np.bincount(label(places), minlength=len(places))
         kept = spoken_for | (counts >= LABEL_SHARE * num_rows / len(places))
         if kept.all() or kept.sum() < 2:
             break
         places = places[kept]
-    return places if len(places) <= MOST_LEFT * num_classes else np.arange(num_classes)
+    if len(places) <= MOST_LEFT * num_classes:
+        return Presence(places=places, why="the others seem to have none")
+    if len(places) < num_classes:
+        why = f"{len(places)} seem to have images, and so few others do little harm"
+    return Presence(places=np.arange(num_classes), why=why)
 
 
 def _crowd(sure: np.ndarray, *, hit: int) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,13 @@ class Prior:
     """(K,), summing to 1; uniform when None."""
     strength: float = 1.0
     """The exponent a in (0, 1]: 1 is the full correction. 0 leaves the targets alone."""
+
+    def among(self, places: np.ndarray) -> Prior:
+        """The prior of the classes at `places` (K',) alone: their shares, which sum to 1 again."""
+        if self.shares is None:
+            return self
+        shares = self.shares[places]
+        return replace(self, shares=shares / shares.sum())
 
     def target(self, counts: Tensor) -> Tensor:
         """The shares (K,) float64 to ask for, given the posteriors' class counts (K,): halfway to the prior.

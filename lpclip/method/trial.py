@@ -23,8 +23,10 @@ class ChosenPrior:
     prior: Prior
     tried: dict[str, Confirmation]
     """By candidate."""
-    present: np.ndarray | None = None
+    present: np.ndarray | None
     """Places (K',) of the class names that the rounds use; None for all of them."""
+    why: str
+    """Why these, a clause."""
 
     @property
     def trusted(self) -> bool:
@@ -37,6 +39,7 @@ class ChosenPrior:
         return {
             "name": self.name,
             "trusted": self.trusted,
+            "why_these_names": self.why,
             "absent": [name for place, name in enumerate(class_names) if place not in present],
             "tried": {name: asdict(found) for name, found in self.tried.items()},
         }
@@ -53,21 +56,28 @@ def try_priors(
 ) -> ChosenPrior:
     """Try the rounds on a sample of features (N, d), with the given prior or with the candidates of `auto`.
 
-    `zero_shot` is the head (K, d), `show` is called with each candidate's outcome. The rounds that are tried are always
-    those of the gaussian solver, which is fast: what they say of the classes holds for the gradient solver too.
+    `zero_shot` is the head (K, d) of all names, or of those that are known to have images; `show` is called with each
+    candidate's outcome. The rounds that are tried are always those of the gaussian solver, which is fast: what they say
+    of the classes holds for the gradient solver too.
     """
-    name, present = config.prior, None
-    config, dtype = replace(config, solver="gaussian"), comparison_dtype()
+    name, dtype = config.prior, comparison_dtype()
+    config = replace(config, solver="gaussian")
     sample = Sample(features, zero_shot=zero_shot, temperature=temperature, config=config, dtype=dtype)
     if prior is None:
         name, tried = choose_prior(sample, show=show)
-        # Some absent names may be left: equal shares would be ruinous, so the weak prior is taken.
-        if config.present == "auto" and tried[name].trusted and tried["weak"].trusted:
-            found = sample.present()
-            if len(found) < len(zero_shot):
-                name, present = "weak", found
     else:
         tried = {name: sample.confirm(prior)}
         show(name, tried[name])
+    present, why = None, "all of them" if config.present == "all" else "as --present says"
+    if config.present == "auto" and prior is not None:
+        why = "names without images are looked for with --prior auto alone"
+    elif config.present == "auto" and not (tried[name].trusted and tried["weak"].trusted):
+        why = "the rounds cannot be trusted"
+    elif config.present == "auto":
+        found = sample.present()
+        why = found.why
+        # Some absent names may be left: equal shares would be ruinous, so the weak prior is taken.
+        if len(found.places) < len(zero_shot):
+            name, present = "weak", found.places
     prior = PRIORS[name] if prior is None else prior
-    return ChosenPrior(name=name, prior=prior, tried=tried, present=present)
+    return ChosenPrior(name=name, prior=prior, tried=tried, present=present, why=why)

@@ -22,7 +22,7 @@ from lpclip.config import SelfTrainingConfig, UserError, did_you_mean, digest
 SHIPPED = ("default", "quick", "wide")
 # In units of the encoder's own temperature, so that one space fits every encoder.
 FACTOR = "temperature_factor"
-# Not the seed either: it is also that of the strong views, which are encoded once. Trials use all class names.
+# Not the seed either: it is also that of the strong views, which are encoded once. Trials use the same class names.
 OTHERS = ("num_workers", "seed", "present")
 SEARCHABLE = (FACTOR, *(item.name for item in fields(SelfTrainingConfig) if item.name not in OTHERS))
 # Draws without a new trial in them after which the space is taken to have no more.
