@@ -370,7 +370,9 @@ class TestPatterns:
         with pytest.raises(UserError, match=r"no file fits this pattern; there are 3 in"):
             open_source(str(tmp_path / "2022*"), config=CONFIG)
         write(tmp_path / "odd [1]" / "4.png", png(4))
-        assert by_id(open_source("odd [1]", config=CONFIG)).keys() == {"4.png"}
+        for data in ("odd [1]", "odd [1]/*", f"file://{tmp_path}/odd [1]"):
+            assert by_id(open_source(data, config=CONFIG)).keys() == {"4.png"}
+        assert by_id(open_source("odd [1*", config=CONFIG)).keys() == {"odd [1]/4.png"}
 
     def test_what_a_downloader_writes_beside_its_images_is_left_out_with_a_note(self, tmp_path: Path) -> None:
         about = {"url": ["http://x/1.jpg"], "key": ["0"], "caption": ["a cat"], "status": ["success"]}

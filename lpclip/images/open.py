@@ -130,18 +130,17 @@ def _list(data: str) -> tuple[Listing, bool]:
 
 def _is_pattern(data: str) -> bool:
     """True when `data` names several files by a pattern, and is not itself a path."""
-    return re.search(r"[*[]", split_options(data)[0]) is not None and not (
-        "://" not in data and Path(data).expanduser().exists()
-    )
+    return "*" in split_options(data)[0] and not ("://" not in data and Path(data).expanduser().exists())
 
 
 def _list_pattern(data: str) -> Listing:
     """The files that fit a pattern, or lie in folders that do, below the last folder before its first wildcard."""
     base, options = split_options(data)
     parts = base.split("/")
-    first = next(place for place, part in enumerate(parts) if re.search(r"[*[]", part))
+    first = next(place for place, part in enumerate(parts) if "*" in part)
     listing, _ = _list(("/".join(parts[:first]) or ("/" if first else ".")) + options)
-    wanted = parts[first:]
+    # Of fnmatch's wildcards, names often have brackets of their own.
+    wanted = [part.replace("[", "[[]") for part in parts[first:]]
 
     def fits(path: str) -> bool:
         found = path.split("/")
