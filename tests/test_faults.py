@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -132,10 +133,10 @@ def no_encoder_is_left() -> Iterator[None]:
 class Encoding(threading.Thread):
     """encode() beside the test, on the tests' own Ray."""
 
-    def __init__(self, *arguments: Any) -> None:
+    def __init__(self, source: Source, info: EncoderInfo, path: Path) -> None:
         super().__init__(daemon=True)
         self.error: Exception | None = None
-        self._arguments = arguments
+        self._arguments, self._path = (source, info, path), path
         self._killed = set(encoders())  # of a test before, perhaps still ending
         self.start()
 
@@ -144,6 +145,11 @@ class Encoding(threading.Thread):
             run(*self._arguments)
         except Exception as error:
             self.error = error
+
+    def waits_for_parts(self, number: int) -> None:
+        """Until there are so many."""
+        there = partial(list_parts, str(self._path))
+        wait_for(lambda: len(there()) >= number, f"{number} parts", told=lambda: str(self.error))
 
     def kill_encoder(self) -> None:
         """SIGKILL for the encoder actor, when there is one that was not killed yet."""
@@ -169,13 +175,33 @@ def test_a_lost_encoder_is_replaced(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     encoding = Encoding(open_source(str(tars), config=SourceConfig()), info, tmp_path)
-    wait_for(lambda: len(list_parts(str(tmp_path))) >= 3, "3 parts", told=lambda: str(encoding.error))
+    encoding.waits_for_parts(3)
     before = parts(tmp_path)
     encoding.kill_encoder()
     assert len(before) < NUM_TARS
     encoding.ends()
     assert encoding.error is None
-    assert "an encoder was lost, going on (1 of 2 times)" in capsys.readouterr().out
+    assert "an encoder was lost, going on (1 of 2 times in a row)" in capsys.readouterr().out
+    assert_whole(tmp_path, expected=undisturbed, before=before)
+
+
+def test_encoders_that_are_lost_between_finished_units_do_not_end_the_job(
+    tars: Path,
+    undisturbed: dict[str, bytes],
+    info: EncoderInfo,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    encoding = Encoding(open_source(str(tars), config=SourceConfig()), info, tmp_path)
+    before: Parts = {}
+    for _ in range(4):
+        encoding.waits_for_parts(len(before) + 1)
+        before = parts(tmp_path)
+        assert len(before) < NUM_TARS
+        encoding.kill_encoder()
+    encoding.ends()
+    assert encoding.error is None
+    assert capsys.readouterr().out.count("an encoder was lost, going on (1 of 2 times in a row)") == 4
     assert_whole(tmp_path, expected=undisturbed, before=before)
 
 
@@ -186,7 +212,9 @@ def test_encoders_that_die_again_and_again_end_the_job(tars: Path, info: Encoder
         encoding.kill_encoder()
     encoding.ends()
     assert isinstance(encoding.error, ValueError)
-    assert str(encoding.error).startswith("an encoder died 3 times, the last time with: The actor died")
+    assert str(encoding.error).startswith(
+        "an encoder died 3 times in a row, the last time with: The actor died"
+    )
     assert "what is encoded is kept, the same command goes on" in str(encoding.error)
 
 

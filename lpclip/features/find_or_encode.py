@@ -24,6 +24,7 @@ from lpclip.features.data import Data
 from lpclip.features.decode_stage import rows_at_once
 from lpclip.features.encode_stage import TORCH_ENV, EncodeStage, plan_actors, store_identity
 from lpclip.features.pipeline import check_quarantine, decode_units, fill_store
+from lpclip.features.stalls import CPU_LIMITS, LIMITS
 from lpclip.features.store import Store, fingerprint
 from lpclip.features.store_writer import StoreWriter
 from lpclip.features.stored_views import Encoded, Views
@@ -175,4 +176,5 @@ class Encoding:
             # A commit asks for no share of a CPU: decoding would take it again and again, and commits would wait.
             return encoded.map_batches(commit_parts, batch_size=None, batch_format="pyarrow", num_cpus=0)
 
-        return fill_store(source, writer=writer, what="encoding", stages=stages)
+        limits = LIMITS if plan_actors(self.num_actors).gpus_per_actor else CPU_LIMITS
+        return fill_store(source, writer=writer, what="encoding", stages=stages, limits=limits)

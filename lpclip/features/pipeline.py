@@ -23,22 +23,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as Nod
 from lpclip import files
 from lpclip.config import UserError
 from lpclip.features.decode_stage import PIXEL_BYTES, decode_unit, table_bytes
+from lpclip.features.losses import LOSSES, MAX_LOSSES, Losses
+from lpclip.features.stalls import LIMITS, SeeExecutor, StallLimits, StallWatch
 from lpclip.features.store import Store
 from lpclip.features.store_writer import StoreWriter, write_quarantine
 from lpclip.images.pixels import Preprocess
 from lpclip.images.source import Source
 from lpclip.images.views import View
-from lpclip.progress import Progress
-
-# The work ends when an encoder, a machine, or a process over one unit of work has died this often.
-MAX_LOSSES = 3
-LOSSES = (
-    ray.exceptions.RayActorError,
-    ray.exceptions.WorkerCrashedError,
-    ray.exceptions.OutOfMemoryError,
-    ray.exceptions.NodeDiedError,
-    ray.exceptions.ObjectLostError,
-)
+from lpclip.progress import Progress, watched
 
 # So many tables of pixels may wait for each consumer, beside the one that each CPU is decoding.
 TABLES_AHEAD = 4
@@ -55,42 +47,46 @@ def fill_store(
     writer: StoreWriter,
     what: str,
     stages: Callable[[list[int], str], ray.data.Dataset],
+    limits: StallLimits = LIMITS,
 ) -> Store:
     """Run a pipeline until the store has all units of the source. Returns the complete store.
 
     `stages` makes the pipeline for the units that are still to do; its rows are the counts of committed parts, and the
-    names of its actors begin with the given one. `what` is the word for the work: "encoding".
+    names of its actors begin with the given one. `what` is the word for the work: "encoding". `limits` say when a
+    pipeline that stands still is told of, and when it is begun again.
     Raises UserError when too many images are bad, or the folder is another store's.
     """
     done = writer.begin()
     todo = [unit for unit in range(len(source.units)) if unit not in done]
-    progress = Progress(f"{what} {source.name}", total=source.num_rows, done=sum(done.values()))
+    what = f"{what} {source.name}"
+    progress = Progress(what, total=source.num_rows, done=sum(done.values()))
     if done and todo:
         print(f"going on: {progress.done:,} images are there already", flush=True)
-    worked_now, num_losses = bool(todo), 0
+    worked_now, losses = bool(todo), Losses()
     bad: Counter[int] = Counter()
     while todo:
-        name = f"lpclip-{uuid.uuid4().hex}"
+        name, dead = f"lpclip-{uuid.uuid4().hex}", _dead_nodes()
         with warnings.catch_warnings():
             # Ray Data has no other way yet to say how often a task or an actor may be tried again.
             warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
             pipeline = stages(todo, name)
         try:
-            for counts in _follow(pipeline):
+            for counts in _follow(pipeline, what=what, limits=limits):
                 bad[counts["unit"]] += counts["bad"]
                 progress.advance(counts["images"], bad=counts["bad"])
                 _check_bad(source, writer.path, bad=bad.total(), seen=source.num_rows)
         except LOSSES as error:
             # Ray would restart a dying actor forever, even where the parts that are there need none.
-            num_losses += 1
-            lost = _go_on_after(error, num_losses)
-            print(f"{lost} was lost, going on ({num_losses} of {MAX_LOSSES - 1} times)", flush=True)
+            _end_actors(name)
+            _wait_for_nodes()
+            before, done = len(done), writer.begin()
+            if len(done) > before:
+                losses.forget()
+            print(losses.go_on_after(error, lost_node=bool(_dead_nodes() - dead)), flush=True)
         else:
             break
         finally:
             _end_actors(name)
-        _wait_for_nodes()
-        done = writer.begin()
         todo = [unit for unit in todo if unit not in done]
         # Units that are done again must not count twice.
         bad = Counter({unit: count for unit, count in bad.items() if unit in done})
@@ -151,11 +147,16 @@ def _memory_limit(num_consumers: int, num_bytes: int) -> float | None:
     return SHARING * num_bytes * (sum(cpus) + TABLES_AHEAD * num_consumers)
 
 
-def _follow(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+def _follow(dataset: ray.data.Dataset, *, what: str, limits: StallLimits) -> Iterator[dict[str, Any]]:
     """Run the pipeline. Yields the counts of each part when it is committed."""
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        assert isinstance(batch, pa.Table)
-        yield from batch.to_pylist()
+    dataset.context.execution_no_progress_timeout_s = limits.lose
+    dataset.context.custom_execution_callback_classes = [SeeExecutor]
+    watch = StallWatch(what, limits)
+    with watched(watch.look, seconds=limits.tell / 10):
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            assert isinstance(batch, pa.Table)
+            watch.moved()
+            yield from batch.to_pylist()
 
 
 def _end_actors(name: str) -> None:
@@ -167,21 +168,9 @@ def _end_actors(name: str) -> None:
                 ray.kill(ray.get_actor(actor))
 
 
-def _go_on_after(error: BaseException, num_losses: int) -> str:
-    """Name what was lost. Raises UserError when going on would not help."""
-    cause = str(error).splitlines()[0]
-    kept = f"the last time with: {cause}; what is encoded is kept, the same command goes on"
-    if isinstance(error, ray.exceptions.WorkerCrashedError):
-        raise UserError(
-            f"a process that reads and decodes images died {MAX_LOSSES} times over the same ones, {kept}; a file "
-            "that brings its decoder down must be taken out, and memory that is short wants fewer CPUs"
-        ) from error
-    what = "an encoder" if isinstance(error, ray.exceptions.RayActorError) else "a machine or its memory"
-    if num_losses == MAX_LOSSES:
-        raise UserError(
-            f"{what} died {num_losses} times, {kept}; a smaller --batch-size needs less memory"
-        ) from error
-    return what
+def _dead_nodes() -> set[str]:
+    """The nodes that the cluster has lost so far."""
+    return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
 
 
 def _wait_for_nodes() -> None:
