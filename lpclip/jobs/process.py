@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import logging.handlers
 import os
 import shutil
 import signal
@@ -19,6 +20,12 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import NoReturn
+
+# What of Ray's own messages goes to the terminal. An error that ends an execution of Ray Data is raised as well, and
+# main prints it in one sentence.
+_SHOWN = {"ray": logging.ERROR, "ray.data": logging.CRITICAL}
+# Ray's warnings, which wait here until there is a file for them.
+_warnings = logging.handlers.MemoryHandler(capacity=1)
 
 _BEGAN = time.monotonic()
 # Set while a command runs; a job called from a notebook or a test begins when it is called.
@@ -55,13 +62,37 @@ def start_ray() -> None:
         signal.signal(signal.SIGTERM, on_sigterm)
     import ray.data
 
-    # An error that ends an execution is raised as well, and main prints it in one sentence.
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    for name in _SHOWN:
+        _hush(name)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     # Ray would walk each worker's memory map once a second, which stalls the page faults of a busy encoder.
     context.memory_usage_poll_interval_s = None
+
+
+@contextlib.contextmanager
+def ray_log(path: str) -> Iterator[None]:
+    """Append Ray's warnings and errors of this process to a local file, which is made with the first."""
+    file = logging.FileHandler(path, encoding="utf-8", delay=True)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    _warnings.setTarget(file)
+    _warnings.flush()
+    try:
+        yield
+    finally:
+        _warnings.setTarget(None)
+        file.close()
+
+
+def _hush(name: str) -> None:
+    """Keep one of Ray's loggers, which is set up by its import, from the terminal."""
+    logger = logging.getLogger(name)
+    logger.setLevel(logging.WARNING)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(_SHOWN[name])
+    logger.addHandler(_warnings)
 
 
 def leave(code: int) -> NoReturn:

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,9 @@ import filelock
 import lpclip
 from lpclip import files
 from lpclip.config import UserError
-from lpclip.jobs.process import job_began
+from lpclip.jobs.process import job_began, ray_log
 
+RAY_LOG = "ray.log"
 PACKAGES = ("ray", "torch", "open_clip_torch", "pyarrow", "mlflow", "numpy", "timm", "transformers")
 
 
@@ -30,12 +32,18 @@ def in_submitted_job() -> bool:
 def output_folder(out: str) -> Iterator[str]:
     """Create and lock the output folder, so that a second job on it is refused. Yields an absolute path or URI.
 
+    Ray's warnings go to ray.log in it; with a URI they come there at the end.
     Raises UserError when it cannot be written or is in use, and for a relative path in a submitted job, whose
     working directory is a temporary copy that is deleted later.
     """
     if "://" in out:
         files.make_folder(out)
-        yield files.add_suffix(out, "")
+        with tempfile.TemporaryDirectory() as here, ray_log(log := f"{here}/{RAY_LOG}"):
+            try:
+                yield files.add_suffix(out, "")
+            finally:
+                if Path(log).exists():
+                    files.write_bytes(files.join(out, RAY_LOG), Path(log).read_bytes())
         return
     if in_submitted_job() and not Path(out).expanduser().is_absolute():
         raise UserError(
@@ -51,11 +59,13 @@ def output_folder(out: str) -> Iterator[str]:
     except filelock.Timeout as error:
         raise UserError(f"another job is writing to {out}: wait for it, or choose another --out") from error
     try:
-        yield path
+        with ray_log(str(Path(path) / RAY_LOG)):
+            yield path
     finally:
         # A command that is refused leaves nothing behind.
-        is_empty = [entry.name for entry in Path(path).iterdir()] == [".lock"]
+        is_empty = {entry.name for entry in Path(path).iterdir()} <= {".lock", RAY_LOG}
         if is_empty:
+            Path(path, RAY_LOG).unlink(missing_ok=True)
             Path(lock.lock_file).unlink()
         lock.release()
         if is_empty and is_new:
