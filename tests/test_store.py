@@ -106,11 +106,11 @@ def test_arrays_come_in_row_order_and_labels_only_when_asked_for(tmp_path: Path)
     assert np.array_equal(bits(Store.open(path).mean("strong")), bits(whole.strong["strong"]))
 
 
-def test_the_manifest_on_disk_is_that_of_format_1(tmp_path: Path) -> None:
+def test_the_manifest_on_disk_is_that_of_format_2(tmp_path: Path) -> None:
     store = Store.open(make(tmp_path))
     found = json.loads(Path(store.path, "manifest.json").read_text())
     assert list(found.items()) == [
-        ("format", 1),
+        ("format", 2),
         ("fingerprint", "f3895ddff6ee2774337009f0568a0c1a59d418e57e47f0772edfe6b7d115838f"),
         ("identity", IDENTITY),
         (
@@ -126,7 +126,43 @@ def test_the_manifest_on_disk_is_that_of_format_1(tmp_path: Path) -> None:
         ("num_quarantined", 1),
         ("content_digest", f"{4:032x}"),
         ("images_per_second", 1.0),
+        ("num_labelled", 9),
     ]
+
+
+def test_a_store_of_format_1_is_read_and_keeps_its_fingerprint(tmp_path: Path) -> None:
+    path = make(tmp_path)
+    expected = Store.open(path)
+    manifest = Path(path) / "manifest.json"
+    text = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({key: text[key] for key in text if key != "num_labelled"} | {"format": 1}))
+    for file in Path(path).glob("part-*.parquet"):
+        table = pq.read_table(file)
+        meta = {key: value for key, value in table.schema.metadata.items() if key != b"labelled"}
+        pq.write_table(table.replace_schema_metadata(meta), file)
+    found = Store.open(path)
+    assert found.manifest.fingerprint == expected.manifest.fingerprint == fingerprint(IDENTITY)
+    assert found.manifest.num_labelled is None
+    assert found.has_labels()
+    assert np.array_equal(bits(found.features().base), bits(expected.features().base))
+    again = StoreWriter(path, IDENTITY).finish(num_units=3, rate=1.0).manifest
+    assert (again.num_labelled, again.content_digest) == (None, expected.manifest.content_digest)
+
+
+def test_parts_that_were_written_now_are_not_opened_again(tmp_path: Path) -> None:
+    writer = StoreWriter(str(tmp_path), IDENTITY)
+    writer.begin()
+    known = {
+        item.name: writer.write_part(item, rows=rows(first, first + 4), quarantine=[], content_digest=unit)
+        for unit, first in enumerate((0, 4))
+        for item in [part(unit, 0, 4)]
+    }
+    expected = writer.finish(num_units=2, rate=1.0).manifest
+    for name in known:
+        (tmp_path / name).write_bytes(b"")
+    assert writer.finish(num_units=2, rate=1.0, known=known).manifest == expected
+    with pytest.raises(ValueError, match="is damaged"):
+        writer.finish(num_units=2, rate=1.0)
 
 
 def test_every_float16_comes_back_bit_for_bit(tmp_path: Path) -> None:
@@ -146,24 +182,16 @@ def test_every_float16_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert (found.labels == -1).all()
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 5, 100])
-@pytest.mark.parametrize("num_parts", [1, 2, 3, 20])
-def test_runs_of_whole_chunks_hold_every_row_once_in_row_order(
-    tmp_path: Path, chunk: int, num_parts: int
-) -> None:
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 20])
+def test_shares_of_the_parts_hold_every_row_once(tmp_path: Path, num_workers: int) -> None:
     store = Store.open(make(tmp_path))
-    whole = store.features()
-    assert whole.ids.tolist() == whole.ids[row_order(whole.ids)].tolist()
-    assert sorted(whole.ids.tolist()) == sorted(f"image-{i}" for i in range(13))
-    runs = [store.features(part=p, num_parts=num_parts, chunk=chunk) for p in range(num_parts)]
-    assert [run.first_row for run in runs] == [sum(len(r.ids) for r in runs[:p]) for p in range(num_parts)]
-    assert all(run.first_row % chunk == 0 or not len(run.ids) for run in runs)
-    assert all(run.num_rows == 13 for run in runs)
-    assert np.concatenate([run.ids for run in runs]).tolist() == whole.ids.tolist()
-    assert np.concatenate([run.labels for run in runs]).tolist() == whole.labels.tolist()
-    assert np.array_equal(bits(np.concatenate([run.base for run in runs])), bits(whole.base))
-    strong = np.concatenate([run.strong["strong"] for run in runs])
-    assert np.array_equal(bits(strong), bits(whole.strong["strong"]))
+    shares = [store.share(worker, num_workers=num_workers) for worker in range(num_workers)]
+    assert sorted(name for share in shares for name in share.manifest.parts) == sorted(store.manifest.parts)
+    found = [share.features() for share in shares]
+    assert sorted(name for item in found for name in item.ids) == sorted(store.ids())
+    for item in found:
+        assert item.ids.tolist() == item.ids[row_order(item.ids)].tolist()
+        assert item.base.shape == item.strong["strong"].shape == (len(item.ids), DIM)
 
 
 def test_features_stay_with_their_ids(tmp_path: Path) -> None:
@@ -250,8 +278,8 @@ def test_a_folder_of_foreign_parts_is_refused(tmp_path: Path) -> None:
     [
         (lambda text: text[: len(text) // 2], "is not valid JSON .* damaged"),
         (lambda text: "", "is not valid JSON .* damaged"),
-        (lambda text: "[]", "is not of format 1"),
-        (lambda text: text.replace('"format": 1', '"format": 2'), "is not of format 1"),
+        (lambda text: "[]", "is not of format 2"),
+        (lambda text: text.replace('"format": 2', '"format": 3'), "is not of format 2"),
         (lambda text: text.replace('"toy"', '"joy"'), "does not fit its own fingerprint"),
         (lambda text: text.replace('"num_rows"', '"rows"'), "does not fit its own fingerprint"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -18,7 +19,9 @@ def commit(
     columns: tuple[str, ...],
     beside: Callable[[Part, pa.Table], object] | None = None,
 ) -> pa.Table:
-    """Write the parts of a table, one a unit, with those of these columns that there are. Returns counts.
+    """Write the parts of a table, one a unit, with those of these columns that there are.
+
+    Returns counts, and the parts' `Facts` as JSON.
 
     `beside` writes other files that belong to a part's rows. It comes before the part, whose existence says that these
     files are there.
@@ -34,11 +37,12 @@ def commit(
         total = sum(int.from_bytes(value.as_py(), "big") for value in rows["digest"])
         if beside is not None:
             beside(part, good)
-        writer.write_part(
+        facts = writer.write_part(
             part,
             rows=good.select([name for name in columns if name in good.column_names]),
             quarantine=bad.select(["id", "stage", "error"]).to_pylist(),
             content_digest=total % DIGEST_MODULUS,
         )
-        counts.append({"unit": unit, "images": len(rows), "bad": len(bad)})
+        told = {"part": part.name, "facts": json.dumps(vars(facts))}
+        counts.append({"unit": unit, "images": len(rows), "bad": len(bad), **told})
     return pa.Table.from_pylist(counts)

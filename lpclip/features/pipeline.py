@@ -2,12 +2,13 @@
 
     unit ──► read + decode (CPU tasks) ──► ... ──► commit a part ──► progress
 
-The driver sees counts only.
+The driver sees counts, and what the manifest says of a part.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import platform
 import uuid
 import warnings
@@ -26,7 +27,7 @@ from lpclip.features.decode_stage import PIXEL_BYTES, decode_unit, table_bytes
 from lpclip.features.losses import LOSSES, MAX_LOSSES, Losses
 from lpclip.features.stalls import LIMITS, SeeExecutor, StallLimits, StallWatch
 from lpclip.features.store import Store
-from lpclip.features.store_writer import StoreWriter, write_quarantine
+from lpclip.features.store_writer import Facts, StoreWriter, write_quarantine
 from lpclip.images.pixels import Preprocess
 from lpclip.images.source import Source
 from lpclip.images.views import View
@@ -64,6 +65,7 @@ def fill_store(
         print(f"going on: {progress.done:,} images are there already", flush=True)
     worked_now, losses = bool(todo), Losses()
     bad: Counter[int] = Counter()
+    known: dict[str, Facts] = {}
     while todo:
         name, dead = f"lpclip-{uuid.uuid4().hex}", _dead_nodes()
         with warnings.catch_warnings():
@@ -73,6 +75,7 @@ def fill_store(
         try:
             for counts in _follow(pipeline, what=what, limits=limits):
                 bad[counts["unit"]] += counts["bad"]
+                known[counts["part"]] = Facts(**json.loads(counts["facts"]))
                 progress.advance(counts["images"], bad=counts["bad"])
                 _check_bad(source, writer.path, bad=bad.total(), seen=source.num_rows)
         except LOSSES as error:
@@ -93,7 +96,7 @@ def fill_store(
         progress.done, progress.bad = sum(done.values()), bad.total()
     progress.close()
     rate = progress.rate if worked_now else None
-    store = writer.finish(num_units=len(source.units), rate=rate)
+    store = writer.finish(num_units=len(source.units), rate=rate, known=known)
     check_quarantine(source, store)
     return store
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,9 @@ from lpclip import files
 from lpclip.config import UserError, digest
 from lpclip.images.views import BASE_VIEWS
 
-FORMAT = 1
+FORMAT = 2
+# What fingerprints are made with, so that stores of format 1, which say less in their manifest, are found again.
+FINGERPRINT_FORMAT = 1
 CHECKSUMS = b"checksums"
 """Key in a part's metadata: its pages have checksums, which are verified whenever they are read."""
 SOUND = b"2"
@@ -39,7 +41,7 @@ _MEND_PART = f"remove this file and {_ENCODE_AGAIN}"
 
 def fingerprint(identity: dict[str, Any]) -> str:
     """SHA-256 of everything that changes a feature: source, encoder, views and seed."""
-    return digest({"format": FORMAT, **identity})
+    return digest({"format": FINGERPRINT_FORMAT, **identity})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,8 @@ class Manifest:
     """Sum of the rows' digests: the same for any order of the rows and any cut into parts."""
     images_per_second: float | None
     """None when no image was encoded by the run that completed the store."""
+    num_labelled: int | None
+    """Rows with a label; None in a store that has parts of an earlier version, which do not tell."""
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -91,8 +95,11 @@ class Manifest:
             return None
         except UserError as error:
             raise UserError(f"{error}; remove the store {path}, it is encoded again") from error
-        if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
+        number = found.pop("format", None) if isinstance(found, dict) else None
+        if number not in (1, FORMAT):
             raise UserError(f"{file} is not of format {FORMAT}: another version of lpclip made it")
+        if number == 1:
+            found["num_labelled"] = None
         if found.keys() != cls.__annotations__.keys() or found["fingerprint"] != fingerprint(
             found["identity"]
         ):
@@ -134,6 +141,9 @@ class Store:
         self.path = path
         self.manifest = manifest
         self._order: np.ndarray | None = None
+        # In the order of the parts.
+        self._ids: np.ndarray | None = None
+        self._labels: np.ndarray | None = None
 
     @classmethod
     def open(cls, path: str) -> Store:
@@ -161,13 +171,16 @@ class Store:
         refuse_other(self.path, {key: self.manifest.identity.get(key) for key in identity}, identity)
 
     def tables(self, columns: list[str]) -> Iterator[pa.Table]:
-        """These columns of each part, in the manifest's order."""
-        for name in self.manifest.parts:
+        """These columns of each part, in the manifest's order; some parts are read ahead where the store is remote."""
+
+        def read(name: str) -> pa.Table:
             with open_part(self.path, name) as part:
                 table = part.read(columns=columns)
                 if part.metadata.metadata.get(CHECKSUMS) != SOUND:
                     _refuse_damage(table, files.join(self.path, name))
-            yield table
+            return table
+
+        return files.each(read, self.manifest.parts, folder=self.path)
 
     def ids(self) -> np.ndarray:
         """Ids (N,) object, each a str."""
@@ -182,6 +195,8 @@ class Store:
 
     def has_labels(self) -> bool:
         """Say whether any row is labelled."""
+        if self.manifest.num_labelled is not None:
+            return self.manifest.num_labelled > 0
         most = (pc.max(table["label"]).as_py() for table in self.tables(["label"]))
         return any(label is not None and label >= 0 for label in most)
 
@@ -195,45 +210,31 @@ class Store:
             start += len(table)
         return found
 
-    def features(
-        self,
-        *,
-        part: int = 0,
-        num_parts: int = 1,
-        views: tuple[str, ...] | None = None,
-        chunk: int = 1,
-        with_labels: bool = True,
-    ) -> Features:
-        """All features, or one of `num_parts` runs of the row order.
+    def share(self, worker: int, *, num_workers: int) -> Store:
+        """One worker's share of the parts, as a store; its manifest still counts all rows."""
+        parts = self.manifest.parts[worker::num_workers]
+        return Store(self.path, replace(self.manifest, parts=parts))
 
-        Runs are of whole chunks. Only the run is held in memory. `views` names the further views to load, by default
-        all of them.
-        """
+    def features(self, *, views: tuple[str, ...] | None = None, with_labels: bool = True) -> Features:
+        """All features. `views` names the further views to load, by default all of them."""
         stored = self.manifest.views
         strong = tuple(v for v in stored if v not in BASE_VIEWS) if views is None else views
         base = tuple(v for v in stored if v in BASE_VIEWS)
         ids, labels = self._read_rows(with_labels=with_labels)
-        num_chunks = -(-len(ids) // chunk)
-        first, stop = (min(len(ids), chunk * (num_chunks * p // num_parts)) for p in (part, part + 1))
-        cut = self._row_order()[first:stop]
-        slot = np.full(len(ids), -1)
-        slot[cut] = np.arange(len(cut))
-        dim = self.manifest.dim
-        arrays = {v: np.empty((len(cut), dim), np.float16) for v in ("base", *strong)}
-        start = 0
+        order, dim, start = self._row_order(), self.manifest.dim, 0
+        place = np.argsort(order)
+        arrays = {v: np.empty((len(ids), dim), np.float16) for v in ("base", *strong)}
         for table in self.tables([*base, *strong]):
-            mine = slot[start : start + len(table)]
+            rows = place[start : start + len(table)]
             start += len(table)
-            rows = {v: matrix(table, v, dim)[mine >= 0] for v in (*base, *strong)}
-            arrays["base"][mine[mine >= 0]] = mean_view([rows[v] for v in base])
+            arrays["base"][rows] = mean_view([matrix(table, v, dim) for v in base])
             for view in strong:
-                arrays[view][mine[mine >= 0]] = rows[view]
+                arrays[view][rows] = matrix(table, view, dim)
         return Features(
-            ids=ids[cut],
-            labels=labels[cut],
+            ids=ids[order],
+            labels=labels[order],
             base=arrays["base"],
             strong={v: arrays[v] for v in strong},
-            first_row=first,
             num_rows=len(ids),
             origin={
                 "identity": self.manifest.identity["encoder"],
@@ -249,25 +250,37 @@ class Store:
         return self._order
 
     def _read_rows(self, *, with_labels: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and labels in the order of the parts, labels -1 where none are read."""
+        """Ids and labels in the order of the parts, labels -1 where none are read. Each is read once."""
+        missing = ["id"] * (self._ids is None) + ["label"] * (with_labels and self._labels is None)
         ids: list[str] = []
         labels = [np.empty(0, np.int32)]
-        for table in self.tables(["id", "label"] if with_labels else ["id"]):
-            ids += table["id"].to_pylist()
-            if not with_labels:
-                labels.append(np.full(len(table), -1, np.int32))
-                continue
-            labels.append(table["label"].combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False))
-        names = np.array(ids, dtype=object)
-        if self._order is None:
-            self._order = row_order(names)
-        return names, np.concatenate(labels)
+        for table in self.tables(missing) if missing else ():
+            if "id" in missing:
+                ids += table["id"].to_pylist()
+            if "label" in missing:
+                labels.append(table["label"].combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False))
+        if self._ids is None:
+            self._ids = np.array(ids, dtype=object)
+            self._order = row_order(self._ids)
+        if "label" in missing:
+            self._labels = np.concatenate(labels)
+        if with_labels and self._labels is not None:
+            return self._ids, self._labels
+        return self._ids, np.full(len(self._ids), -1, np.int32)
 
 
 def row_order(ids: np.ndarray) -> np.ndarray:
     """Permutation that sorts ids (N,), each a str, by their hash: file order and names often carry the class."""
-    keys = np.array([hashlib.blake2b(i.encode(), digest_size=8).digest() for i in ids.tolist()], dtype="S8")
-    return np.lexsort((ids, keys.view(">u8") if len(keys) else keys))
+    keys = row_keys(ids)
+    order = np.argsort(keys, kind="stable")
+    # Comparing ids costs seconds a million, and two of a million hashes are hardly ever the same.
+    return np.lexsort((ids, keys)) if (np.diff(keys[order]) == 0).any() else order
+
+
+def row_keys(ids: np.ndarray) -> np.ndarray:
+    """Hashes (N,) uint64 of ids, each a str."""
+    keys = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in ids.tolist())
+    return np.frombuffer(keys, ">u8").astype(np.uint64)
 
 
 def refuse_other(path: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:

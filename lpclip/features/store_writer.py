@@ -11,10 +11,12 @@ import contextlib
 import itertools
 import json
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lpclip import files
 from lpclip.config import UserError
@@ -38,6 +40,17 @@ class Part:
         """The part's file name."""
         end = "-last" if self.last else ""
         return f"part-{self.unit:06d}-{self.start:06d}-{self.stop:06d}{end}.parquet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a manifest says of a part: whoever writes a part tells it, so that nobody opens the part for it."""
+
+    num_rows: int
+    num_labelled: int | None
+    """None in a part of an earlier version."""
+    digest: int
+    quarantine: list[dict[str, str]]
 
 
 _PART_NAME = re.compile(r"part-(\d+)-(\d+)-(\d+)(-last)?\.parquet")
@@ -98,14 +111,17 @@ class StoreWriter:
 
     def write_part(
         self, part: Part, *, rows: pa.Table, quarantine: list[dict[str, str]], content_digest: int
-    ) -> None:
+    ) -> Facts:
         """Commit a part: its encoded rows, its quarantined rows and the digest of their ids and image bytes.
 
-        Features must be of unit norm: nobody looks again.
+        Features must be of unit norm: nobody looks again. Returns what `finish` wants to know of the part.
         """
+        labels = rows["label"] if "label" in rows.column_names else pa.nulls(len(rows), pa.int32())
+        labelled = pc.sum(pc.greater_equal(labels, 0)).as_py() or 0
         meta = {
             b"quarantine": json.dumps(quarantine).encode(),
             b"digest": b"%x" % content_digest,
+            b"labelled": b"%d" % labelled,
             CHECKSUMS: SOUND,
         }
         # Random mantissas do not compress: an attempt would cost time and gain nothing.
@@ -115,42 +131,63 @@ class StoreWriter:
             compression="none",
             dictionary=["label"],
         )
+        return Facts(num_rows=len(rows), num_labelled=labelled, digest=content_digest, quarantine=quarantine)
 
-    def finish(self, *, num_units: int, rate: float | None) -> Store:
+    def finish(
+        self, *, num_units: int, rate: float | None, known: Mapping[str, Facts] | None = None
+    ) -> Store:
         """Check that every unit is there, gather the quarantine and write the manifest. Returns the complete store.
 
-        `rate` is in images a second.
+        `rate` is in images a second. `known` has what is known of parts by name; other parts are opened.
         """
         parts = list_parts(self.path)
         whole = {
             unit for unit, group in itertools.groupby(parts, key=lambda p: p.unit) if _is_whole([*group])
         }
         assert whole == set(range(num_units)), f"{num_units - len(whole)} units are missing in {self.path}"
-        rows, total = 0, 0
-        for part in parts:
-            with open_part(self.path, part.name) as opened:
-                meta = opened.metadata
-            rows += meta.num_rows
-            total = (total + int(meta.metadata[b"digest"], 16)) % DIGEST_MODULUS
+        facts = list(read_facts(self.path, parts, known=known or {}))
+        labelled = [item.num_labelled for item in facts if item.num_labelled is not None]
+        quarantine = [row for item in facts for row in item.quarantine]
+        _write_quarantine(files.join(self.path, "quarantine.parquet"), quarantine)
         manifest = Manifest(
             fingerprint=fingerprint(self.identity),
             identity=self.identity,
             parts=tuple(part.name for part in parts),
-            num_rows=rows,
-            num_quarantined=len(write_quarantine(self.path)),
-            content_digest=f"{total:032x}",
+            num_rows=sum(item.num_rows for item in facts),
+            num_quarantined=len(quarantine),
+            content_digest=f"{sum(item.digest for item in facts) % DIGEST_MODULUS:032x}",
             images_per_second=rate,
+            num_labelled=sum(labelled) if len(labelled) == len(facts) else None,
         )
         manifest.write(self.path)
         return Store(self.path, manifest)
 
 
-def write_quarantine(path: str, *, to: str | None = None) -> list[dict[str, str]]:
-    """Gather the quarantined rows of all parts in the file `to`, by default quarantine.parquet. Returns them."""
-    found: list[dict[str, str]] = []
-    for part in list_parts(path):
+def read_facts(path: str, parts: Sequence[Part], *, known: Mapping[str, Facts]) -> Iterator[Facts]:
+    """What a manifest says of these parts of the store at `path`, in their order: as it is known, or from the parts."""
+
+    def read(part: Part) -> Facts:
+        if part.name in known:
+            return known[part.name]
         with open_part(path, part.name) as opened:
-            found += json.loads(opened.metadata.metadata[b"quarantine"])
-    table = pa.Table.from_pylist(found, schema=QUARANTINE)
-    files.write_parquet(to or files.join(path, "quarantine.parquet"), table)
+            meta = opened.metadata
+        texts = meta.metadata
+        return Facts(
+            num_rows=meta.num_rows,
+            num_labelled=int(texts[b"labelled"]) if b"labelled" in texts else None,
+            digest=int(texts[b"digest"], 16),
+            quarantine=json.loads(texts[b"quarantine"]),
+        )
+
+    return files.each(read, parts, folder=path)
+
+
+def write_quarantine(path: str) -> list[dict[str, str]]:
+    """Gather the quarantined rows of all parts in quarantine.parquet. Returns them."""
+    found = [row for facts in read_facts(path, list_parts(path), known={}) for row in facts.quarantine]
+    _write_quarantine(files.join(path, "quarantine.parquet"), found)
     return found
+
+
+def _write_quarantine(path: str, rows: list[dict[str, str]]) -> None:
+    files.write_parquet(path, pa.Table.from_pylist(rows, schema=QUARANTINE))

@@ -12,7 +12,6 @@ from lpclip.config import PredictJob, check
 from lpclip.features.data import open_data
 from lpclip.features.find_or_encode import Encoding
 from lpclip.features.store import Store
-from lpclip.features.store_writer import write_quarantine
 from lpclip.images.views import base_views
 from lpclip.jobs.console import print_plan, shown
 from lpclip.jobs.inputs import describe_probes_encoder
@@ -84,7 +83,7 @@ def _keep_quarantine(store: Store, out: str) -> str | None:
     base, options = files.split_options(out)
     path = f"{base.removesuffix('.parquet')}.quarantine.parquet{options}"
     if store.manifest.num_quarantined:
-        write_quarantine(store.path, to=path)
+        files.write_bytes(path, files.read_bytes(files.join(store.path, "quarantine.parquet")))
         return path
     if files.exists(path):
         files.delete(path)

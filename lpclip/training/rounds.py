@@ -39,6 +39,7 @@ from lpclip.method.self_training import Rounds
 from lpclip.method.shard import CHUNK_ROWS, Shard, compute_device, fit_whitenings
 from lpclip.method.state import Pass, State
 from lpclip.progress import watched
+from lpclip.training.exchange import exchange, gather
 
 # The format of the rounds' files. Rounds of another format are never continued.
 FORMAT = 4
@@ -186,12 +187,10 @@ def _train_worker(arguments: dict[str, Any]) -> None:
 
 
 def _find_neighbours(work: Work, shard: Shard, *, count: int, whitening: Whitening) -> Tensor:
-    everything = shard.features
-    if len(everything) < shard.num_rows:
-        everything = Store.open(work.store_path).features(views=(), with_labels=False).base
+    is_part = len(shard.features) < shard.num_rows
     return nearest(
         shard.features,
-        among=everything,
+        among=gather(shard.features) if is_part else shard.features,
         first_row=shard.first_row,
         whitening=whitening,
         count=count,
@@ -203,7 +202,11 @@ def _find_neighbours(work: Work, shard: Shard, *, count: int, whitening: Whiteni
 def load_shard(work: Work, *, part: int, num_parts: int) -> tuple[Shard, np.ndarray]:
     """A worker's rows, a run of whole chunks of the row order, and their ids. Labels stay in the store."""
     store = Store.open(work.store_path)
-    found = store.features(part=part, num_parts=num_parts, chunk=CHUNK_ROWS, with_labels=False)
+    if num_parts == 1:
+        found = store.features(with_labels=False)
+    else:
+        found = store.share(part, num_workers=num_parts).features(with_labels=False)
+        found = exchange(found, chunk=CHUNK_ROWS)
     # A worker of Ray Train sees the GPU that it was given, and none if it was given none.
     shard = Shard(
         device=compute_device(),
