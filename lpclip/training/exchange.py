@@ -76,7 +76,7 @@ def _swap_texts(texts: np.ndarray, *, send: np.ndarray, receive: np.ndarray) -> 
     lengths = np.array([len(text) for text in encoded], np.int64)
     found = _swap(lengths, send=send, receive=receive)
     data = _swap(
-        np.frombuffer(b"".join(encoded), np.uint8),
+        np.frombuffer(bytearray(b"".join(encoded)), np.uint8),
         send=_sums(lengths, send),
         receive=_sums(found, receive),
     ).tobytes()

@@ -157,8 +157,10 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     rounds = read_rounds(work.folder)[:-1] if count == 0 else []
     whitenings = fit_whitenings(shard, all_reduce=all_reduce)
     if count:
+        # Every worker takes part, whether it has rows or not.
+        among = gather(shard.features) if distributed else shard.features
         shard = replace(
-            shard, neighbours=_find_neighbours(work, shard, count=count, whitening=whitenings.base)
+            shard, neighbours=_find_neighbours(shard, among=among, count=count, whitening=whitenings.base)
         )
     training = Rounds(
         shard,
@@ -186,11 +188,10 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         )
 
 
-def _find_neighbours(work: Work, shard: Shard, *, count: int, whitening: Whitening) -> Tensor:
-    is_part = len(shard.features) < shard.num_rows
+def _find_neighbours(shard: Shard, *, among: np.ndarray, count: int, whitening: Whitening) -> Tensor:
     return nearest(
         shard.features,
-        among=gather(shard.features) if is_part else shard.features,
+        among=among,
         first_row=shard.first_row,
         whitening=whitening,
         count=count,
