@@ -30,7 +30,7 @@ _SECRETS = re.compile(
 
 # Requests that one process has in flight: a remote store answers a thousand as fast as one.
 READERS = 64
-# A remote Parquet file of this size at most is read with one request, whatever columns are wanted.
+# A remote Parquet file up to this size is read whole: one request costs less than one for each column.
 WHOLE_BYTES = 1 << 20
 
 S = TypeVar("S")
@@ -297,7 +297,8 @@ class RemoteFile(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = 0) -> int:
         """Go to a place, from the start, the next byte or the end."""
-        self._place = offset + (0, self._place, self._size)[whence]
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        self._place = start + offset
         return self._place
 
 

@@ -53,8 +53,8 @@ def fill_store(
     """Run a pipeline until the store has all units of the source. Returns the complete store.
 
     `stages` makes the pipeline for the units that are still to do; its rows are the counts of committed parts, and the
-    names of its actors begin with the given one. `what` is the word for the work: "encoding". `limits` say when a
-    pipeline that stands still is told of, and when it is begun again.
+    names of its actors begin with the given one. `what` is the word for the work: "encoding". `limits` say after how
+    long a standstill a line tells of it, and after how long the pipeline is begun again.
     Raises UserError when too many images are bad, or the folder is another store's.
     """
     done = writer.begin()

@@ -44,7 +44,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a manifest says of a part: whoever writes a part tells it, so that nobody opens the part for it."""
+    """What a manifest says of a part. The process that writes the part reports it, so nobody has to open the part."""
 
     num_rows: int
     num_labelled: int | None
@@ -164,7 +164,7 @@ class StoreWriter:
 
 
 def read_facts(path: str, parts: Sequence[Part], *, known: Mapping[str, Facts]) -> Iterator[Facts]:
-    """What a manifest says of these parts of the store at `path`, in their order: as it is known, or from the parts."""
+    """The facts of these parts of the store at `path`, in their order. Parts that are not `known` are opened."""
 
     def read(part: Part) -> Facts:
         if part.name in known:

@@ -139,7 +139,7 @@ def _list_pattern(data: str) -> Listing:
     parts = base.split("/")
     first = next(place for place, part in enumerate(parts) if "*" in part)
     listing, _ = _list(("/".join(parts[:first]) or ("/" if first else ".")) + options)
-    # Of fnmatch's wildcards, names often have brackets of their own.
+    # File names often hold brackets, which fnmatch would take for a wildcard.
     wanted = [part.replace("[", "[[]") for part in parts[first:]]
 
     def fits(path: str) -> bool:
@@ -156,9 +156,9 @@ def _list_pattern(data: str) -> Listing:
 
 
 def _refuse_splits(data: str, kind: str, paths: Sequence[str]) -> None:
-    """Raise UserError where names tell that the files are of several splits: read as one, tests would be trained on.
+    """Raise UserError where the names say that the files are several splits: read as one, the test split is trained on.
 
-    Of images, the folders right below `data` alone are asked, and only where all of them are called like splits.
+    For images, the names are those of the folders right below `data`, and all of them must be names of splits.
     """
     names = list(paths)
     if kind == "folder":

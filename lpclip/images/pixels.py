@@ -115,7 +115,7 @@ def _mended(data: bytes, decode: Callable[[bytes], Image.Image]) -> Image.Image 
         if data.startswith(PNG_START):
             return decode(_without_metadata(data))
         if data.startswith(JPEG_START):
-            # Where pixels are missing, the decoder makes them of whatever follows.
+            # The decoder makes missing pixels out of the bytes that follow. So two fillings give two images if any is.
             start = data.removesuffix(b"\xff")
             image, other = (decode(start + filling + JPEG_END) for filling in (b"", b"\x55" * 64))
             return image if image.tobytes() == other.tobytes() else None
