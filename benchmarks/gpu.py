@@ -12,7 +12,8 @@ a process of its own with a time limit, and its rows are written as soon as they
 - decode: images a second of JPEGs (500x375) to pixels on all cores, by lpclip's decode stage without Ray; and on the
   card by nvJPEG, whole batches of whole images, where torchvision has it.
 - agreement: features on the card beside float32 on the CPU: the smallest and mean cosine, and, for the lite encoder,
-  the share of equal zero-shot predictions. Weights of open_clip models are random.
+  the share of equal zero-shot predictions. Weights of open_clip models are random. And features of JPEGs decoded on
+  the card beside those of Pillow's pixels.
 - rounds: seconds of a round of self-training at 1.28 million x 512 x 1,000, and the least that the card's own rates
   allow for its three products and eight sweeps over N x K numbers.
 - psd: a pretraining step with progressive self-distillation over one with InfoNCE, ViT-B-32, batch 1,024.
@@ -48,7 +49,7 @@ import tyro
 from encoding import CORES, generate, make_weights
 from torch import Tensor
 
-from lpclip.config import EncoderConfig, ModelConfig, PretrainConfig, SelfTrainingConfig, SourceConfig
+from lpclip.config import Decode, EncoderConfig, ModelConfig, PretrainConfig, SelfTrainingConfig, SourceConfig
 from lpclip.encoders.encoder import Encoder, to_input
 from lpclip.encoders.load import load_encoder
 from lpclip.images.open import open_source
@@ -287,18 +288,54 @@ def agreement(options: Options) -> Iterator[Row]:
                 same = (found @ head.T).argmax(dim=1) == (expected @ head.T).argmax(dim=1)
                 row["equal_predictions"] = float(same.double().mean())
             yield row
+        if HAS_GPU:
+            yield {"model": name, **_decoding_agreement(options, encoder, head)}
+
+
+def _decoding_agreement(options: Options, encoder: Encoder, head: Tensor | None) -> Row:
+    """Features of JPEGs that the card decoded beside those that Pillow decoded, of one encoder on the card."""
+    from lpclip.features.device_decoding import DeviceDecoder, Undecoded
+    from lpclip.images.jpegs import ordinary_jpeg
+
+    limits = SourceConfig()
+    data = [row for row in _encoded(options, count=1024) if row.startswith(b"\xff\xd8")]
+    headers = [ordinary_jpeg(row, max_pixels=10**8, max_bytes=10**8) for row in data]
+    both = [(row, header) for row, header in zip(data, headers, strict=True) if header is not None]
+    decoder = DeviceDecoder(encoder.preprocess, limits=limits, device=DEVICE)
+    images = Undecoded(
+        jpegs=[np.frombuffer(bytearray(row), np.uint8) for row, _ in both],
+        areas=[header.area for _, header in both],
+        orientations=[header.orientation for _, header in both],
+        pixels=[None] * len(both),
+    )
+    found = decoder(images).cpu()
+    expected = torch.from_numpy(np.stack([_weak(row, encoder) for row, _ in both]))
+    difference = (found.int() - expected.int()).abs()
+    a, b = _encode(encoder, found), _encode(encoder, expected)
+    cosine = (a * b).sum(dim=1)
+    row = {"precision": "decoded on the card", "images": len(both)}
+    row |= {"least_cosine": float(cosine.min()), "mean_cosine": float(cosine.mean())}
+    row |= {"left_to_pillow": len(data) - len(both), "errors": len(images.errors)}
+    row |= {"mean_difference": float(difference.double().mean()), "largest": int(difference.max())}
+    if head is not None:
+        same = (a @ head.T).argmax(dim=1) == (b @ head.T).argmax(dim=1)
+        row["equal_predictions"] = float(same.double().mean())
+    return row
+
+
+def _weak(data: bytes, encoder: Encoder) -> np.ndarray:
+    return weak_view(decode_image(data, max_pixels=10**8, max_bytes=10**8), encoder.preprocess)
+
+
+def _encoded(options: Options, *, count: int) -> list[bytes]:
+    """Encoded images of the part agreement."""
+    data = options.images or str(Path(options.folder, "photos").absolute())
+    source = open_source(data, config=SourceConfig(), limit=count)
+    return [row.image or b"" for unit in source.units for row in source.reader.rows(unit)]
 
 
 def _pixels(options: Options, encoder: Encoder, *, count: int) -> Tensor:
-    source = open_source(
-        options.images or str(Path(options.folder, "photos").absolute()), config=SourceConfig(), limit=count
-    )
-    found = []
-    for unit in source.units:
-        for row in source.reader.rows(unit):
-            image = decode_image(row.image or b"", max_pixels=10**8, max_bytes=10**8)
-            found.append(weak_view(image, encoder.preprocess))
-    return torch.from_numpy(np.stack(found))
+    return torch.from_numpy(np.stack([_weak(data, encoder) for data in _encoded(options, count=count)]))
 
 
 def _encode(encoder: Encoder, pixels: Tensor) -> Tensor:
@@ -383,21 +420,24 @@ def pipeline(options: Options) -> Iterator[Row]:
     from lpclip.jobs.process import start_ray
 
     start_ray()
-    cases: list[tuple[str, str, int]] = [("ViT-B-32", "weak,mirror", 256)]
+    cases: list[tuple[str, str, Decode, int]] = [("ViT-B-32", "weak,mirror", "cpu", 256)]
     if HAS_GPU:
         cases = [
-            ("ViT-B-32", "weak,mirror", 49_152),
-            ("ViT-L-14", "weak,mirror", 24_576),
-            ("ViT-B-32", "weak,mirror,strong", 12_288),
+            ("ViT-B-32", "weak,mirror", "gpu", 98_304),
+            ("ViT-L-14", "weak,mirror", "gpu", 24_576),
+            ("ViT-B-32", "weak,mirror", "cpu", 49_152),
+            ("ViT-L-14", "weak,mirror", "cpu", 24_576),
+            ("ViT-B-32", "weak,mirror,strong", "cpu", 12_288),
         ]
-    for name, views, count in cases:
+    for name, views, decode, count in cases:
         if name not in options.models:
             continue
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            yield {"model": name, "views": views, **_run_pipeline(options, name, views, count, folder)}
+            found = _run_pipeline(options, name, views, decode, count, folder)
+            yield {"model": name, "views": views, "decode": decode, **found}
 
 
-def _run_pipeline(options: Options, name: str, views: str, count: int, folder: str) -> Row:
+def _run_pipeline(options: Options, name: str, views: str, decode: Decode, count: int, folder: str) -> Row:
     from lpclip.features.describe import describe_encoder
     from lpclip.features.find_or_encode import Encoding
 
@@ -411,7 +451,7 @@ def _run_pipeline(options: Options, name: str, views: str, count: int, folder: s
     config = EncoderConfig(encoder=name, pretrained=make_weights(name, folder=options.folder))
     info = describe_encoder(config)
     described = time.perf_counter() - begin
-    encoding = Encoding(info=info, encoder=config, folder=folder)
+    encoding = Encoding(info=info, encoder=config, folder=folder, decode=decode)
     path = Path(folder, "store").absolute()
     with busy_samples() as samples:
         encoding.encode(source, views=parse_views(views), path=str(path))

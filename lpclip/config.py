@@ -137,6 +137,8 @@ class PairsConfig(SourceConfig):
 
 
 Engine = Literal["auto", "openvino", "torch"]
+Device = Literal["auto", "cpu", "gpu"]
+Decode = Literal["cpu", "gpu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,12 +169,28 @@ class EncodeConfig:
     """Images in one forward pass on a GPU. On CPUs a pass always takes 8."""
     num_actors: int | None = None
     """Number of encoder actors (processes). The default is one for each GPU, or one for every eight CPUs."""
+    device: Device = "auto"
+    """Where images are encoded. auto is on GPUs if the cluster has any, else on CPUs. gpu asks for GPUs and waits
+    until an autoscaler has started one."""
+    decode: Decode = "cpu"
+    """Where JPEGs are decoded, for the views weak and mirror. gpu is faster where CPUs cannot feed the GPUs. Its
+    features differ a little, so those of the two are never mixed."""
     features: str | None = None
     """Folder of the feature stores; runs that name the same folder share them. The default is OUT/features."""
 
     def check(self) -> None:
-        """Raise UserError for values out of range."""
+        """Raise UserError for values out of range, or that do not go together."""
         _at_least(self, 1, "batch_size", "num_actors")
+        if self.decode == "gpu" and self.device == "cpu":
+            raise UserError("--decode gpu needs a GPU, and --device cpu takes none: leave one of them out")
+        if self.decode == "gpu" and not {view.strip() for view in self.views.split(",")} <= {
+            "weak",
+            "mirror",
+        }:
+            raise UserError(
+                f"--decode gpu is for the views weak and mirror, all others are made on CPUs: add --views weak,mirror, "
+                f"for {self.views}, or leave --decode out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -548,6 +566,8 @@ class EvaluateJob:
     """Images in one forward pass on a GPU. On CPUs a pass always takes 8."""
     num_actors: int | None = None
     """Number of encoder actors (processes). The default is one for each GPU, or one for every eight CPUs."""
+    device: Device = EncodeConfig.device
+    """Where images are encoded: auto, cpu or gpu, as for lpclip selftrain."""
     features: str | None = None
     """Folder of the feature stores; evaluations that name the same folder share them. The default is OUT/features."""
     seed: int = 0
@@ -605,6 +625,10 @@ class PredictJob:
     """Library that computes image features on CPUs: auto, openvino or torch, as for lpclip selftrain."""
     batch_size: int = EncodeConfig.batch_size
     """Images in one forward pass on a GPU. On CPUs a pass always takes 8."""
+    device: Device = EncodeConfig.device
+    """Where images are encoded: auto, cpu or gpu, as for lpclip selftrain."""
+    decode: Decode = EncodeConfig.decode
+    """Where JPEGs are decoded: cpu or gpu, as for lpclip selftrain."""
     features: str | None = None
     """Folder of feature stores, in which features are found and kept. By default they are deleted at the end."""
     source: SourceConfig = field(default_factory=SourceConfig)
@@ -612,6 +636,7 @@ class PredictJob:
     def check(self) -> None:
         """Raise UserError for values out of range, or an output that is no Parquet file."""
         _at_least(self, 1, "top_k", "limit", "batch_size")
+        EncodeConfig(views="weak", device=self.device, decode=self.decode).check()
         if "://" not in self.out and not self.out.endswith(".parquet"):
             raise UserError(f"--out {self.out}: a Parquet file is written, so its name must end in .parquet")
 

@@ -1,4 +1,4 @@
-"""A unit of a source to tables of uint8 pixels at the encoder's input size.
+"""A unit of a source to tables of uint8 pixels at the encoder's input size, or of JPEGs that a GPU will decode.
 
 Without torch: the processes that decode stay small and start fast.
 """
@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lpclip.config import SourceConfig
+from lpclip.images.jpegs import JpegHeader, ordinary_jpeg
 from lpclip.images.pixels import Preprocess, decode_image
 from lpclip.images.render import render
 from lpclip.images.source import UNIT_ROWS, Reader
-from lpclip.images.views import View
+from lpclip.images.views import WEAK, View
 
 # Largest size of the tables of pixels that travel from the decoding tasks to the encoder: many views make few rows.
 # It is Ray Data's own size of a block, so that a unit in two views of 224 pixels travels in one.
 PIXEL_BYTES = 128 << 20
+# What a JPEG that is left to the encoder's device has in place of pixels.
+JPEG_COLUMNS = ("jpeg", "area", "orientation")
 
 
 def decode_unit(
@@ -30,19 +36,31 @@ def decode_unit(
     views: tuple[View, ...],
     preprocess: Preprocess,
     seed: int,
+    leave_jpegs: bool = False,
 ) -> Iterator[pa.Table]:
     """Decode a unit to tables with a row an image: id, label, error, place in the unit, digest, a pixel column a view.
 
     `units` has one row: the unit's number and what the reader needs to know of it. A reader of texts adds a column of
-    them.
+    them. With `leave_jpegs`, for the weak view alone, ordinary JPEGs stay as they are, in the columns jpeg,
+    orientation and area, and have no pixels.
     """
     unit, spec, start = units["unit"][0].as_py(), units["spec"][0].as_py(), 0
     step = rows_at_once(views, preprocess)
     held: pa.Table | None = None
-    for rows in _pieces(reader.tables(spec), step):
+    assert not leave_jpegs or views == (WEAK,), views
+    decode = partial(
+        _decode_rows,
+        unit=unit,
+        limits=limits,
+        views=views,
+        preprocess=preprocess,
+        seed=seed,
+        leave_jpegs=leave_jpegs,
+    )
+    for rows in _pieces(reader.tables(spec), step, num_bytes=PIXEL_BYTES if leave_jpegs else None):
         if held is not None:
             yield held
-        held = _decode_rows(rows, unit, start, limits=limits, views=views, preprocess=preprocess, seed=seed)
+        held = decode(rows, start=start)
         start += len(rows)
     if held is None:
         return
@@ -60,21 +78,31 @@ def table_bytes(views: tuple[View, ...], preprocess: Preprocess) -> int:
     return min(UNIT_ROWS, rows_at_once(views, preprocess)) * len(views) * preprocess.size**2 * 3
 
 
-def _pieces(tables: Iterator[pa.Table], step: int) -> Iterator[pa.Table]:
+def _pieces(tables: Iterator[pa.Table], step: int, *, num_bytes: int | None) -> Iterator[pa.Table]:
+    """Slices of at most `step` rows, and of about `num_bytes` of encoded images, if that is given."""
     for table in tables:
         for start in range(0, len(table), step):
-            yield table.slice(start, step)
+            piece = table.slice(start, step)
+            if num_bytes is None:
+                yield piece
+                continue
+            lengths = pc.fill_null(pc.binary_length(piece["image"]), 0).to_numpy()
+            group = np.cumsum(lengths, dtype=np.int64) // num_bytes
+            ends = [*np.flatnonzero(np.diff(group)) + 1, len(piece)]
+            for first, end in pairwise([0, *ends]):
+                yield piece.slice(first, end - first)
 
 
 def _decode_rows(
     rows: pa.Table,
+    *,
     unit: int,
     start: int,
-    *,
     limits: SourceConfig,
     views: tuple[View, ...],
     preprocess: Preprocess,
     seed: int,
+    leave_jpegs: bool,
 ) -> pa.Table:
     ids, errors = rows["id"].to_pylist(), rows["error"].to_pylist()
     stages = [None if error is None else "read" for error in errors]
@@ -82,12 +110,18 @@ def _decode_rows(
     size = preprocess.size
     pixels = {view: np.zeros((len(ids), size, size, 3), np.uint8) for view in views}
     digests = []
+    left: dict[int, JpegHeader] = {}
     for i, data in enumerate(rows["image"]):
         image = data.as_py()
         content = ids[i].encode() + b"\0" + (image or b"") + b"".join(b"\0" + t.encode() for t in texts[i])
         digests.append(hashlib.blake2b(content, digest_size=16).digest())
         if image is None:
             continue
+        if leave_jpegs:
+            header = ordinary_jpeg(image, max_pixels=limits.max_pixels, max_bytes=limits.max_bytes)
+            if header is not None:
+                left[i] = header
+                continue
         try:
             decoded = decode_image(image, max_pixels=limits.max_pixels, max_bytes=limits.max_bytes, size=size)
             for view in views:
@@ -104,11 +138,31 @@ def _decode_rows(
         "row": pa.array(np.arange(start, start + len(ids), dtype=np.int32)),
         "last": pa.array([False] * len(ids)),
     }
+    if leave_jpegs:
+        done = [
+            image if errors[i] is None and i not in left else None for i, image in enumerate(pixels[WEAK])
+        ]
+        return pa.table(columns | _jpeg_columns(rows["image"], left, done))
     for view in views:
         dtype = pa.binary(size * size * 3)
         buffer = pa.py_buffer(np.ascontiguousarray(pixels[view]))
         columns[f"pixels:{view}"] = pa.FixedSizeBinaryArray.from_buffers(dtype, len(ids), [None, buffer])
     return pa.table(columns)
+
+
+def _jpeg_columns(
+    images: pa.ChunkedArray, left: dict[int, JpegHeader], done: list[np.ndarray | None]
+) -> dict[str, pa.Array]:
+    """JPEGs that are left and what is known of them, and the pixels of the others that are done."""
+    headers = [left.get(row) for row in range(len(done))]
+    return {
+        "jpeg": pc.if_else(pa.array([h is not None for h in headers]), images.cast(pa.large_binary()), None),
+        "area": pa.array([h and h.area for h in headers], pa.int32()),
+        "orientation": pa.array([h and h.orientation for h in headers], pa.int8()),
+        f"pixels:{WEAK}": pa.array(
+            [None if pixels is None else pixels.tobytes() for pixels in done], pa.large_binary()
+        ),
+    }
 
 
 def pixel_array(column: pa.ChunkedArray, *, size: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Forward passes over uint8 images on a GPU."""
+"""Forward passes over uint8 images, or over JPEGs, on a GPU."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lpclip.encoders.encoder import Encoder
+from lpclip.features.device_decoding import DeviceDecoder, Undecoded
 from lpclip.images.views import View
 
 
@@ -21,13 +22,17 @@ class DevicePasses:
     features' way back at the end. So two threads that call this keep it busy: one prepares while the other waits.
     """
 
-    def __init__(self, encoder: Encoder, *, batch_size: int, device: torch.device) -> None:
+    def __init__(
+        self, encoder: Encoder, *, batch_size: int, device: torch.device, decoder: DeviceDecoder | None = None
+    ) -> None:
+        """`decoder` is needed for JPEGs."""
         self.encoder, self.batch_size, self.device = encoder, batch_size, device
+        self.decoder = decoder
         self.own = threading.local()
 
     @torch.inference_mode()
-    def __call__(self, pixels: Mapping[View, np.ndarray], views: Sequence[View]) -> np.ndarray:
-        """As `Passes`. Batches run on from view to view, and all have one shape."""
+    def __call__(self, pixels: Mapping[View, np.ndarray | Undecoded], views: Sequence[View]) -> np.ndarray:
+        """As `Passes`; what is not decoded is decoded here. Batches run on from view to view, all of one shape."""
         if not len(pixels[views[0].pixels]):
             return np.empty((0, self.encoder.dim), np.float16)
         with self._stream():
@@ -39,7 +44,10 @@ class DevicePasses:
             # This is the only wait.
             return found[:total].to(torch.float16).cpu().numpy()
 
-    def _send(self, images: np.ndarray) -> Tensor:
+    def _send(self, images: np.ndarray | Undecoded) -> Tensor:
+        if isinstance(images, Undecoded):
+            assert self.decoder is not None
+            return self.decoder(images)
         tensor = torch.from_numpy(images)
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()

@@ -9,16 +9,16 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from lpclip.config import EncoderConfig, UserError
+from lpclip.config import Decode, Device, EncoderConfig, SourceConfig, UserError
 from lpclip.encoders.head import EncoderInfo, refuse_another
 from lpclip.encoders.on_cpu import load_tower
-from lpclip.features.decode_stage import pixel_array
-from lpclip.features.describe import has_gpus
-from lpclip.features.passes import CpuPasses, Passes
+from lpclip.features.decode_stage import JPEG_COLUMNS, pixel_array
+from lpclip.features.describe import uses_gpus
+from lpclip.features.passes import CpuPasses
 from lpclip.features.store import has_unit_norm
 from lpclip.images.pixels import DECODING_VERSION, REDUCING_GAP, preprocess_identity
 from lpclip.images.source import Source
-from lpclip.images.views import STRONG_VERSION, View, pixel_views
+from lpclip.images.views import STRONG_VERSION, WEAK, View, pixel_views
 
 # The environment of processes in which torch encodes. glibc gives the large activations of every forward pass back to
 # the kernel and takes them again, page by page: on CPUs that can cost more than the arithmetic. One heap that only
@@ -36,7 +36,7 @@ NO_FEATURE = (
 
 
 def store_identity(
-    source: Source | None, info: EncoderInfo, views: tuple[View, ...], *, seed: int
+    source: Source | None, info: EncoderInfo, views: tuple[View, ...], *, seed: int, decode: Decode = "cpu"
 ) -> dict[str, Any]:
     """Everything that changes a feature; without a source, everything that features of any source must have in common.
 
@@ -52,6 +52,8 @@ def store_identity(
     }
     if info.engine != "torch":
         identity["engine"] = info.engine
+    if decode != "cpu":
+        identity["decoded_by"] = decode
     if any(view.is_strong for view in views):
         identity["strong_version"] = STRONG_VERSION
     if source is not None:
@@ -69,17 +71,20 @@ class EncodeStage:
         views: tuple[View, ...],
         batch_size: int,
         num_threads: int | None,
+        jpegs: SourceConfig | None = None,
     ) -> None:
-        """`num_threads` on a CPU, or None on a GPU."""
+        """`num_threads` on a CPU, or None on a GPU. `jpegs` are the limits where JPEGs are decoded here."""
         self.info, self.views = info, views
         self.refusal: UserError | None = None
         try:
-            self.passes = self._passes(config, batch_size, num_threads)
+            self.passes = self._passes(config, batch_size, num_threads, jpegs)
         except UserError as error:
             # Ray would start a failing actor again and again. It fails with its first table instead.
             self.refusal = error
 
-    def _passes(self, config: EncoderConfig, batch_size: int, num_threads: int | None) -> Passes:
+    def _passes(
+        self, config: EncoderConfig, batch_size: int, num_threads: int | None, jpegs: SourceConfig | None
+    ) -> Any:
         if num_threads is not None:
             tower = load_tower(config, self.info, num_threads=num_threads)
             return CpuPasses(tower, dim=self.info.identity["dim"])
@@ -93,7 +98,12 @@ class EncodeStage:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         encoder = load_again(config, self.info.identity, device=device)
         refuse_another(full_identity(encoder), self.info.identity)
-        return DevicePasses(encoder, batch_size=batch_size, device=device)
+        decoder = None
+        if jpegs is not None:
+            from lpclip.features.device_decoding import DeviceDecoder
+
+            decoder = DeviceDecoder(self.info.preprocess, limits=jpegs, device=device)
+        return DevicePasses(encoder, batch_size=batch_size, device=device, decoder=decoder)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         if self.refusal is not None:
@@ -101,13 +111,17 @@ class EncodeStage:
         is_good = table["error"].is_null().to_numpy()
         # A filter copies all pixels.
         good = table if is_good.all() else table.filter(table["error"].is_null())
-        kept = table.drop_columns([name for name in table.column_names if name.startswith("pixels:")])
-        size = self.info.preprocess.size
-        pixels = {view: pixel_array(good[f"pixels:{view}"], size=size) for view in pixel_views(self.views)}
+        kept = table.select(
+            [n for n in table.column_names if not n.startswith("pixels:") and n not in JPEG_COLUMNS]
+        )
+        pixels, broken = self._pixels(good)
         features = self.passes(pixels, self.views)
         sound = has_unit_norm(features).reshape(len(self.views), len(good)).all(axis=0)
-        if not sound.all():
-            kept = _refuse(kept, np.flatnonzero(is_good)[~sound])
+        places = np.flatnonzero(is_good)
+        bad = {places[row]: ("encode", NO_FEATURE) for row in np.flatnonzero(~sound)}
+        bad |= {places[row]: ("decode", reason) for row, reason in broken.items()}
+        if bad:
+            kept = _refuse(kept, bad)
         for place, view in enumerate(self.views):
             found = np.zeros((len(table), self.info.identity["dim"]), np.float16)
             found[is_good] = features[place * len(good) : (place + 1) * len(good)]
@@ -115,13 +129,24 @@ class EncodeStage:
             kept = kept.append_column(str(view), flat)
         return kept
 
+    def _pixels(self, table: pa.Table) -> tuple[dict[View, Any], dict[int, str]]:
+        """Pixels of each pixel view, and reasons for broken images, by row: those are known after the passes."""
+        size = self.info.preprocess.size
+        if "jpeg" not in table.column_names:
+            return {v: pixel_array(table[f"pixels:{v}"], size=size) for v in pixel_views(self.views)}, {}
 
-def _refuse(table: pa.Table, rows: np.ndarray) -> pa.Table:
-    """Quarantine rows (indices) that the encoder has no features of: one NaN would spoil every sum over the images."""
-    for name, text in {"error": NO_FEATURE, "stage": "encode"}.items():
+        from lpclip.features.device_decoding import Undecoded
+
+        images = Undecoded.of(table, size=size)
+        return {WEAK: images}, images.errors
+
+
+def _refuse(table: pa.Table, bad: dict[int, tuple[str, str]]) -> pa.Table:
+    """Quarantine rows, by stage and reason: of a feature, one NaN would spoil every sum over the images."""
+    for place, name in enumerate(("stage", "error")):
         values = table[name].to_pylist()
-        for row in rows:
-            values[row] = text
+        for row, texts in bad.items():
+            values[row] = texts[place]
         table = table.set_column(table.column_names.index(name), name, pa.array(values, pa.string()))
     return table
 
@@ -142,15 +167,16 @@ class ActorPlan:
         return f"{self.num_actors} encoder actor{'s' * (self.num_actors != 1)}, {place}"
 
 
-def plan_actors(num_actors: int | None) -> ActorPlan:
+def plan_actors(num_actors: int | None, device: Device = "auto") -> ActorPlan:
     """One actor for each GPU, else one for every eight CPUs of a node. Half of a node's CPUs stay for decoding.
 
     If actors held every CPU, no CPU would be left to decode, and the pipeline would wait forever. So all of them fit
     into half of the smallest node, even if the other nodes are lost, and hold nothing of a node with a single CPU.
     """
-    if has_gpus():
+    if uses_gpus(device):
         found = ray.cluster_resources()
-        count = num_actors or int(found["GPU"])
+        # An autoscaler may start the first GPU later.
+        count = num_actors or max(1, int(found.get("GPU", 0)))
         # Ray keeps a CPU for an actor with a GPU, so that it does not wait behind decoders. Few CPUs are better shared.
         cpus = None if found.get("CPU", 0) >= 4 * count else 0
         return ActorPlan(num_actors=count, cpus_per_actor=cpus, gpus_per_actor=1, num_threads=None)

@@ -17,12 +17,12 @@ from typing import Any
 import ray
 
 from lpclip import files
-from lpclip.config import EncodeConfig, EncoderConfig, UserError
+from lpclip.config import Decode, Device, EncodeConfig, EncoderConfig, UserError
 from lpclip.encoders.head import EncoderInfo
 from lpclip.features.commit_stage import commit
 from lpclip.features.data import Data
 from lpclip.features.decode_stage import rows_at_once
-from lpclip.features.encode_stage import TORCH_ENV, EncodeStage, plan_actors, store_identity
+from lpclip.features.encode_stage import TORCH_ENV, ActorPlan, EncodeStage, plan_actors, store_identity
 from lpclip.features.pipeline import check_quarantine, decode_units, fill_store
 from lpclip.features.stalls import CPU_LIMITS, LIMITS
 from lpclip.features.store import Store, fingerprint
@@ -46,6 +46,18 @@ class Encoding:
     batch_size: int = EncodeConfig.batch_size
     num_actors: int | None = None
     """Encoder actors; by default one for each GPU, or one for every eight CPUs."""
+    device: Device = "auto"
+    """Where images are encoded."""
+    decode: Decode = "cpu"
+    """Where JPEGs are decoded."""
+
+    def plan(self) -> ActorPlan:
+        """The encoder actors, as the cluster is now."""
+        return plan_actors(self.num_actors, self.device)
+
+    def identity(self, source: Source | None, views: tuple[View, ...]) -> dict[str, Any]:
+        """What features of these views depend on."""
+        return store_identity(source, self.info, views, seed=self.seed, decode=self.decode)
 
     def store_of(
         self, data: Data, *, views: tuple[View, ...], zero_shot: ZeroShotLabels | None = None
@@ -56,7 +68,7 @@ class Encoding:
         Raises UserError when a given store was made by another encoder or preprocessing, or too many images are bad.
         """
         begin = time.monotonic()
-        identity = store_identity(data.source, self.info, views, seed=self.seed)
+        identity = self.identity(data.source, views)
         if isinstance(data.origin, Store):
             # Engines compute the same features, up to rounding.
             data.origin.require({key: value for key, value in identity.items() if key != "engine"})
@@ -69,7 +81,7 @@ class Encoding:
             check_quarantine(data.origin, store)
             print(f"features of {data.name}: found in {path}", flush=True)
             return Encoded(store=store, seconds=time.monotonic() - begin, reused=True, rate=None)
-        print(f"features of {data.name}: encoding to {path}, {plan_actors(self.num_actors)}", flush=True)
+        print(f"features of {data.name}: encoding to {path}, {self.plan()}", flush=True)
         store = self.encode(data.origin, views=views, path=path, zero_shot=zero_shot)
         seconds = time.monotonic() - begin
         return Encoded(store=store, seconds=seconds, reused=False, rate=store.manifest.images_per_second)
@@ -96,7 +108,7 @@ class Encoding:
 
     def _find_views(self, data: Data, views: tuple[View, ...]) -> dict[View, Encoded]:
         """The complete stores of this data that hold one of these views, by view."""
-        wanted = store_identity(data.source, self.info, (), seed=self.seed)
+        wanted = self.identity(data.source, ())
         if isinstance(data.origin, Store):
             data.origin.require({key: wanted[key] for key in ("encoder", "preprocessing")})
             stores = [data.origin]
@@ -108,6 +120,8 @@ class Encoding:
         for store in stores:
             identity = store.manifest.identity
             if any(identity.get(key) != wanted[key] for key in wanted if key not in ("views", "seed")):
+                continue
+            if identity.get("decoded_by", "cpu") != self.decode:
                 continue
             encoded = Encoded(store=store, seconds=0.0, reused=True, rate=None)
             for view in views:
@@ -128,14 +142,16 @@ class Encoding:
         Raises UserError when too many images are bad, or the folder is another store's.
         """
         info = self.info
-        writer = StoreWriter(path, store_identity(source, info, views, seed=self.seed))
+        writer = StoreWriter(path, self.identity(source, views))
         if zero_shot is not None:
             files.make_folder(zero_shot.folder)
         beside = zero_shot.write if zero_shot is not None else None
         pixels = pixel_views(views)
+        if self.decode == "gpu" and not self.plan().gpus_per_actor:
+            raise UserError("--decode gpu needs a GPU, and there is none: leave it out, then CPUs decode")
 
         def stages(todo: list[int], name: str) -> ray.data.Dataset:
-            plan = plan_actors(self.num_actors)
+            plan = self.plan()
             decoded = decode_units(
                 source,
                 todo,
@@ -143,6 +159,7 @@ class Encoding:
                 preprocess=info.preprocess,
                 seed=self.seed,
                 num_consumers=plan.num_actors,
+                leave_jpegs=self.decode == "gpu",
             )
             # Ray Data insists on a number of rows where GPUs are asked for. It puts tables of small units together
             # to reach it.
@@ -161,6 +178,7 @@ class Encoding:
                     views,
                     self.batch_size,
                     plan.num_threads,
+                    source.config if self.decode == "gpu" else None,
                 ),
                 compute=ray.data.ActorPoolStrategy(size=min(plan.num_actors, len(todo)), **at_once),
                 num_cpus=plan.cpus_per_actor,
@@ -176,5 +194,5 @@ class Encoding:
             # A commit asks for no share of a CPU: decoding would take it again and again, and commits would wait.
             return encoded.map_batches(commit_parts, batch_size=None, batch_format="pyarrow", num_cpus=0)
 
-        limits = LIMITS if plan_actors(self.num_actors).gpus_per_actor else CPU_LIMITS
+        limits = LIMITS if self.plan().gpus_per_actor else CPU_LIMITS
         return fill_store(source, writer=writer, what="encoding", stages=stages, limits=limits)

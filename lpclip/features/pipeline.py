@@ -109,8 +109,9 @@ def decode_units(
     preprocess: Preprocess,
     seed: int,
     num_consumers: int,
+    leave_jpegs: bool = False,
 ) -> ray.data.Dataset:
-    """The first stage: units of a source to tables of uint8 pixels, one column a view.
+    """The first stage: units of a source to tables of uint8 pixels, one column a view, or as `decode_unit` says.
 
     All CPUs that are free decode, until some tables wait for each of the next stage's `num_consumers`.
     """
@@ -121,6 +122,7 @@ def decode_units(
         views=views,
         preprocess=preprocess,
         seed=seed,
+        leave_jpegs=leave_jpegs,
     )
     units = ray.data.from_blocks([pa.table({"unit": [i], "spec": [source.units[i]]}) for i in todo])
     limit = _memory_limit(num_consumers, table_bytes(views, preprocess))

@@ -23,17 +23,28 @@ MAX_ASPECT = 16
 
 def weak_view(image: Image.Image, preprocess: Preprocess) -> Pixels:
     """The view of an RGB image that the encoder is evaluated on, uint8 (S, S, 3): open_clip's steps before ToTensor."""
-    size, resample = preprocess.size, preprocess.resample
-    if preprocess.resize == "squash":
-        return np.array(image.resize((size, size), resample))
     if preprocess.resize == "shortest":
         image = _trim(image)
-        short = min(image.size)
-        width, height = (int(size * side / short) for side in image.size)
+    resized = image.resize(resized_size(image.size, preprocess), preprocess.resample)
+    return np.array(resized) if preprocess.resize == "squash" else _center(np.asarray(resized), preprocess)
+
+
+def resized_size(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int]:
+    """Width and height that an image of this width and height is resized to, before its middle is taken."""
+    if preprocess.resize == "squash":
+        return preprocess.size, preprocess.size
+    if preprocess.resize == "shortest":
+        width, height = (int(preprocess.size * side / min(size)) for side in size)
     else:
-        ratio = max(image.size) / size
-        width, height = (max(round(side / ratio), 1) for side in image.size)
-    return _center(np.asarray(image.resize((width, height), resample)), size=size, fill=preprocess.fill)
+        ratio = max(size) / preprocess.size
+        width, height = (max(round(side / ratio), 1) for side in size)
+    return width, height
+
+
+def middle(side: int, size: int) -> tuple[int, int, int]:
+    """Where the middle `size` pixels of a side are: the margins that it needs before and after it, then the first."""
+    missing = max(size - side, 0)
+    return missing // 2, (missing + 1) // 2, round((side + missing - size) / 2)
 
 
 def strong_view(image: Image.Image, preprocess: Preprocess, *, seed: int) -> Pixels:
@@ -110,13 +121,12 @@ def _trim(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
 
 
-def _center(pixels: Pixels, *, size: int, fill: int) -> Pixels:
-    """The middle (size, size, 3) of pixels (H, W, 3); where a side is shorter, a margin of `fill`."""
-    missing = [max(size - side, 0) for side in pixels.shape[:2]]
-    if any(missing):
-        margins = [(total // 2, (total + 1) // 2) for total in missing]
-        pixels = np.pad(pixels, (*margins, (0, 0)), constant_values=fill)
-    top, left = (round((side - size) / 2) for side in pixels.shape[:2])
+def _center(pixels: Pixels, preprocess: Preprocess) -> Pixels:
+    """The middle (S, S, 3) of pixels (H, W, 3), with a margin of `fill` where a side is shorter."""
+    size = preprocess.size
+    (above, below, top), (before, after, left) = (middle(side, size) for side in pixels.shape[:2])
+    if above or below or before or after:
+        pixels = np.pad(pixels, ((above, below), (before, after), (0, 0)), constant_values=preprocess.fill)
     return pixels[top : top + size, left : left + size].copy()
 
 

@@ -31,7 +31,10 @@ def encode_job(job: EncodeJob) -> dict[str, Any]:
         start_ray()
         names = classes.names if classes else ()
         info = describe_encoder(
-            job.encoder, class_names=names, templates=templates(job.names.templates) if names else ()
+            job.encoder,
+            class_names=names,
+            templates=templates(job.names.templates) if names else (),
+            device=job.encode.device,
         )
         head = make_head(info, names, temperature=None) if names else None
         print_plan(data, None, info=info, views=job.encode.views, out=out)
@@ -42,6 +45,8 @@ def encode_job(job: EncodeJob) -> dict[str, Any]:
             seed=job.seed,
             batch_size=job.encode.batch_size,
             num_actors=job.encode.num_actors,
+            device=job.encode.device,
+            decode=job.encode.decode,
         )
         labels = (
             ZeroShotLabels(head=head, folder=files.join(out, f"zero_shot-{head.identity[:12]}"))

@@ -89,11 +89,9 @@ def _open(job: EvaluateJob, probes: Probes, corruptions: list[tuple[str, int]], 
     if reference is None:
         assert job.encoder is not None
         encoder = EncoderConfig(encoder=job.encoder, pretrained=job.pretrained, engine=job.engine)
-        info = describe_encoder(encoder)
+        info = describe_encoder(encoder, device=job.device)
     else:
-        encoder, info = describe_probes_encoder(
-            reference, pretrained=job.pretrained, engine=job.engine, with_head=classes is not None
-        )
+        encoder, info = describe_probes_encoder(reference, job=job, with_head=classes is not None)
     encoding = evaluation_encoding(job, info=info, encoder=encoder, out=out)
     subjects = None
     identity: dict[str, Any] = {"encoder": info.identity}

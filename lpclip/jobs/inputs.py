@@ -11,9 +11,9 @@ import torch
 from lpclip import files
 from lpclip.config import (
     EncoderConfig,
-    Engine,
     EvaluateJob,
     PairsConfig,
+    PredictJob,
     SelftrainJob,
     TuneJob,
     UserError,
@@ -138,6 +138,8 @@ def encode_inputs(
         seed=job.training.seed,
         batch_size=job.encode.batch_size,
         num_actors=job.encode.num_actors,
+        device=job.encode.device,
+        decode=job.encode.decode,
     )
     tested = None
     if test is not None:
@@ -188,6 +190,7 @@ def evaluation_encoding(job: EvaluateJob, *, info: EncoderInfo, encoder: Encoder
         seed=job.seed,
         batch_size=job.batch_size,
         num_actors=job.num_actors,
+        device=job.device,
     )
 
 
@@ -241,22 +244,22 @@ def _check_label_names(data: Data, test: Data | None, classes: ClassList, *, sup
 
 
 def describe_probes_encoder(
-    probe: Probe, *, pretrained: str | None, engine: Engine, with_head: bool
+    probe: Probe, *, job: EvaluateJob | PredictJob, with_head: bool
 ) -> tuple[EncoderConfig, EncoderInfo]:
-    """The encoder that a probe was trained with, `pretrained` being where its checkpoint lies now, if it has moved.
+    """The encoder that a probe was trained with; the job says where its checkpoint lies now, if it has moved.
 
     With the zero-shot head of the probe's classes, if asked. Raises UserError when the encoder has changed.
     """
     made = probe.encoder["config"]
     encoder = EncoderConfig(
         encoder=made["encoder"],
-        pretrained=pretrained or made["pretrained"],
+        pretrained=job.pretrained or made["pretrained"],
         precision=made["precision"],
-        engine=engine,
+        engine=job.engine,
     )
     names = probe.class_names if with_head else ()
     templates = tuple(probe.encoder["templates"]) if with_head else ()
-    info = describe_encoder(encoder, class_names=names, templates=templates)
+    info = describe_encoder(encoder, class_names=names, templates=templates, device=job.device)
     if info.identity != probe.encoder["identity"]:
         raise UserError(
             f"the probe was trained on features of another encoder than {encoder.encoder} as it is now: "

@@ -30,14 +30,19 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
     probe = load_probe(job.probe)
     data = open_data(job.data, config=job.source, split="test", limit=job.limit)
     start_ray()
-    encoder, info = describe_probes_encoder(
-        probe, pretrained=job.pretrained, engine=job.engine, with_head=False
-    )
+    encoder, info = describe_probes_encoder(probe, job=job, with_head=False)
     views = base_views(probe.encoder["views"])
     folder = job.features or files.add_suffix(job.out, ".features")
     with output_folder(folder) as held:
         print_plan(data, None, info=info, views=",".join(map(str, views)), out=job.out)
-        encoding = Encoding(info=info, encoder=encoder, folder=held, batch_size=job.batch_size)
+        encoding = Encoding(
+            info=info,
+            encoder=encoder,
+            folder=held,
+            batch_size=job.batch_size,
+            device=job.device,
+            decode=job.decode,
+        )
         found = encoding.views_of(data, views)
         table, labels = _label(probe, found.ids, found.mean(*views), top_k=job.top_k)
         files.write_parquet(job.out, table)

@@ -118,7 +118,12 @@ def _open(job: SelftrainJob) -> _Opened:
     if job.supervised and not inputs.data.has_labels:
         raise UserError("--supervised needs labels in --data, and there are none")
     start_ray()
-    info = describe_encoder(job.encoder, class_names=names, templates=templates(job.names.templates))
+    info = describe_encoder(
+        job.encoder,
+        class_names=names,
+        templates=templates(job.names.templates),
+        device=job.encode.device,
+    )
     head = make_head(info, names, temperature=None)
     teacher = make_head(info, names, temperature=job.training.temperature)
     return _Opened(inputs=inputs, prior=prior, info=info, head=head, teacher=teacher)

@@ -96,7 +96,12 @@ def tune_job(job: TuneJob) -> dict[str, Any]:
         check_space(space, base=job.training, own_temperature=1.0)
         priors = {spec: load_prior(spec, names) for spec in _prior_specs(job, space)}
         start_ray()
-        info = describe_encoder(job.encoder, class_names=names, templates=templates(job.names.templates))
+        info = describe_encoder(
+            job.encoder,
+            class_names=names,
+            templates=templates(job.names.templates),
+            device=job.encode.device,
+        )
         head = make_head(info, names, temperature=None)
         trials = (
             draw_trials(space, count=job.trials, seed=job.training.seed) if job.search == "random" else []
