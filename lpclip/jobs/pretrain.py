@@ -29,7 +29,7 @@ from lpclip.jobs.console import command_line, print_mlflow, shown
 from lpclip.jobs.inputs import open_pairs
 from lpclip.jobs.process import start_ray
 from lpclip.jobs.run import check_job, job_run, provenance
-from lpclip.jobs.runtime import Stopwatch, claim, output_folder
+from lpclip.jobs.runtime import Stopwatch, check_workers, claim, output_folder
 from lpclip.method.contrastive_step import check_num_pairs, num_steps
 from lpclip.progress import Progress, watched
 from lpclip.report.tables import format_table
@@ -58,6 +58,7 @@ def pretrain_job(job: PretrainJob) -> dict[str, Any]:
         identity = _work_identity(job, fingerprint(stored), trainable)
         claim(out, identity, mark=False, shared="pairs")
         start_ray()
+        check_workers(job.training.num_workers)
         _print_plan(job, source, trainable, out)
         watch.lap("start")
         with job_run("pretrain", job, out=out, encoder=trainable.name, data=source.name) as run:

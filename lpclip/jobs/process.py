@@ -12,6 +12,7 @@ import logging.handlers
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -20,6 +21,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import NoReturn
+
+from lpclip.config import UserError
 
 # What of Ray's own messages goes to the terminal. An error that ends an execution of Ray Data is raised as well, and
 # main prints it in one sentence.
@@ -50,7 +53,7 @@ def job_began() -> float:
 def start_ray() -> None:
     """Join the cluster that RAY_ADDRESS names, as in a submitted job, or start a private one on this machine.
 
-    Where `begin_command` did so already, wait for it.
+    Where `begin_command` did so already, wait for it. Raises UserError when no cluster answers there.
     """
     on_sigterm = signal.getsignal(signal.SIGTERM)
     if _starting is not None:
@@ -149,7 +152,8 @@ def _init() -> None:
     if ray.is_initialized():
         return
     logging.getLogger("ray").setLevel(logging.ERROR)
-    if os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        _reach(address)
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
     else:
         _make_spill_folder()
@@ -161,6 +165,29 @@ def _init() -> None:
             log_to_driver=False,
             object_spilling_directory=_spilled,
         )
+
+
+def _reach(address: str) -> None:
+    """One quick connection: Ray itself tries for minutes, and cannot be interrupted meanwhile.
+
+    Raises UserError when nobody answers, or the address is that of a dashboard.
+    """
+    scheme, _, rest = address.rpartition("://")
+    if scheme in ("http", "https"):
+        raise UserError(
+            f"RAY_ADDRESS is {address}, where `ray job submit` sends jobs to: submit the command with it, or unset it "
+            "to run on this machine"
+        )
+    host, _, port = rest.partition("?")[0].rpartition(":")
+    if not host or not port.isdigit():  # such as "auto" and "local"
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=20).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"no Ray cluster answers at RAY_ADDRESS {address} ({error}): start it, or unset RAY_ADDRESS to run on this "
+            "machine"
+        ) from error
 
 
 def _make_spill_folder() -> None:

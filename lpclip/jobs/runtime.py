@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -92,6 +93,25 @@ def claim(out: str, identity: dict[str, Any], *, mark: bool = True, shared: str 
             f"{out} holds the results of other work (it differs in {', '.join(changed)}); choose another --out. "
             f"--{shared} {files.join(out, shared)} shares the {shared}"
         )
+
+
+def check_workers(num_workers: int) -> None:
+    """Refuse more Ray Train workers than this machine has CPUs, or GPUs if it has any: they would wait forever.
+
+    A cluster may grow, so there a line says that it has to.
+    """
+    import ray
+
+    there = ray.cluster_resources()
+    name = "GPU" if there.get("GPU", 0) >= 1 else "CPU"
+    count = int(there.get(name, 0))
+    if num_workers <= count:
+        return
+    here = f"each takes a {name}, and {{}} {count} {name}{'s' * (count != 1)}"
+    if not os.environ.get("RAY_ADDRESS") and len(ray.nodes()) == 1:
+        raise UserError(f"--num-workers {num_workers}: {here.format('this machine has')}")
+    text = f"{num_workers} Ray Train workers wait until the cluster has grown: {here.format('there are')}"
+    print(text, file=sys.stderr, flush=True)
 
 
 class Stopwatch:

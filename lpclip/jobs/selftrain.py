@@ -24,7 +24,7 @@ from lpclip.jobs.console import print_plan, print_result, print_training
 from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
 from lpclip.jobs.process import start_ray
 from lpclip.jobs.run import check_job, job_run, provenance, single_metrics
-from lpclip.jobs.runtime import Stopwatch, claim, output_folder
+from lpclip.jobs.runtime import Stopwatch, check_workers, claim, output_folder
 from lpclip.jobs.settle_prior import ChosenPrior, load_prior, settle_prior
 from lpclip.method.fit import finish_probe, is_last_student, zero_shot_labels
 from lpclip.method.presence import among_all
@@ -118,6 +118,7 @@ def _open(job: SelftrainJob) -> _Opened:
     if job.supervised and not inputs.data.has_labels:
         raise UserError("--supervised needs labels in --data, and there are none")
     start_ray()
+    check_workers(job.training.num_workers)
     info = describe_encoder(
         job.encoder,
         class_names=names,

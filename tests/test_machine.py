@@ -1,14 +1,19 @@
-"""--device: where images are encoded is asked for, waited for, and refused where it can never be."""
+"""What a job asks of the machine: waited for where it may come, and refused in a sentence where it never can."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import ROOT
+from PIL import Image
 
 PLAN = """
 from lpclip.config import EncoderConfig
@@ -89,3 +94,66 @@ def test_a_job_waits_for_a_cluster_to_grow_and_says_so(tmp_path: Path) -> None:
         "waiting for a GPU, for 1 s now: the cluster has none yet, and --device cpu needs none" in done.stderr
     )
     assert done.stdout.splitlines()[-1] == "described lite 1280"
+
+
+def images(folder: Path) -> Path:
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for number in range(4):
+            pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+def job(name: str, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *flags],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("selftrain", ()),
+        ("pretrain", ("--encoder", "tiny-32", "--batch-size", "6", "--caption-templates", "simple")),
+    ],
+)
+def test_more_workers_than_cpus_are_refused_before_the_work(
+    tmp_path: Path, name: str, flags: tuple[str, ...]
+) -> None:
+    data, out = images(tmp_path / "images"), tmp_path / "out"
+    resources = json.dumps({"CPU": 2})
+    done = job(
+        name,
+        *("--data", str(data), "--out", str(out), "--num-workers", "3", *flags),
+        RAY_OVERRIDE_RESOURCES=resources,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.strip() == "error: --num-workers 3: each takes a CPU, and this machine has 2 CPUs"
+    assert not (out / "features").exists()
+
+
+def test_a_cluster_that_is_gone_is_told_of_at_once(tmp_path: Path) -> None:
+    data = images(tmp_path / "images")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    begin = time.monotonic()
+    done = job("encode", "--data", str(data), "--out", str(tmp_path / "out"), RAY_ADDRESS=address)
+    assert time.monotonic() - begin < 60
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: no Ray cluster answers at RAY_ADDRESS {address} (")
+    assert done.stderr.strip().endswith("or unset RAY_ADDRESS to run on this machine")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_address_of_a_dashboard_is_no_cluster(tmp_path: Path) -> None:
+    data, address = images(tmp_path / "images"), "http://127.0.0.1:8265"
+    done = job("encode", "--data", str(data), "--out", str(tmp_path / "out"), RAY_ADDRESS=address)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: RAY_ADDRESS is {address}, where `ray job submit` sends jobs to")
