@@ -287,7 +287,8 @@ def test_predict_keeps_the_list_of_the_images_that_it_left_out(
     assert not (tmp_path / "labels.quarantine.parquet").exists()
     again = pq.read_table(tmp_path / "labels.parquet")
     assert again.select(["id", "label"]) == labels.select(["id", "label"])
-    assert np.allclose(again["probability"], labels["probability"], atol=1e-3)
+    # In bfloat16, on CPUs that compute in it, the engines are further apart than in float32.
+    assert np.allclose(again["probability"], labels["probability"], atol=1e-2)
 
 
 def write_store(path: Path, *, like: Store, base: np.ndarray, labels: np.ndarray) -> Path:
