@@ -232,6 +232,36 @@ def write_parquet(
 
 
 @contextlib.contextmanager
+def parquet_by_tables(path: str, *, group_rows: int = 1 << 16) -> Iterator[Callable[[pa.Table], None]]:
+    """A function that adds tables of one schema, one at least, to a Parquet file with a checksum of each page.
+
+    The file is written at the end of the block, whole or not at all. Until then its bytes are in memory, and the rows
+    of one row group, which has about `group_rows`.
+    """
+    sink = pa.BufferOutputStream()
+    writer: pq.ParquetWriter | None = None
+    waiting: list[pa.Table] = []
+
+    def flush() -> None:
+        nonlocal writer
+        if waiting:
+            writer = writer or pq.ParquetWriter(sink, waiting[0].schema, write_page_checksum=True)
+            writer.write_table(pa.concat_tables(waiting))
+            waiting.clear()
+
+    def add(table: pa.Table) -> None:
+        waiting.append(table)
+        if sum(map(len, waiting)) >= group_rows:
+            flush()
+
+    yield add
+    flush()
+    assert writer is not None, path
+    writer.close()
+    write_bytes(path, sink.getvalue())
+
+
+@contextlib.contextmanager
 def open_parquet(path: str, *, remedy: str) -> Iterator[pq.ParquetFile]:
     """A Parquet file that lpclip wrote, to be read in the block; the checksums of the pages that are read are verified.
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 # 100,000 images of 500 classes have 200 MB of probabilities; their features take 3 MB here.
@@ -64,3 +66,65 @@ def test_probabilities_of_all_rows_are_never_there(steps: tuple[str, ...]) -> No
     command = [sys.executable, "-c", MEASURE, *steps]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(found.stdout) < 0.3
+
+
+LABEL = """
+import resource, sys
+from pathlib import Path
+import numpy as np, pyarrow as pa, torch
+from lpclip import files
+from lpclip.features.store import Store
+from lpclip.features.store_writer import Part, StoreWriter
+from lpclip.images.views import WEAK
+from lpclip.jobs.predict import labelled
+from lpclip.method.probe import Probe
+
+torch.set_num_threads(1)
+folder, units, dim, classes = sys.argv[1], 200, 512, 100
+random = np.random.default_rng(0)
+
+def unit(count):
+    rows = random.normal(size=(count, dim)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+identity = {"encoder": {"dim": dim}, "views": ["weak"], "seed": None, "source": {"label_names": None}}
+writer = StoreWriter(folder, identity)
+writer.begin()
+for number in range(units):
+    flat = pa.array(unit(256).astype(np.float16).reshape(-1))
+    columns = {
+        "id": [f"{number}/{i}" for i in range(256)],
+        "label": pa.array([None] * 256, pa.int32()),
+        "weak": pa.FixedSizeListArray.from_arrays(flat, dim),
+    }
+    part = Part(unit=number, start=0, stop=256, last=True)
+    writer.write_part(part, rows=pa.table(columns), quarantine=[], content_digest=number)
+writer.finish(num_units=units, rate=None, known={})
+probe = Probe(
+    weight=torch.from_numpy(unit(classes)), bias=torch.zeros(classes), class_names=tuple(map(str, range(classes)))
+)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+store = Store.open(folder)
+next(labelled(store, probe, views=(WEAK,), top_k=5))
+before, rows = peak(), 0
+with files.parquet_by_tables(folder + "/labels.parquet", group_rows=1 << 12) as add:
+    for table in labelled(store, probe, views=(WEAK,), top_k=5):
+        rows += len(table)
+        add(table)
+assert rows == 256 * units
+print((peak() - before) / (2 * rows * dim))
+"""
+
+
+def test_labels_are_written_without_all_features_in_memory(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LABEL, str(tmp_path / "store")]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert float(found.stdout) < 0.4
+    written = pq.ParquetFile(tmp_path / "store" / "labels.parquet")
+    assert written.metadata.num_rows == 256 * 200
+    assert written.num_row_groups == 13
+    assert written.read(columns=["id"])["id"].to_pylist()[:257:256] == ["0/0", "1/0"]

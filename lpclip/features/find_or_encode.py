@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -86,18 +87,28 @@ class Encoding:
         seconds = time.monotonic() - begin
         return Encoded(store=store, seconds=seconds, reused=False, rate=store.manifest.images_per_second)
 
+    def one_store_of(self, data: Data, views: tuple[View, ...]) -> Encoded:
+        """One store of the data that has all these views: given, found in the folder, or encoded.
+
+        Raises UserError when a given store lacks a view, and as `store_of` does.
+        """
+        found = self._find_views(data, views)
+        _refuse_missing(data, found, views)
+        names = set(map(str, views))
+        whole = next((e for e in found.values() if names <= set(e.store.manifest.views)), None)
+        if whole is None:
+            return self.store_of(data, views=views)
+        print(f"features of {data.name}: found in {whole.store.path}", flush=True)
+        return whole
+
     def views_of(self, data: Data, views: tuple[View, ...]) -> Views:
         """All these views of the data: those that stores in the folder hold, the missing ones encoded in one pass.
 
         Raises UserError when a given store lacks a view, and as `store_of` does.
         """
         found = self._find_views(data, views)
+        _refuse_missing(data, found, views)
         missing = tuple(view for view in views if view not in found)
-        if isinstance(data.origin, Store) and missing:
-            raise UserError(
-                f"{data.origin.path} is a feature store without the view {missing[0]}: name the images, or encode "
-                f"them with --views {','.join(map(str, views))}"
-            )
         if missing:
             now = self.store_of(data, views=tuple(dict.fromkeys((WEAK, *missing))))
             found |= dict.fromkeys(missing, now)
@@ -196,3 +207,13 @@ class Encoding:
 
         limits = LIMITS if self.plan().gpus_per_actor else CPU_LIMITS
         return fill_store(source, writer=writer, what="encoding", stages=stages, limits=limits)
+
+
+def _refuse_missing(data: Data, found: Container[View], views: tuple[View, ...]) -> None:
+    """Refuse a given store that lacks one of the views: it cannot be encoded."""
+    missing = next((view for view in views if view not in found), None)
+    if isinstance(data.origin, Store) and missing is not None:
+        raise UserError(
+            f"{data.origin.path} is a feature store without the view {missing}: name the images, or encode "
+            f"them with --views {','.join(map(str, views))}"
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,13 +13,14 @@ from lpclip import files
 from lpclip.config import PredictJob, check
 from lpclip.features.data import open_data
 from lpclip.features.find_or_encode import Encoding
-from lpclip.features.store import Store
-from lpclip.images.views import base_views
+from lpclip.features.store import Store, matrix, mean_view
+from lpclip.images.views import View, base_views
 from lpclip.jobs.console import print_plan, shown
 from lpclip.jobs.inputs import describe_probes_encoder
 from lpclip.jobs.process import start_ray
 from lpclip.jobs.runtime import output_folder
 from lpclip.method.probe import Probe, load_probe
+from lpclip.progress import Progress
 from lpclip.report.tables import format_table
 
 
@@ -43,23 +46,35 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
             device=job.device,
             decode=job.decode,
         )
-        found = encoding.views_of(data, views)
-        table, labels = _label(probe, found.ids, found.mean(*views), top_k=job.top_k)
-        files.write_parquet(job.out, table)
-        quarantine = _keep_quarantine(found.latest.store, job.out)
+        store = encoding.one_store_of(data, views).store
+        counts: Counter[str] = Counter()
+        with files.parquet_by_tables(job.out) as add:
+            for table in labelled(store, probe, views=views, top_k=job.top_k):
+                counts.update(table["label"].to_pylist())
+                add(table)
+        quarantine = _keep_quarantine(store, job.out)
     if job.features is None:
         files.delete_folder(folder)
-    counts = np.bincount(labels, minlength=len(probe.bias))
-    order = np.argsort(-counts)[:20]
-    print(format_table([{"label": probe.class_names[i], "images": int(counts[i])} for i in order]))
-    num_quarantined = found.latest.store.manifest.num_quarantined
+    print(format_table([{"label": name, "images": count} for name, count in counts.most_common(20)]))
+    images, quarantined = counts.total(), store.manifest.num_quarantined
     listed = f", listed in {shown(quarantine)}" if quarantine else ""
-    print(f"{len(table):,} images labelled: {shown(job.out)}; {num_quarantined:,} quarantined{listed}")
-    return {"images": len(table), "quarantined": num_quarantined}
+    print(f"{images:,} images labelled: {shown(job.out)}; {quarantined:,} quarantined{listed}")
+    return {"images": images, "quarantined": quarantined}
 
 
-def _label(probe: Probe, ids: np.ndarray, features: np.ndarray, *, top_k: int) -> tuple[pa.Table, np.ndarray]:
-    """The table of labels of the images with these ids (N,) and features (N, d), and their classes' indices (N,)."""
+def labelled(store: Store, probe: Probe, *, views: tuple[View, ...], top_k: int) -> Iterator[pa.Table]:
+    """Labels of the images of each part, in the order of the source: only one part's features are in memory."""
+    dim, names = store.manifest.dim, list(map(str, views))
+    progress = Progress("labelling", total=store.manifest.num_rows)
+    for part in store.tables(["id", *names]):
+        features = mean_view([matrix(part, name, dim) for name in names])
+        yield _label(probe, part["id"], features, top_k=top_k)
+        progress.advance(len(part))
+    progress.close()
+
+
+def _label(probe: Probe, ids: pa.ChunkedArray, features: np.ndarray, *, top_k: int) -> pa.Table:
+    """The table of labels of the images with these ids (N,) and features (N, d)."""
     k = min(top_k, len(probe.bias))
     top, places = (
         found.numpy()
@@ -68,16 +83,15 @@ def _label(probe: Probe, ids: np.ndarray, features: np.ndarray, *, top_k: int) -
         )
     )
     names, ends = pa.array(probe.class_names, pa.string()), pa.array(np.arange(len(ids) + 1) * k, pa.int32())
-    table = pa.table(
+    return pa.table(
         {
-            "id": pa.array(ids, pa.string()),
+            "id": ids.cast(pa.string()),
             "label": names.take(pa.array(places[:, 0])),
             "probability": top[:, 0],
             "top_labels": pa.ListArray.from_arrays(ends, names.take(pa.array(places.ravel()))),
             "top_probabilities": pa.ListArray.from_arrays(ends, pa.array(top.ravel())),
         }
     )
-    return table, places[:, 0]
 
 
 def _keep_quarantine(store: Store, out: str) -> str | None:
