@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import ray
 from conftest import ROOT
+from PIL import Image
 
 from lpclip.config import EncodeJob, EvaluateJob, PredictJob, SelftrainJob, UserError, to_dict
 from lpclip.jobs.cli import main, users_mistake
@@ -235,6 +236,25 @@ def test_a_command_ends_with_one_sentence_and_leaves_nothing_behind(
     living = {int(pid) for pid, stat in map(str.split, listing.splitlines()) if not stat.startswith("Z")}
     assert not living & set(pids)
     assert left in ([], ["ray"])
+
+
+def test_a_temporary_folder_too_long_for_ray_s_sockets_is_told_in_a_sentence(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 107)
+    folder.mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
+    command = "from lpclip.jobs.cli import run_command; run_command('encode')"
+    done = subprocess.run(
+        [sys.executable, "-c", command, "--data", str(tmp_path), "--out", str(tmp_path / "out")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder), "RAY_ADDRESS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: the path of the temporary folder is too long for Ray's sockets: set RAY_TMPDIR (or TMPDIR) to a short "
+        "path, such as /tmp\n"
+    )
 
 
 @ray.remote(max_retries=0, num_cpus=0)

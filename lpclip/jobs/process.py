@@ -53,13 +53,15 @@ def job_began() -> float:
 def start_ray() -> None:
     """Join the cluster that RAY_ADDRESS names, as in a submitted job, or start a private one on this machine.
 
-    Where `begin_command` did so already, wait for it. Raises UserError when no cluster answers there.
+    Where `begin_command` did so already, wait for it. Raises UserError when no cluster answers there, or the path of
+    the temporary folder is too long.
     """
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    if _starting is not None:
-        _starting.result()
-    else:
-        _init()
+    with _short_path_asked_for():
+        if _starting is not None:
+            _starting.result()
+        else:
+            _init()
     if threading.current_thread() is threading.main_thread():
         # Ray's own answer to SIGTERM is a list of C++ addresses.
         signal.signal(signal.SIGTERM, on_sigterm)
@@ -72,6 +74,20 @@ def start_ray() -> None:
     context.print_on_execution_start = False
     # Ray would walk each worker's memory map once a second, which stalls the page faults of a busy encoder.
     context.memory_usage_poll_interval_s = None
+
+
+@contextlib.contextmanager
+def _short_path_asked_for() -> Iterator[None]:
+    """Explain that Ray's sockets, which lie in the temporary folder, have no room for its path."""
+    try:
+        yield
+    except OSError as error:
+        if "AF_UNIX" not in str(error):
+            raise
+        raise UserError(
+            "the path of the temporary folder is too long for Ray's sockets: set RAY_TMPDIR (or TMPDIR) to a short "
+            "path, such as /tmp"
+        ) from error
 
 
 @contextlib.contextmanager
