@@ -102,7 +102,7 @@ class SourceConfig:
     number."""
     image_column: str | None = None
     """Column with image bytes, URIs or bytes/path structs. By default it is the first of image, img, jpg, bytes,
-    uri, url and path that exists."""
+    uri, url, path, filepath and file_name that exists."""
     label_column: str | None = None
     """Column with labels. Self-training does not read them: they are for evaluation, for --supervised, and for the
     captions of `lpclip pretrain`. By default it is the first of label, labels and cls that exists."""
@@ -132,7 +132,7 @@ class PairsConfig(SourceConfig):
 
     text_column: str | None = None
     """Column with the text, or the list of texts, of each image. By default it is the first of text, texts,
-    caption, captions and txt that exists. In folders and tars a .txt file beside each image holds its texts, one
+    caption, captions, txt and title that exists. In folders and tars a .txt file beside each image holds its texts, one
     per line."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import json
@@ -348,6 +349,26 @@ def read_bytes(path: str) -> bytes:
             return stream.read()
 
     return _explained("read", path, read)
+
+
+def decode_text(data: bytes, *, path: str) -> str:
+    """The text of a file at `path`. Raises UserError when it is not UTF-8."""
+    refuse_utf_16(data, path=path)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise not_utf_8(path) from error
+
+
+def refuse_utf_16(data: bytes, *, path: str) -> None:
+    """Raise UserError when the bytes at the start of a file of text are UTF-16, as spreadsheets write it."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
+        raise not_utf_8(path)
+
+
+def not_utf_8(path: str) -> UserError:
+    """What to say of a file of text in another encoding."""
+    return UserError(f"{path} is not UTF-8 text: save it as UTF-8")
 
 
 def write_json(path: str, value: Any) -> None:

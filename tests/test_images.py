@@ -24,6 +24,7 @@ from PIL import Image
 from pyarrow import csv, fs
 
 from lpclip.config import SourceConfig, UserError
+from lpclip.images.columns import Texts
 from lpclip.images.fetch import fetch_all, followed
 from lpclip.images.open import open_source
 from lpclip.images.source import ROWS, UNIT_ROWS, File, Source, make_identity
@@ -392,6 +393,29 @@ class TestPatterns:
         with pytest.raises(UserError, match=r"different kinds .* by a pattern"):
             open_source(str(tmp_path), config=CONFIG)
 
+    def test_a_folder_without_images_is_no_label_and_a_note_says_so(self, tmp_path: Path) -> None:
+        for folder in ("cat", "dog"):
+            write(tmp_path / "pets" / folder / "1.png", png(1))
+        for folder in ("zebra", ".ipynb_checkpoints", "__MACOSX"):
+            (tmp_path / "pets" / folder).mkdir()
+        note = (
+            "labels: 1 of the folders in pets have no image (zebra): without --classes, they are no classes",
+        )
+        for data in (str(tmp_path / "pets"), (tmp_path / "pets").as_uri()):
+            source = open_source(data, config=CONFIG)
+            assert (source.label_names, source.notes) == (("cat", "dog"), note)
+        # A pattern leaves folders out on purpose.
+        assert open_source(str(tmp_path / "pets" / "*"), config=CONFIG).notes == ()
+        write(tmp_path / "pets" / "zebra" / "1.png", png(1))
+        assert open_source(str(tmp_path / "pets"), config=CONFIG).notes == ()
+
+    def test_a_folder_without_images_beside_images_without_labels_is_not_worth_a_note(
+        self, tmp_path: Path
+    ) -> None:
+        write(tmp_path / "1.png", png(1))
+        (tmp_path / "empty").mkdir()
+        assert open_source(str(tmp_path), config=CONFIG).notes == ()
+
 
 class TestLimit:
     def test_it_takes_a_fair_and_nested_sample(self, tmp_path: Path) -> None:
@@ -609,6 +633,88 @@ class TestManifest:
         assert source.label_names is None
         assert [(row["id"], row["label"]) for row in rows(source)] == [("1.jpg", 12), ("2.jpg", None)]
 
+    @pytest.mark.parametrize(
+        ("name", "separator", "told"),
+        [
+            ("x.csv", "\t", "tabs"),
+            ("x.CSV", ";", "semicolons"),
+            ("x.csv", "|", "vertical bars"),
+            ("x.tsv", ",", "commas"),
+            ("x.csv", ",", None),
+            ("x.tsv", "\t", None),
+        ],
+    )
+    def test_the_header_tells_what_separates_the_columns(
+        self, tmp_path: Path, name: str, separator: str, told: str | None
+    ) -> None:
+        write(tmp_path / "1.jpg", png(1))
+        # The columns of open_clip's own manifests.
+        lines = [
+            ("filepath", "title", "label"),
+            ("1.jpg", "a,cat\tsits; there|".replace(separator, ""), "cat"),
+        ]
+        path = write(tmp_path / name, "\ufeff" + "\r\n".join(map(separator.join, lines)))
+        source = open_source(str(path), config=CONFIG, texts=Texts())
+        (row,) = (row for unit in source.units for row in source.reader.rows(unit))
+        assert (row.id, row.image, row.label, row.texts) == ("1.jpg", png(1), 0, (lines[1][1],))
+        expected = (f"{name}: its columns are separated by {told}, and read like that",) if told else ()
+        assert source.notes == expected
+
+    def test_a_single_column_has_no_separator(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "x.csv", 'file_name\n1;2\t.jpg\n"3,4.jpg"\n')
+        assert by_id(open_source(str(path), config=CONFIG)).keys() == {"1;2\t.jpg", "3,4.jpg"}
+
+
+class TestNumbersWithGaps:
+    """A column of numbers with gaps is one of fractions to most programs."""
+
+    EXPECTED = (0, 1, None, 12, None)
+
+    def labels(self, path: Path) -> list[int | None]:
+        source = open_source(str(path), config=CONFIG)
+        assert source.label_names is None
+        labels = [row["label"] for row in rows(source)]
+        if source.labels_there is not None:
+            assert source.labels_there == tuple(sorted({*labels} - {None}))
+        return labels
+
+    @pytest.mark.parametrize("gap", ["", "nan", "NaN"])
+    def test_in_csv(self, tmp_path: Path, gap: str) -> None:
+        labels = ("0.0", "1.0", gap, "12.", "-1.0")
+        lines = [f"{n}.jpg,{label}" for n, label in enumerate(labels)]
+        assert self.labels(write(tmp_path / "x.csv", "\n".join(["path,label", *lines]))) == [*self.EXPECTED]
+
+    @pytest.mark.parametrize("gap", ["null", "NaN"])
+    def test_in_jsonl(self, tmp_path: Path, gap: str) -> None:
+        labels = ("0.0", "1.0", gap, "12.0", "-1")
+        lines = [f'{{"path": "{n}.jpg", "label": {label}}}' for n, label in enumerate(labels)]
+        assert self.labels(write(tmp_path / "x.jsonl", "\n".join(lines))) == [*self.EXPECTED]
+
+    @pytest.mark.parametrize("gap", [None, float("nan")])
+    @pytest.mark.parametrize("dtype", [pa.float32(), pa.float64()])
+    def test_in_parquet(self, tmp_path: Path, gap: float | None, dtype: pa.DataType) -> None:
+        labels = pa.array([0, 1, gap, 12, -1], dtype)
+        path = write_parquet(tmp_path / "x.parquet", {"image": [png(n) for n in range(5)], "label": labels})
+        assert self.labels(path) == [*self.EXPECTED]
+
+    def test_in_tars(self, tmp_path: Path) -> None:
+        labels = (b"0.0", b"1.0\n", b"", b"12.", b"-1")
+        members = [
+            (f"{n}.{suffix}", data)
+            for n, label in enumerate(labels)
+            for suffix, data in (("png", png(n)), ("cls", label))
+        ]
+        assert self.labels(write_tar(tmp_path / "x.tar", members)) == [*self.EXPECTED]
+
+    def test_fractions_and_other_words_are_names(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "x.csv", "path,label\n1.jpg,0.5\n2.jpg,1.0\n3.jpg,nan\n")
+        assert open_source(str(path), config=CONFIG).label_names == ("0.5", "1.0", "nan")
+
+    def test_a_number_that_is_too_large_is_no_label(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "x.csv", "path,label\n1.jpg,99999999999\n")
+        with pytest.raises(UserError, match="'label' is no column of labels"):
+            open_source(str(path), config=CONFIG)
+
 
 class TestBadInput:
     def message(self, data: Path | str, **options: Any) -> str:
@@ -673,6 +779,21 @@ class TestBadInput:
             write(tmp_path / "x.csv", "a,b\n1,2\n")
         )
         assert "cannot be read" in self.message(write(tmp_path / "x.jsonl", '{"uri": '))
+
+    @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "latin-1"])
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("x.csv", "path,label\n1.jpg,caf\u00e9\n"),
+            ("x.csv", "path,caf\u00e9\n1.jpg,a\n"),
+            ("x.tsv", "path\tlabel\n1.jpg\tcaf\u00e9\n"),
+            ("x.jsonl", '{"path": "1.jpg", "label": "caf\u00e9"}\n'),
+            ("x.jsonl", '{"path": "1.jpg", "caf\u00e9": "a"}\n'),
+        ],
+    )
+    def test_manifests_that_are_not_utf_8(self, tmp_path: Path, name: str, text: str, encoding: str) -> None:
+        path = write(tmp_path / name, text.encode(encoding))
+        assert self.message(path) == f"{path} is not UTF-8 text: save it as UTF-8"
 
 
 class Answers(BaseHTTPRequestHandler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,10 +11,10 @@ import pyarrow.compute as pc
 
 from lpclip.config import UserError
 
-IMAGE_COLUMNS = ("image", "img", "jpg", "bytes", "uri", "url", "path")
+IMAGE_COLUMNS = ("image", "img", "jpg", "bytes", "uri", "url", "path", "filepath", "file_name")
 ID_COLUMNS = ("id",)
 LABEL_COLUMNS = ("label", "labels", "cls")
-TEXT_COLUMNS = ("text", "texts", "caption", "captions", "txt")
+TEXT_COLUMNS = ("text", "texts", "caption", "captions", "txt", "title")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,11 @@ def as_texts(column: pa.ChunkedArray) -> list[list[str]]:
     cells = column.to_pylist()
     lists = cells if _is_list(column.type) else [[cell] for cell in cells]
     return [[text for text in texts or () if text is not None] for texts in lists]
+
+
+def whole_number(text: str) -> int | None:
+    """The whole number that a text is, None when it is none. Tables write a column with gaps as 0.0, 1.0."""
+    return int(text.partition(".")[0]) if re.fullmatch(r"-?\d{1,18}(\.0*)?", text) else None
 
 
 def is_text(dtype: pa.DataType) -> bool:

@@ -20,7 +20,8 @@ from lpclip.files import locate, split_options
 from lpclip.files import split as split_uri
 from lpclip.images.columns import Texts
 from lpclip.images.fetch import reason
-from lpclip.images.folders import is_text_file, open_folder, open_manifest
+from lpclip.images.folders import is_text_file, open_folder
+from lpclip.images.manifests import open_manifest
 from lpclip.images.named import CLASSES, named_parquet
 from lpclip.images.parquet import has_image_bytes, open_parquet
 from lpclip.images.source import IMAGE_SUFFIXES, File, Listing, Source
@@ -106,17 +107,19 @@ def _list(data: str) -> tuple[Listing, bool]:
         info = patiently(uri, lambda: filesystem.get_file_info(path))
         if info.type == fs.FileType.NotFound:
             raise UserError(f"{data}: no such path")
-        is_file = info.is_file
+        is_file, folders = info.is_file, []
         if is_file:
             files = [File(path.rpartition("/")[2], info.size, info.mtime_ns)]
         elif isinstance(filesystem, fs.LocalFileSystem):
             files = list(_walk(path, above=()))
+            folders = [name for name in os.listdir(path) if os.path.isdir(os.path.join(path, name))]
         else:
             selector = fs.FileSelector(path, recursive=True)
             found = patiently(uri, lambda: filesystem.get_file_info(selector))
-            infos = [i for i in found if i.type != fs.FileType.Directory]
-            start = path.rstrip("/")
-            files = [File(i.path[len(start) :].lstrip("/"), i.size, i.mtime_ns) for i in infos]
+            places = {i.path[len(path.rstrip("/")) :].lstrip("/"): i for i in found}
+            is_folder = {place: i.type == fs.FileType.Directory for place, i in places.items()}
+            files = [File(place, i.size, i.mtime_ns) for place, i in places.items() if not is_folder[place]]
+            folders = [place for place in places if is_folder[place] and "/" not in place]
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{data}: cannot be listed ({reason(error)})") from error
     files = sorted(file for file in files if not any(part.startswith(".") for part in file.path.split("/")))
@@ -125,7 +128,8 @@ def _list(data: str) -> tuple[Listing, bool]:
         # Many files are called train.parquet or test.parquet: the folder's name says which data set it is.
         name = f"{split_uri(folder)[1]}-{name.partition('.')[0]}"
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "images"
-    return Listing(name, folder if is_file else uri, files), is_file
+    seen = tuple(sorted(name for name in folders if name and not name.startswith((".", "__"))))
+    return Listing(name, folder if is_file else uri, files, seen), is_file
 
 
 def _is_pattern(data: str) -> bool:

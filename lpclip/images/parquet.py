@@ -190,7 +190,7 @@ def _label_names(listing: Listing, schemas: Sequence[pa.Schema], column: str) ->
         return tuple(sorted(words.to_pylist()))
     if not pa.types.is_integer(dtype):
         try:
-            _read_column(listing, column).cast(pa.int32())
+            label_indices(_read_column(listing, column), None)
         except pa.ArrowException as error:
             raise UserError(
                 f"{listing.name}: column {column!r} is no column of labels: {reason(error)}"

@@ -107,12 +107,14 @@ def row_id(file: str, row: int) -> str:
 
 
 def label_indices(labels: pa.ChunkedArray, names: tuple[str, ...] | None) -> pa.ChunkedArray:
-    """Labels as int32: words become their place in `names`, and negative numbers (unlabelled) become null."""
+    """Labels as int32: words become their place in `names`, and negative numbers and NaN (unlabelled) become null."""
     if pa.types.is_dictionary(labels.type):
         labels = labels.cast(labels.type.value_type)
     if is_text(labels.type):
         assert names is not None
         return pc.index_in(labels.cast(pa.string()), value_set=pa.array(names, pa.string()))
+    if pa.types.is_floating(labels.type):
+        labels = pc.if_else(pc.is_nan(labels), pa.scalar(None, labels.type), labels)
     numbers = labels.cast(pa.int32())
     return pc.if_else(pc.less(numbers, 0), pa.scalar(None, pa.int32()), numbers)
 

@@ -119,6 +119,8 @@ class Listing(NamedTuple):
     name: str
     root: str
     files: list[File]
+    folders: tuple[str, ...] = ()
+    """Names of the folders right below the root, without those of systems; none where a pattern chooses files."""
 
 
 def make_identity(

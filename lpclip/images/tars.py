@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from lpclip.config import SourceConfig
 from lpclip.files import open_input
-from lpclip.images.columns import Texts
+from lpclip.images.columns import Texts, whole_number
 from lpclip.images.fetch import reason, under
 from lpclip.images.source import IMAGE_SUFFIXES, Listing, Reader, Row, Source, make_identity, make_pair
 
@@ -197,8 +197,9 @@ def is_image(extension: str, wanted: str | None = None) -> bool:
 
 def class_label(data: bytes | Exception | None) -> int | None:
     """The number in a .cls member, None when there is no member or it holds none."""
-    text = data.strip() if isinstance(data, bytes) else b""
-    return int(text) if text.isdigit() else None
+    text = data.strip().decode(errors="replace") if isinstance(data, bytes) else ""
+    number = whole_number(text)
+    return None if number is None or number < 0 else number
 
 
 def open_tar(root: str, file: str) -> tarfile.TarFile:

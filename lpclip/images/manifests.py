@@ -1,0 +1,177 @@
+"""Manifests: CSV, TSV and JSONL files that list the URIs or paths of images."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+from pyarrow import fs
+
+from lpclip.config import SourceConfig, UserError
+from lpclip.files import not_utf_8, open_input, refuse_utf_16, split, split_options
+from lpclip.images.columns import (
+    ID_COLUMNS,
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
+    Texts,
+    as_texts,
+    pick_column,
+    refuse_duplicates,
+    text_column,
+    whole_number,
+)
+from lpclip.images.fetch import followed, reason, scheme, under
+from lpclip.images.folders import FilesReader, file_units
+from lpclip.images.source import File, Listing, Source, choose, different, make_identity
+
+# The header of a table is within these.
+HEAD_BYTES = 1 << 16
+SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
+# Labels are int32 from here on.
+MAX_LABEL = 2**31 - 1
+
+
+def open_manifest(
+    listing: Listing, *, config: SourceConfig, limit: int | None, texts: Texts | None
+) -> Source:
+    """A CSV, TSV or JSONL file with a column of URIs or of paths relative to it, and perhaps ids, labels and texts.
+
+    Raises UserError when it cannot be read, is not UTF-8, or lacks a column.
+    """
+    (file,) = listing.files
+    table, notes = _read_manifest(under(listing.root, file.path))
+    names = table.column_names
+    image_column = pick_column(config.image_column, IMAGE_COLUMNS, names, what=file.path)
+    id_column = pick_column(config.id_column, ID_COLUMNS, names, what=file.path)
+    label_column = pick_column(config.label_column, LABEL_COLUMNS, names, what=file.path)
+    if image_column is None:
+        raise UserError(
+            f"{file.path}: no column of URIs or paths; there are {', '.join(names)} (--image-column)"
+        )
+    paths = table[image_column].cast(pa.string()).fill_null("").to_pylist()
+    id_array = (table[id_column] if id_column else table[image_column]).cast(pa.string())
+    if config.id_column != "":
+        refuse_duplicates(id_array, what=file.path)
+        ids = id_array.to_pylist()
+    else:
+        ids = [f"{file.path}:{row}" for row in range(len(paths))]
+    texts_from = text_column(texts, table.schema, what=file.path)
+    own_texts = as_texts(table[texts_from]) if texts_from else None
+    labels, label_names = _labels(table, label_column, what=file.path)
+    schemes = followed(config.schemes, root=listing.root)
+    notes += _refused(paths, schemes, listing.root, file.path)
+    chosen = choose(ids, limit)
+    work: dict[str, list[Any] | None] = {
+        "paths": [paths[row] for row in chosen],
+        "ids": None if ids == paths else [ids[row] for row in chosen],
+        "labels": [labels[row] for row in chosen] if labels else None,
+        "texts": [own_texts[row] for row in chosen] if own_texts else None,
+    }
+    columns = (image_column, id_column, label_column, *filter(None, (texts_from,)))
+    read = [file, *_local_files(paths, listing.root)]
+    identity = make_identity("manifest", read, config=config, limit=limit, columns=columns)
+    return Source(
+        name=listing.name,
+        kind="manifest",
+        root=listing.root,
+        reader=FilesReader(
+            root=listing.root,
+            max_bytes=config.max_bytes,
+            schemes=schemes,
+            timeout=config.read_timeout,
+            has_texts=texts is not None,
+        ),
+        units=file_units(work, [0] * len(chosen)),
+        num_rows=len(chosen),
+        has_labels=labels is not None,
+        label_names=label_names,
+        identity=identity,
+        config=config,
+        labels_there=different(work["labels"] or ()),
+        notes=notes,
+    )
+
+
+def _refused(paths: Sequence[str], schemes: Sequence[str], root: str, name: str) -> tuple[str, ...]:
+    """A note on URIs whose schemes are not followed. Raises UserError when there are no other URIs."""
+    counts = Counter(scheme(under(root, path)) for path in paths)
+    refused = {kind: count for kind, count in counts.items() if kind not in schemes}
+    if not refused:
+        return ()
+    found = ", ".join(f"{count:,} at {kind}://" for kind, count in sorted(refused.items()))
+    flag = f"--schemes {','.join(sorted({*schemes, *refused} - {'file'}))}"
+    if len(refused) == len(counts):
+        raise UserError(f"{name}: URIs of these schemes are not followed unless you say so: {found} ({flag})")
+    return (f"{name}: {found} will be quarantined, as their scheme is not followed ({flag} follows it)",)
+
+
+def _read_manifest(uri: str) -> tuple[pa.Table, tuple[str, ...]]:
+    """The table, and a note where its columns are not separated as its suffix says."""
+    path = split_options(uri)[0].lower()
+    try:
+        with open_input(uri) as file:
+            head = file.read(HEAD_BYTES)
+            file.seek(0)
+            refuse_utf_16(head, path=uri)
+            if path.endswith((".jsonl", ".ndjson")):
+                table = pa.json.read_json(file)
+                table.validate(full=True)  # the reader takes any bytes for text
+                return table, ()
+            separator, notes = _separator(split(split_options(uri)[0])[1], head)
+            parse = pa.csv.ParseOptions(delimiter=separator)
+            names = pa.csv.open_csv(file, parse_options=parse).schema.names
+            file.seek(0)
+            # All columns are read as text: as a number, the id 00012 would become 12.
+            convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
+            return pa.csv.read_csv(file, parse_options=parse, convert_options=convert), notes
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        if isinstance(error, UnicodeDecodeError) or "UTF8" in str(error):
+            raise not_utf_8(uri) from error
+        raise UserError(f"{uri}: the manifest cannot be read ({reason(error)})") from error
+
+
+def _separator(name: str, head: bytes) -> tuple[str, tuple[str, ...]]:
+    """What separates the columns, and a note where it is not what the suffix says.
+
+    The suffix is wrong where it would make the header one column and another separator makes several.
+    """
+    own = "\t" if name.lower().endswith(".tsv") else ","
+    header = next(iter(head.splitlines()), b"").decode(errors="replace")
+    counts = {mark: len(next(csv.reader([header], delimiter=mark), ())) for mark in (own, *SEPARATORS)}
+    found = own if counts[own] > 1 else max(counts, key=lambda mark: counts[mark])
+    if found == own:
+        return own, ()
+    return found, (f"{name}: its columns are separated by {SEPARATORS[found]}, and read like that",)
+
+
+def _labels(
+    table: pa.Table, column: str | None, *, what: str
+) -> tuple[list[int | None] | None, tuple[str, ...] | None]:
+    """Labels and their names, which are None where all labels are numbers; 1.0 is one as well."""
+    if column is None:
+        return None, None
+    words: list[str | None] = [word or None for word in table[column].cast(pa.string()).to_pylist()]
+    gaps = [word is None or word.lower() == "nan" for word in words]
+    numbers = [whole_number(word or "") for word in words]
+    if all(gap or number is not None for number, gap in zip(numbers, gaps, strict=True)):
+        labels = [None if number is None or number < 0 else number for number in numbers]
+        if max(different(labels), default=0) > MAX_LABEL:
+            raise UserError(
+                f"{what}: column {column!r} is no column of labels: it has numbers above {MAX_LABEL}"
+            )
+        return labels, None
+    names = sorted({word for word in words if word is not None})
+    places = {name: place for place, name in enumerate(names)}
+    return [None if word is None else places[word] for word in words], tuple(names)
+
+
+def _local_files(paths: Sequence[str], root: str) -> list[File]:
+    """Sizes and times of the files on this machine, so that a change to one of them is seen. Remote files have none."""
+    local = [path for path in paths if "://" not in under(root, path)]
+    infos = fs.LocalFileSystem().get_file_info([under(root, path) for path in local])
+    return [File(path, info.size, info.mtime_ns) for path, info in zip(local, infos, strict=True)]
