@@ -195,7 +195,12 @@ def test_a_sweep_leaves_every_trial_and_the_choice_in_its_summary(swept: Summary
     assert swept["default"]["parameters"] == own
     assert {"prior", "prepare", "trials", "choose"} <= set(swept["timings"])
     assert swept["parameters"] == ["temperature_factor", "threshold", "rounds", "neighbours"]
-    assert swept["evaluated_on"] == {"data": "labelled", "images": ROWS, "setting": "transductive"}
+    assert swept["evaluated_on"] == {
+        "data": "labelled",
+        "images": ROWS,
+        "setting": "transductive",
+        "shared": ROWS,
+    }
     assert swept["config"]["trials"] == 6
     assert swept["prior"]["trusted"]
 
@@ -421,7 +426,8 @@ def test_trials_know_the_names_that_have_images_and_the_winner_knows_all(
     assert again["prior"]["absent"] == ["fire truck"]
     probe = load_probe(f"{work.folder}/told-again/probe")
     torch.testing.assert_close(probe.weight, own.weight, rtol=0, atol=1e-5 * float(own.weight.abs().max()))
-    assert again["probe"]["accuracy"] == found["chosen"]["accuracy"]
+    # Another number of threads rounds otherwise, and one image may lie between two classes.
+    assert again["probe"]["accuracy"] == pytest.approx(found["chosen"]["accuracy"], abs=1.5 / ROWS)
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def test_a_run_leaves_all_its_numbers_in_the_summary(base: dict[str, Any], work:
     metrics = {"accuracy", "coverage", "mean_confidence", "class_entropy", "flip_rate", "zero_shot_agreement"}
     assert all(metrics <= set(entry) for entry in base["rounds"])
     assert base["rounds"][-1]["accuracy"] == base["probe"]["accuracy"]
-    assert base["evaluated_on"] == {"data": "photos", "images": 30, "setting": "inductive"}
+    assert base["evaluated_on"] == {"data": "photos", "images": 30, "setting": "inductive", "shared": 0}
     assert base["images"] == {"encoded": 60, "quarantined": 0, "eval_quarantined": 0}
     assert {"encode", "encode_eval", "rounds", "evaluate"} <= set(base["timings"])
     assert base["rates"]["encode"] > 0
@@ -292,6 +292,33 @@ def test_predict_keeps_the_list_of_the_images_that_it_left_out(
     assert np.allclose(again["probability"], labels["probability"], atol=1e-2)
 
 
+def test_images_to_evaluate_on_that_are_trained_on_too_are_found_out_by_what_they_show(
+    base: dict[str, Any], work: Path, lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    table, data = pq.read_table(lake / "labelled.parquet"), tmp_path / "data"
+    data.mkdir()
+    pq.write_table(table.slice(0, 48), data / "train-0.parquet")
+    pq.write_table(table.slice(48), data / "test-0.parquet")
+    ids = pa.array([f"other-{i}" for i in range(18)])
+    mixed = table.slice(42).set_column(0, "id", ids)
+    pq.write_table(mixed, tmp_path / "mixed.parquet")
+    command = f"selftrain.py --classes {WORDS} --rounds 1 --views weak --features {tmp_path}/features"
+
+    def evaluated(images: str, test: Path, out: str) -> Any:
+        flags = f"--data {images} --eval-data {test} --out {tmp_path}/{out}"
+        return run(f"{command} {flags}", monkeypatch)["evaluated_on"]
+
+    whole = evaluated(f"{data}/*", data / "test-0.parquet", "whole")
+    assert (whole["setting"], whole["shared"]) == ("transductive", 12)
+    apart = evaluated(f"{data}/train-*", data / "test-0.parquet", "apart")
+    assert (apart["setting"], apart["shared"]) == ("inductive", 0)
+    capsys.readouterr()
+    some = evaluated(f"{data}/train-*", tmp_path / "mixed.parquet", "some")
+    assert (some["setting"], some["shared"]) == ("inductive", 6)
+    told = "mixed, 18 labelled images, inductive but for 6 that are among the unlabelled images too:"
+    assert told in capsys.readouterr().out
+
+
 def write_store(path: Path, *, like: Store, base: np.ndarray, labels: np.ndarray) -> Path:
     """A store of 4,200 rows, two chunks of the rounds: noise around `base` (n, 1280), with labels (n,)."""
     identity = {**like.manifest.identity, "source": {"made": "from noise", "label_names": None}}
@@ -450,7 +477,12 @@ def test_a_local_clip_runs_the_same_path_and_its_features_are_its_own(
         monkeypatch,
     )
     assert summary["encoder"]["name"] == ARCHITECTURE
-    assert summary["evaluated_on"] == {"data": "photos", "images": 30, "setting": "transductive"}
+    assert summary["evaluated_on"] == {
+        "data": "photos",
+        "images": 30,
+        "setting": "transductive",
+        "shared": 30,
+    }
     assert summary["probe"]["accuracy"] is not None
     assert load_probe(str(work / "clip" / "probe")).class_names == tuple(
         sorted(c.replace(" ", "_") for c in CLASSES)

@@ -131,6 +131,14 @@ def encoded_row(data: Data, encoded: Encoded) -> dict[str, Any]:
     }
 
 
+def measured_on(where: dict[str, Any]) -> str:
+    """The images that were evaluated on, in a few words, from the `evaluated_on` of a summary."""
+    text = f"{where['data']}, {where['images']:,} labelled images, {where['setting']}"
+    if where["setting"] == "inductive" and where["shared"]:
+        text += f" but for {where['shared']:,} that are among the unlabelled images too"
+    return text
+
+
 def print_result(
     summary: dict[str, Any],
     data: Data,
@@ -150,7 +158,7 @@ def print_result(
         labels = shown(files.join(out, "pseudo_labels.parquet"))
         print(f"there are no labels to evaluate on: look at {labels}")
     else:
-        print(f"{where['data']}, {where['images']:,} labelled images, {where['setting']}:")
+        print(f"{measured_on(where)}:")
         trusted = summary["prior"]["trusted"]
         kind = "self-trained" if trusted else "fell back to zero-shot"
         names = {"zero_shot": "zero-shot", "probe": f"probe ({kind})", "supervised": "supervised"}

@@ -194,20 +194,28 @@ def evaluation_encoding(job: EvaluateJob, *, info: EncoderInfo, encoder: Encoder
     )
 
 
-def evaluated_on(inputs: Inputs, labels: np.ndarray) -> dict[str, Any]:
-    """Name, number of labelled images, and whether training saw them, for summaries; `labels` (M,), -1 for none."""
-    data, test = inputs.data, inputs.test
-    known = int((labels >= 0).sum())
-    same = test is None or (
-        test.source is not None
-        and data.source is not None
-        and (test.source.root, test.source.identity) == (data.source.root, data.source.identity)
-    )
+def evaluated_on(inputs: Inputs, known: EncodedInputs) -> dict[str, Any]:
+    """Name, number of labelled images, and whether training saw them, for summaries.
+
+    `shared` counts those that are among the unlabelled images too, whatever their files are called: equal images have
+    equal features. The setting is transductive if these are half of them or more, and None without labels.
+    """
+    labelled = known.x[known.y >= 0]
+    shared = len(labelled) if known.tested is None else num_shared(known.features.base, labelled)
+    setting = "transductive" if 2 * shared >= len(labelled) else "inductive"
     return {
-        "data": (test or data).name,
-        "images": known,
-        "setting": None if not known else "transductive" if same else "inductive",
+        "data": (inputs.test or inputs.data).name,
+        "images": len(labelled),
+        "setting": setting if len(labelled) else None,
+        "shared": shared,
     }
+
+
+def num_shared(features: np.ndarray, others: np.ndarray) -> int:
+    """The number of rows of `others` (M, d) that are, bit by bit, rows of `features` (N, d) as well."""
+    hashes = [hash(row.tobytes()) for row in others]
+    both = set(hashes).intersection(hash(row.tobytes()) for row in features)
+    return sum(found in both for found in hashes)
 
 
 def _open_test(job: SelftrainJob | TuneJob) -> Data | None:

@@ -267,7 +267,7 @@ def _summary(
     """OUT/summary.json but for the classifiers' own numbers."""
     encoded, tested = known.encoded, known.tested
     return {
-        "evaluated_on": evaluated_on(opened.inputs, known.y),
+        "evaluated_on": evaluated_on(opened.inputs, known),
         "rounds": history,
         "images": {
             "encoded": encoded.store.manifest.num_rows,

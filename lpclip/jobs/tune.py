@@ -458,7 +458,7 @@ class _Sweep:
             "trusted": choice.trusted,
             "rejected": choice.rejected,
             "evidence": _evidence(choice.accuracy, choice.worth, choice.best, criterion=criterion),
-            "evaluated_on": evaluated_on(self._inputs, self._y),
+            "evaluated_on": evaluated_on(self._inputs, known),
             "prior": self._prior.summary(self._head.class_names) if self._prior else None,
             "classes": list(self._head.class_names),
             "encoder": self._info.identity,

@@ -6,7 +6,7 @@ from typing import Any
 
 from lpclip.config import TuneJob
 from lpclip.jobs import tracking
-from lpclip.jobs.console import print_places
+from lpclip.jobs.console import measured_on, print_places
 from lpclip.report.sweep_page import status_line, trials_table, verdict
 from lpclip.report.tables import format_table
 from lpclip.training.search_space import SearchSpace
@@ -34,7 +34,7 @@ def print_sweep(summary: dict[str, Any], *, out: str, run: tracking.Run) -> None
         print("there are too few trials to measure how well the criterion chose")
     else:
         print(
-            f"{where['data']}, {where['images']:,} labelled images, {where['setting']}: zero-shot "
+            f"{measured_on(where)}: zero-shot "
             f"{summary['zero_shot']['accuracy']:.1%}, chosen {chosen['accuracy']:.1%}, best trial "
             f"{evidence['best_accuracy']:.1%}: regret {100 * evidence['regret']:.1f} points, rank {evidence['rank']} "
             f"of {evidence['trials']}"

@@ -199,9 +199,10 @@ def _measured_on(summary: Summary) -> str:
         "inductive": ", which no trial was trained on",
         "transductive": ", which the trials were trained on as well, without their labels (transductive)",
     }
+    setting = about.get("setting") or ""
+    but = f" but for {about['shared']:,}" if setting == "inductive" and about.get("shared") else ""
     return (
-        f"Accuracies are of the {about['images']:,} images of {about['data']}"
-        f"{trained.get(about.get('setting') or '', '')}."
+        f"Accuracies are of the {about['images']:,} images of {about['data']}{trained.get(setting, '')}{but}."
     )
 
 
