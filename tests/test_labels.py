@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import re
+import tarfile
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lpclip.config import ClassConfig, SelftrainJob, UserError
+from lpclip.config import ClassConfig, SelfTrainingConfig, SelftrainJob, SourceConfig, UserError
+from lpclip.encoders.prompts import templates
+from lpclip.features.data import open_data
+from lpclip.images.captions import with_captions
 from lpclip.images.classes import ClassList, map_labels, read_classes, readable, resolve_classes
-from lpclip.jobs.inputs import open_inputs
+from lpclip.images.open import open_source
+from lpclip.jobs.evaluate_sets import EvaluationSet, checked_set
+from lpclip.jobs.inputs import class_indices, open_inputs
+from lpclip.jobs.settle_prior import load_prior
 
 ANIMALS = ClassList(names=("cat", "dog", "aquarium fish"))
 
@@ -144,6 +153,136 @@ def test_a_label_that_is_no_class_is_refused_by_name(
 ):
     with pytest.raises(ValueError, match=rf"labels of toys are not in the class list \({unknown}\)"):
         mapped(labels, names)
+
+
+def test_numbers_that_are_too_large_are_refused_with_how_they_count():
+    with pytest.raises(
+        UserError, match=r"\(3\).*numbers count from 0, so these are 0 to 2; map other numbers"
+    ):
+        mapped([1, 2, 3], None)
+
+
+def test_a_class_file_writes_a_number_as_it_likes(tmp_path: Path):
+    (tmp_path / "names.tsv").write_text("001\tcat\n2.0\tdog\n")
+    assert mapped([2, 1, -1], None, read_classes(str(tmp_path / "names.tsv"))) == [1, 0, -1]
+
+
+COUNTS_FROM_1 = (
+    "labels: 0 does not occur in {data}, and numbers count from 0, so that 1 is dog; if yours count from 1, a "
+    "--classes file with lines label<TAB>name says so"
+)
+
+
+def numbered(folder: Path, *labels: int) -> str:
+    """A manifest `numbered-LABELS` of images with these labels."""
+    name = "-".join(map(str, ("numbered", *labels)))
+    write_images(folder, *(f"{label}.png" for label in labels))
+    lines = [f"{label}.png,{label}" for label in labels]
+    (folder / f"{name}.csv").write_text("\n".join(["path,label", *lines]))
+    return str(folder / f"{name}.csv")
+
+
+def test_numbers_that_seem_to_count_from_1_get_a_note_in_the_plan(tmp_path: Path):
+    def notes(job: SelftrainJob) -> list[str]:
+        found = open_inputs(job)
+        return [
+            note for item in (found.data, found.test) if item and item.source for note in item.source.notes
+        ]
+
+    names = ClassConfig(classes="cat,dog,aquarium fish")
+    shifted = numbered(tmp_path / "toys", 1, 2)
+    data = "toys-numbered-1-2"
+    assert notes(SelftrainJob(data=shifted, names=names)) == [COUNTS_FROM_1.format(data=data)]
+    images = str(write_images(tmp_path / "images", "1.png"))
+    assert notes(SelftrainJob(data=images, eval_data=shifted, names=names)) == [
+        COUNTS_FROM_1.format(data=data)
+    ]
+    for labels in ((0, 1, 2), (2, -1), (-1,)):
+        assert notes(SelftrainJob(data=numbered(tmp_path / "toys", *labels), names=names)) == []
+    (tmp_path / "names.tsv").write_text("1\tcat\n2\tdog\n")
+    assert notes(SelftrainJob(data=shifted, names=ClassConfig(classes=str(tmp_path / "names.tsv")))) == []
+
+
+def test_an_evaluation_s_plan_has_the_note_as_well(tmp_path: Path):
+    data = open_data(numbered(tmp_path / "toys", 1, 2), config=SourceConfig(), split="test")
+    item = EvaluationSet(name="toys", kind="shift", data=data, cells={})
+    source = checked_set(item, ANIMALS).data.source
+    assert source is not None
+    assert source.notes == (COUNTS_FROM_1.format(data=data.name),)
+
+
+def test_numbers_that_only_reading_shows_get_the_note_then(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    with tarfile.open(tmp_path / "toys.tar", "w") as tar:
+        for name, content in ("1.png", b""), ("1.cls", b"1"):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    data = open_data(str(tmp_path / "toys.tar"), config=SourceConfig(), split="test")
+    labels = np.array([1, 2, -1], np.int32)
+    assert class_indices(labels, data=data, classes=ANIMALS).tolist() == [1, 2, -1]
+    assert capsys.readouterr().out == COUNTS_FROM_1.format(data=data.name) + "\n"
+    known = open_data(numbered(tmp_path / "toys", 1, 2), config=SourceConfig(), split="test")
+    assert class_indices(labels, data=known, classes=ANIMALS).tolist() == [1, 2, -1]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("names", "is_noted"),
+    [
+        (("001.Black_footed_Albatross", "002.Laysan_Albatross"), True),
+        (("00_cat", "01_dog"), True),
+        (("n02085620-Chihuahua", "n02085782-Japanese_spaniel"), True),
+        (("n01440764", "n01443537"), True),
+        (("cat", "101 dalmatians"), False),
+        (("0", "1"), False),
+        (("cat", "dog"), False),
+    ],
+)
+def test_names_that_all_begin_with_numbers_get_a_note(tmp_path: Path, names: tuple[str, ...], is_noted: bool):
+    data = str(write_images(tmp_path / "photos", *(f"{name}/1.png" for name in names)))
+    for job in (
+        SelftrainJob(data=data),
+        SelftrainJob(data=data, names=ClassConfig(classes=",".join(names))),
+    ):
+        source = open_inputs(job).data.source
+        assert source is not None
+        assert source.notes == (
+            (
+                f"classes: the names begin with numbers, as {names[0]} does, and prompts hold these too: a --classes "
+                "file with lines label<TAB>name gives other names",
+            )
+            if is_noted
+            else ()
+        )
+        captions = with_captions(open_source(data, config=SourceConfig()), templates=("a {}",))
+        assert captions.notes == source.notes
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "latin-1"])
+def test_files_of_text_that_are_not_utf_8_are_named(tmp_path: Path, encoding: str):
+    path = tmp_path / "lines.txt"
+    path.write_bytes("ein caf\u00e9 {}\nein K\u00f6ter {}\n".encode(encoding))
+    for read in (
+        read_classes,
+        templates,
+        lambda spec: load_prior(spec, ("cat", "dog")),
+        lambda spec: open_inputs(SelftrainJob(data=str(tmp_path), training=SelfTrainingConfig(present=spec))),
+    ):
+        write_images(tmp_path, "cat/1.png", "dog/1.png")
+        with pytest.raises(UserError, match=rf"{re.escape(str(path))} is not UTF-8 text: save it as UTF-8"):
+            read(str(path))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path):
+    path = tmp_path / "lines.txt"
+    path.write_text("cat\t3\ndog\t1\n", encoding="utf-8-sig")
+    prior = load_prior(str(path), ("cat", "dog"))
+    assert prior is not None
+    assert prior.shares is not None
+    assert prior.shares.tolist() == [0.75, 0.25]
+    assert read_classes(str(path)).labels == ("cat", "dog")
 
 
 def test_a_label_that_the_class_file_lacks_is_refused(tmp_path: Path):

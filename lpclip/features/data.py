@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -45,6 +45,12 @@ class Data:
     def identity(self) -> dict[str, Any] | str:
         """Everything that changes the images of a source; the path of a given store."""
         return self.origin.identity if isinstance(self.origin, Source) else self.origin.path
+
+    def noted(self, *notes: str) -> Data:
+        """The same images, with further notes for the plan; a given store has none."""
+        if not notes or not isinstance(self.origin, Source):
+            return self
+        return Data(replace(self.origin, notes=(*self.origin.notes, *notes)))
 
     def describe(self) -> str:
         """One line for the plan."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lpclip.config import UserError
+from lpclip.images.classes import notes_on_names
 from lpclip.images.source import Reader, Row, Source
 
 
@@ -37,4 +38,5 @@ def with_captions(source: Source, *, templates: tuple[str, ...]) -> Source:
         source,
         reader=CaptionReader(reader=source.reader, captions=captions),
         identity={**source.identity, "captions": [list(texts) for texts in captions]},
+        notes=(*source.notes, *notes_on_names(source.label_names)),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from lpclip.config import ClassConfig, UserError, readable
+from lpclip.files import decode_text
+from lpclip.images.columns import whole_number
 
 
 def resolve_classes(config: ClassConfig, *, label_names: tuple[str, ...] | None) -> ClassList:
@@ -55,14 +58,16 @@ def map_labels(
 ) -> np.ndarray:
     """Class indices (N,) int64 of a source's labels (N,) int32; -1 stays -1, for rows without a label.
 
-    Named labels are matched by name. Bare numbers are places in the class list. Raises UserError when a label that
-    occurs is not in the class list.
+    Named labels are matched by name. Bare numbers are places in the class list, from 0. Raises UserError when a label
+    that occurs is not in the class list.
     """
     seen = np.unique(labels[labels >= 0])
     found = [label_names[i] for i in seen] if label_names else [str(i) for i in seen]
     keys = found
     if classes.labels is not None:
         places = {_composed(label): place for place, label in enumerate(classes.labels)}
+        if label_names is None:
+            places = {_as_number(label): place for label, place in places.items()} | places
         keys = [_composed(name) for name in found]
     elif label_names is not None:
         places = {_key(name): place for place, name in enumerate(classes.names)}
@@ -71,14 +76,45 @@ def map_labels(
         places = {str(place): place for place in range(len(classes.names))}
     missing = [name for name, key in zip(found, keys, strict=True) if key not in places]
     if missing:
+        way = "name them alike, or map each label"
+        if label_names is None and classes.labels is None:
+            way = f"numbers count from 0, so these are 0 to {len(classes.names) - 1}; map other numbers"
         raise UserError(
             f"{len(missing)} labels of {data} are not in the class list ({', '.join(missing[:5])}); the classes are "
-            f"{', '.join(classes.names[:5])}{', ...' if len(classes.names) > 5 else ''}: name them alike, or map each "
-            "label in a --classes file with lines label<TAB>name"
+            f"{', '.join(classes.names[:5])}{', ...' if len(classes.names) > 5 else ''}: {way} in a --classes file "
+            "with lines label<TAB>name"
         )
     table = np.full(max(seen, default=0) + 2, -1, np.int64)
     table[seen] = [places[key] for key in keys]
     return table[labels]
+
+
+def notes_on_names(names: Sequence[str]) -> tuple[str, ...]:
+    """A note where all class names begin with a number or a WordNet id, or are one: prompts would hold these too."""
+    if not names or not all(re.match(r"n\d{8}|\d+[\W_]", name) for name in names):
+        return ()
+    return (
+        f"classes: the names begin with numbers, as {names[0]} does, and prompts hold these too: a --classes file with "
+        "lines label<TAB>name gives other names",
+    )
+
+
+def notes_on_numbers(
+    labels: np.ndarray, *, label_names: tuple[str, ...] | None, classes: ClassList, data: str
+) -> tuple[str, ...]:
+    """A note where labels (N,) that are bare numbers seem to count from 1: -1 is no label, and 0 does not occur."""
+    if label_names is not None or classes.labels is not None or min(labels[labels >= 0], default=0) != 1:
+        return ()
+    return (
+        f"labels: 0 does not occur in {data}, and numbers count from 0, so that 1 is {classes.names[1]}; if yours "
+        "count from 1, a --classes file with lines label<TAB>name says so",
+    )
+
+
+def _as_number(label: str) -> str:
+    """A label of a class file as a number is written: 1.0 and 001 are 1."""
+    number = whole_number(label)
+    return label if number is None else str(number)
 
 
 def _key(name: str) -> str:
@@ -141,10 +177,10 @@ def names_a_file(spec: str) -> bool:
 def read_lines(path: str) -> list[str]:
     """The lines of a UTF-8 text file, without empty ones at its end. Raises UserError when it cannot be read."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        data = Path(path).read_bytes()
+    except OSError as error:
         raise UserError(f"cannot read {path} as text: {error}") from error
-    return text.rstrip().splitlines()
+    return decode_text(data, path=path).rstrip().splitlines()
 
 
 def _refuse_duplicates(kind: str, values: Sequence[str]) -> None:

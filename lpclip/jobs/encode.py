@@ -12,7 +12,7 @@ from lpclip.features.data import open_data
 from lpclip.features.describe import describe_encoder
 from lpclip.features.find_or_encode import Encoding
 from lpclip.features.zero_shot_labels import ZeroShotLabels
-from lpclip.images.classes import resolve_classes
+from lpclip.images.classes import notes_on_names, resolve_classes
 from lpclip.images.views import parse_views
 from lpclip.jobs.console import encoded_row, print_plan
 from lpclip.jobs.process import start_ray
@@ -28,6 +28,7 @@ def encode_job(job: EncodeJob) -> dict[str, Any]:
     with output_folder(job.out) as out:
         data = open_data(job.data, config=job.source, split="train", limit=job.limit)
         classes = resolve_classes(job.names, label_names=data.label_names) if job.names.classes else None
+        data = data.noted(*notes_on_names(classes.names if classes else ()))
         start_ray()
         names = classes.names if classes else ()
         info = describe_encoder(

@@ -27,7 +27,7 @@ from lpclip.jobs.evaluate_retrieval import (
 )
 from lpclip.jobs.evaluate_sets import (
     EvaluationSet,
-    check_label_names,
+    checked_set,
     evaluation_classes,
     open_sets,
     parse_corruptions,
@@ -83,8 +83,7 @@ def _open(job: EvaluateJob, probes: Probes, corruptions: list[tuple[str, int]], 
     classes = None
     if sets and reference is not None:
         classes = evaluation_classes(job, reference)
-        for item in sets:
-            check_label_names(item, classes)
+        sets = [checked_set(item, classes) for item in sets]
     start_ray()
     if reference is None:
         assert job.encoder is not None

@@ -15,8 +15,9 @@ from lpclip.evaluation.results import Cell, Result, RetrievalResult
 from lpclip.evaluation.tabulate import corruption_results, labelled_results, ood_results, shift_results
 from lpclip.features.find_or_encode import Encoding
 from lpclip.features.stored_views import Encoded, Views
-from lpclip.images.classes import ClassList, map_labels
+from lpclip.images.classes import ClassList
 from lpclip.jobs.evaluate_sets import EvaluationSet
+from lpclip.jobs.inputs import class_indices
 from lpclip.jobs.runtime import Stopwatch
 from lpclip.method.probe import Probe
 
@@ -121,9 +122,7 @@ def measure_sets(subjects: Subjects, watch: Stopwatch) -> Measured:
 def _judge_set(item: EvaluationSet, views: Views, subjects: Subjects, *, clean: Clean | None) -> MeasuredSet:
     """The classifiers' judgements of a labelled set; `clean` is None for the set of --data itself."""
     seed, classifiers = subjects.job.seed, subjects.classifiers
-    labels = map_labels(
-        views.labels, label_names=item.data.label_names, classes=subjects.classes, data=item.data.name
-    )
+    labels = class_indices(views.labels, data=item.data, classes=subjects.classes)
     known = np.flatnonzero(labels >= 0)
     if item.kind == "published corruption":
         # An array's ids name its corruption and so decide the order of rows; sorted by id, all sets agree.

@@ -15,6 +15,7 @@ from lpclip.images.classes import ClassList, map_labels, resolve_classes
 from lpclip.images.published import Published, published_sets
 from lpclip.images.views import CORRUPTIONS, SEVERITIES, View, base_views
 from lpclip.jobs.evaluate_names import parse_named
+from lpclip.jobs.inputs import with_checked_labels
 from lpclip.method.probe import Probe
 
 IMAGENET_C = CORRUPTIONS[:15]
@@ -127,21 +128,24 @@ def evaluation_classes(job: EvaluateJob, probe: Probe) -> ClassList:
     return classes
 
 
-def check_label_names(item: EvaluationSet, classes: ClassList) -> None:
-    """Refuse a labelled set before it is encoded: for a foreign label, or where its names alone are known, for all."""
-    names, source = item.data.label_names, item.data.source
+def checked_set(item: EvaluationSet, classes: ClassList) -> EvaluationSet:
+    """A set with a note where its labels seem to count from 1.
+
+    Raises UserError for a foreign label, or where only the names of labels are known before the reading, when none is a
+    class. The labels of foreign images are not read.
+    """
     if item.kind == "ood":
-        return
+        return item
+    names, source = item.data.label_names, item.data.source
     if source is not None and source.labels_there is not None:
-        there = np.array(source.labels_there, dtype=np.int64)
-        map_labels(there, label_names=names, classes=classes, data=item.data.name)
-        return
+        return replace(item, data=with_checked_labels(item.data, classes))
     for place in range(len(names or ())):
         with contextlib.suppress(UserError):
             map_labels(np.array([place]), label_names=names, classes=classes, data=item.data.name)
-            return
+            return item
     if names is not None:
         raise UserError(
             f"none of {item.data.name}'s labels ({', '.join(names[:5])}) is a class of the probe "
             f"({', '.join(classes.names[:5])})"
         )
+    return item

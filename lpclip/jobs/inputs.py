@@ -30,7 +30,15 @@ from lpclip.features.store import Features
 from lpclip.features.stored_views import Encoded
 from lpclip.features.zero_shot_labels import ZeroShotLabels
 from lpclip.images.captions import with_captions
-from lpclip.images.classes import ClassList, map_labels, names_meet, read_classes, resolve_classes
+from lpclip.images.classes import (
+    ClassList,
+    map_labels,
+    names_meet,
+    notes_on_names,
+    notes_on_numbers,
+    read_classes,
+    resolve_classes,
+)
 from lpclip.images.columns import Texts
 from lpclip.images.folders import without_labels
 from lpclip.images.named import CLASSES
@@ -81,7 +89,11 @@ def open_inputs(job: SelftrainJob | TuneJob) -> Inputs:
     supervised = isinstance(job, SelftrainJob) and job.supervised
     if not supervised:
         data = _without_foreign_folders(data, classes)
-    _check_label_names(data, test, classes, supervised=supervised)
+    if test is not None:
+        test = with_checked_labels(test, classes)
+    if test is None or supervised:
+        data = with_checked_labels(data, classes)
+    data = data.noted(*notes_on_names(classes.names))
     present = _named_present(job.training.present, classes.names)
     return Inputs(data=data, test=test, classes=classes, present=present)
 
@@ -147,7 +159,7 @@ def encode_inputs(
         base = base_views(job.encode.views)
         found = encoding.views_of(test, base)
         x, tested = found.mean(*base), found.latest
-        y = map_labels(found.labels, label_names=test.label_names, classes=classes, data=test.name)
+        y = class_indices(found.labels, data=test, classes=classes)
         _tell_zero_shot(head, x, y, data=test.name)
         watch.lap("encode_eval")
     labels = ZeroShotLabels(head=head, folder=files.join(out, f"zero_shot-{head.identity[:12]}"))
@@ -155,7 +167,7 @@ def encode_inputs(
     features = encoded.store.features(views=())
     raw = features.labels
     if test is None:
-        x, y = features.base, map_labels(raw, label_names=data.label_names, classes=classes, data=data.name)
+        x, y = features.base, class_indices(raw, data=data, classes=classes)
         _tell_zero_shot(head, x, y, data=data.name)
     watch.lap("encode")
     return EncodedInputs(
@@ -243,12 +255,29 @@ def _without_foreign_folders(data: Data, classes: ClassList) -> Data:
     return Data(without_labels(source, note=note))
 
 
-def _check_label_names(data: Data, test: Data | None, classes: ClassList, *, supervised: bool) -> None:
-    """Refuse foreign labels before the work begins, of the images whose labels will be read."""
-    for item in (test or data, data if supervised else None):
-        if item is not None and item.source is not None and item.source.labels_there is not None:
-            there = np.array(item.source.labels_there, dtype=np.int64)
-            map_labels(there, label_names=item.label_names, classes=classes, data=item.name)
+def with_checked_labels(data: Data, classes: ClassList) -> Data:
+    """The images whose labels will be read, with a note where these seem to count from 1.
+
+    Labels that are not known before the reading stay unchecked. Raises UserError for a label that is no class.
+    """
+    if data.source is None or data.source.labels_there is None:
+        return data
+    there = np.array(data.source.labels_there, dtype=np.int64)
+    map_labels(there, label_names=data.label_names, classes=classes, data=data.name)
+    return data.noted(*notes_on_numbers(there, label_names=data.label_names, classes=classes, data=data.name))
+
+
+def class_indices(labels: np.ndarray, *, data: Data, classes: ClassList) -> np.ndarray:
+    """Class indices (N,) int64 of the labels (N,) int32 as `data` tells them; -1 stays -1.
+
+    The note that the plan could not have, as the labels were not known, is printed. Raises UserError as map_labels
+    does.
+    """
+    found = map_labels(labels, label_names=data.label_names, classes=classes, data=data.name)
+    if data.source is None or data.source.labels_there is None:
+        for note in notes_on_numbers(labels, label_names=data.label_names, classes=classes, data=data.name):
+            print(note, flush=True)
+    return found
 
 
 def describe_probes_encoder(

@@ -28,12 +28,13 @@ def load_prior(spec: str, class_names: tuple[str, ...]) -> Prior | None:
     text = None
     if spec != "auto" and spec not in PRIORS:
         try:
-            text = files.read_bytes(spec).decode()
-        except (OSError, UnicodeDecodeError) as error:
+            data = files.read_bytes(spec)
+        except OSError as error:
             raise UserError(
                 f"--prior {spec} is none of auto, uniform, weak, none, nor a text file that can be read"
                 f"{did_you_mean(spec, ('auto', *PRIORS))}"
             ) from error
+        text = files.decode_text(data, path=f"--prior {spec}")
     return read_prior(spec, class_names, text=text)
 
 
