@@ -103,7 +103,7 @@ def test_lists_that_name_no_classes_are_refused(spec: str, message: str):
         (b"a\tcat\ndog\n", "every line"),
         (b"a\tcat\na\tdog\n", "label 'a' occurs twice"),
         (b"cat\n\ndog\n", "class name 2 of 3 is empty"),
-        (b"\xff\xfe\x00cat", "cannot read"),
+        (b"\xff\xfe\x00cat", "is not UTF-8 text"),
     ],
 )
 def test_class_files_that_cannot_be_meant_are_refused(tmp_path: Path, content: bytes, message: str):
