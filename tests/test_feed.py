@@ -51,7 +51,7 @@ class SlowReader(Reader):
 
 source = Source(
     name="slow", kind="folder", root="", reader=SlowReader(folder=folder), num_rows=num_units * UNIT_ROWS,
-    units=tuple(map(str, range(num_units))), has_labels=False, label_names=None, identity={},
+    units=tuple(map(str, range(num_units))), labels_from=None, label_names=None, identity={},
     config=SourceConfig(max_bad_fraction=0.999),
 )
 start_ray()

@@ -24,6 +24,7 @@ from PIL import Image
 from pyarrow import csv, fs
 
 from lpclip.config import SourceConfig, UserError
+from lpclip.features.data import open_data
 from lpclip.images.columns import Texts
 from lpclip.images.fetch import fetch_all, followed
 from lpclip.images.open import open_source
@@ -92,6 +93,25 @@ class TestFolder:
             "loose.gif": None,
         }
         assert read["dog/3.webp"]["image"] == png(2)
+
+    def test_labels_come_from_where_the_plan_says_or_from_nowhere(self, tmp_path: Path) -> None:
+        write(tmp_path / "tree" / "cat" / "1.png", png(1))
+        write(tmp_path / "tree" / "dog" / "2.png", png(2))
+        pq.write_table(pa.table({"image": [png(1)], "cls": [3]}), tmp_path / "some.parquet")
+        (tmp_path / "some.csv").write_text("path,label\ntree/cat/1.png,cat\n")
+        write_tar(tmp_path / "some.tar", [("1.png", png(1)), ("1.cls", b"2")])
+        for name, places, label in (
+            ("tree", "the folders' names (2 names)", 0),
+            ("some.parquet", "the column cls", 3),
+            ("some.csv", "the column label (1 name)", 0),
+            ("some.tar", "the .cls files", 2),
+        ):
+            data = open_data(str(tmp_path / name), config=CONFIG, split="train")
+            assert data.describe().endswith(f", labels from {places})")
+            assert rows(data.source)[0]["label"] == label
+            none = open_data(str(tmp_path / name), config=SourceConfig(label_column=""), split="train")
+            assert none.describe().endswith(", no labels)")
+            assert [row["label"] for row in rows(none.source)] == [None] * len(rows(data.source))
 
     def test_a_flat_folder_and_a_single_image_have_no_labels(self, tmp_path: Path) -> None:
         path = write(tmp_path / "My photos!" / "a b%20?x=1.jpg", png(1))

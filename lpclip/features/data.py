@@ -58,7 +58,9 @@ class Data:
             return f"{self.name} (feature store)"
         rows = self.origin.num_rows
         count = f"{rows:,}" if rows is not None else "an unknown number of"
-        kind = "labelled" if self.has_labels else "unlabelled"
+        count_names = len(self.origin.label_names or ())
+        names = f" ({count_names} name{'s' * (count_names != 1)})" if count_names else ""
+        kind = f"labels from {self.origin.labels_from}{names}" if self.has_labels else "no labels"
         if self.origin.has_texts:
             kind = "with texts"
         return f"{self.name}: {count} images ({self.origin.kind}, {kind})"

@@ -72,7 +72,8 @@ def open_folder(listing: Listing, *, config: SourceConfig, limit: int | None, te
     """
     images = [file for file in listing.files if not is_text_file(file.path)]
     folders = [file.path.partition("/")[0] if "/" in file.path else None for file in images]
-    names = sorted({folder for folder in folders if folder})
+    # An empty name says that there is no label, as it does of a column.
+    names = sorted({folder for folder in folders if folder}) if config.label_column != "" else []
     places = {name: place for place, name in enumerate(names)}
     chosen = choose([file.path for file in images], limit)
     work: dict[str, list[Any] | None] = {
@@ -97,7 +98,7 @@ def open_folder(listing: Listing, *, config: SourceConfig, limit: int | None, te
         ),
         units=file_units(work, [images[row].size or 0 for row in chosen]),
         num_rows=len(chosen),
-        has_labels=bool(names),
+        labels_from="the folders' names" if names else None,
         label_names=tuple(names) or None,
         identity=make_identity("folder", listing.files, config=config, limit=limit),
         config=config,
@@ -126,7 +127,7 @@ def without_labels(source: Source, *, note: str) -> Source:
     return replace(
         source,
         units=tuple(map(json.dumps, units)),
-        has_labels=False,
+        labels_from=None,
         label_names=None,
         labels_there=(),
         notes=(*source.notes, note),

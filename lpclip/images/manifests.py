@@ -88,7 +88,7 @@ def open_manifest(
         ),
         units=file_units(work, [0] * len(chosen)),
         num_rows=len(chosen),
-        has_labels=labels is not None,
+        labels_from=f"the column {label_column}" if labels is not None else None,
         label_names=label_names,
         identity=identity,
         config=config,

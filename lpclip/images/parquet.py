@@ -76,7 +76,7 @@ def open_parquet(listing: Listing, *, config: SourceConfig, limit: int | None, t
         ),
         units=tuple(_units(_spans(paths, counts, chosen))),
         num_rows=sum(map(sum, counts)) if chosen is None else len(chosen),
-        has_labels=label_column is not None,
+        labels_from=f"the column {label_column}" if label_column is not None else None,
         label_names=label_names,
         identity=identity,
         config=config,

@@ -179,7 +179,7 @@ def _open_array(item: Published, *, config: SourceConfig, limit: int | None) -> 
         ),
         units=tuple(json.dumps({"rows": unit, "labels": labels[unit].tolist()}) for unit in units),
         num_rows=len(rows),
-        has_labels=True,
+        labels_from=labels_file.path,
         label_names=None,
         identity=make_identity("npy", [array.file, labels_file], config=config, limit=limit),
         config=config,

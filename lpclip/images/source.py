@@ -88,7 +88,8 @@ class Source:
     """Units of work for the reader, of at most UNIT_ROWS images each (a tar is one unit)."""
     num_rows: int | None
     """None when it is not known before reading (webdataset)."""
-    has_labels: bool
+    labels_from: str | None
+    """What the labels are read from, in words, such as "the column label"; None without labels."""
     label_names: tuple[str, ...] | None
     """The names that labels index, None when there are no labels or they are bare numbers."""
     identity: dict[str, Any]
@@ -98,6 +99,11 @@ class Source:
     """The different labels of the rows, None where they are not known before reading (webdataset)."""
     notes: tuple[str, ...] = ()
     """Sentences that the user should read, for example about files that were skipped."""
+
+    @property
+    def has_labels(self) -> bool:
+        """True when there are labels to read."""
+        return self.labels_from is not None
 
     @property
     def has_texts(self) -> bool:

@@ -40,6 +40,8 @@ class TarReader(Reader):
     root: str
     max_bytes: int
     image_extension: str | None = None
+    has_labels: bool = True
+    """False where the labels that there may be are not to be read."""
 
     def rows(self, unit: str) -> Iterator[Row]:
         """The images in the tar's order; a damaged tar ends in a row that says so."""
@@ -94,7 +96,7 @@ class TarReader(Reader):
                     yield False, Row(name, None, error="duplicate id")
                 else:
                     seen.add(name)
-                    label = class_label(sample.beside(image, "cls"))
+                    label = class_label(sample.beside(image, "cls")) if self.has_labels else None
                     text = sample.beside(image, "txt") if self.has_texts else None
                     yield True, make_pair(name, image.data, label, [] if text is None else [text])
 
@@ -241,6 +243,7 @@ def open_webdataset(
         root=listing.root,
         max_bytes=config.max_bytes,
         image_extension=config.image_column,
+        has_labels=config.label_column != "",
         has_texts=texts is not None,
     )
     units = [{"file": file.path} for file in listing.files]
@@ -253,7 +256,11 @@ def open_webdataset(
         listing.files,
         config=config,
         limit=limit,
-        columns=[config.image_column, *(["txt"] if texts is not None else [])],
+        columns=[
+            config.image_column,
+            *(["txt"] if texts is not None else []),
+            *([] if reader.has_labels else ["no labels"]),
+        ],
     )
     return Source(
         name=listing.name,
@@ -262,7 +269,7 @@ def open_webdataset(
         reader=reader,
         units=tuple(map(json.dumps, units)),
         num_rows=None,
-        has_labels=_has_labels(listing),
+        labels_from="the .cls files" if reader.has_labels and _has_labels(listing) else None,
         label_names=None,
         identity={**identity, "rows": ROWS_VERSION},
         config=config,
