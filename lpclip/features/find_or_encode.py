@@ -126,7 +126,8 @@ class Encoding:
         else:
             names = [name for name in files.list_folders(self.folder) if name.startswith(f"{data.name}-")]
             there = (Store.find(files.join(files.absolute(self.folder), name)) for name in names)
-            stores = [store for store in there if store is not None]
+            # The same one whenever it is looked for, whatever was encoded meanwhile for other views.
+            stores = sorted(filter(None, there), key=lambda store: len(store.manifest.views))
         found: dict[View, Encoded] = {}
         for store in stores:
             identity = store.manifest.identity
