@@ -52,7 +52,16 @@ from lpclip.method.priors import PRIORS
 from lpclip.progress import TrialProgress
 from lpclip.report.tables import format_table
 from lpclip.training.search_space import draw_trials, read_space, trial_config
-from lpclip.training.trials import Plan, Task, prepare, read_classifier, run_trials, trial_name
+from lpclip.training.trials import (
+    Listener,
+    Plan,
+    Task,
+    TrialRecord,
+    prepare,
+    read_classifier,
+    run_trials,
+    trial_name,
+)
 
 RATIOS = (1, 10, 100)
 LIMIT = 10_000
@@ -100,6 +109,16 @@ class Row:
     regret: float
     rank: float | None = None
     spearman: float | None = None
+
+
+class _Shown(Listener):
+    """Shows the trials as they end."""
+
+    def __init__(self, total: int) -> None:
+        self.progress = TrialProgress(total=total, done=0)
+
+    def ended(self, record: TrialRecord) -> None:
+        self.progress.advance(record.status)
 
 
 def settings(options: Options) -> Iterator[Setting]:
@@ -195,13 +214,12 @@ def sweep(setting: Setting, options: Options) -> list[Row]:
             scheduler="none",
             concurrent=torch.get_num_threads(),
         )
-        progress = TrialProgress(total=len(configs), done=0)
         outcomes = run_trials(
             material,
             plan=plan,
             storage=str(Path(folder, "ray")),
             done={},
-            tell=lambda outcome: progress.advance(outcome.status),
+            listener=_Shown(len(configs)),
         )
         finished = sorted(o.name for o in outcomes if o.status == "finished")
         found = {name: read_classifier(folder, name) for name in finished}

@@ -40,6 +40,7 @@ from lpclip.features.store_writer import Part, StoreWriter
 from lpclip.images.views import parse_views
 from lpclip.jobs.tracking import track
 from lpclip.jobs.tune import ALIAS
+from lpclip.jobs.tune_runs import OUTCOMES
 from lpclip.method.criteria import CRITERIA
 from lpclip.method.linear import Linear
 from lpclip.method.probe import load_probe
@@ -726,6 +727,8 @@ def test_asha_stops_what_lags_behind_and_chooses_among_the_finished(halved: Summ
     assert sorted(child.data.tags["status"] for child in children) == sorted(
         trial["status"] for trial in (halved["default"], *halved["trials"])
     )
+    for child in children:
+        assert child.info.status == OUTCOMES[child.data.tags["status"]]
 
 
 @pytest.mark.slow

@@ -65,6 +65,8 @@ class Run:
         self.uri = uri
         self.resumed = resumed
         self.has_nested = False
+        self.outcome = "FINISHED"
+        """How `track` marks the run at the end of its block, where that raises nothing."""
         self._experiment_id = experiment_id
         self._client = client
         self._lost = False
@@ -82,9 +84,10 @@ class Run:
         """The absolute path of the run's SQLite file, None when a server has the run."""
         return database_of(self.uri)
 
-    def log(self, metrics: Mapping[str, float | None], step: int = 0) -> None:
+    def log(self, metrics: Mapping[str, float | None], step: int = 0, *, at: float | None = None) -> None:
         """Log numbers at a step, once for each name and step, also when a resumed job comes by again.
 
+        `at` is their time in seconds since 1970, by default now.
         MLflow's pages draw what is at step 0 as bars, one for each run, and what is at later steps as lines, so a
         number that a run has once belongs at 0. What stands before the last slash of a name is its chart's section.
         None is left out. NaN and infinities are left out with a warning: MLflow's databases change them.
@@ -92,8 +95,8 @@ class Run:
         """
         numbers = {metric_name(key): float(value) for key, value in metrics.items() if value is not None}
         for key in [key for key, value in numbers.items() if not math.isfinite(value)]:
-            _warn(f"{key} at step {step} is {numbers.pop(key)}, which MLflow cannot keep")
-        self._attempt("metrics", lambda: self._log_new(numbers, step))
+            warn(f"{key} at step {step} is {numbers.pop(key)}, which MLflow cannot keep")
+        self._attempt("metrics", lambda: self._log_new(numbers, step, time.time() if at is None else at))
 
     def set_tags(self, tags: dict[str, Any]) -> None:
         """Set tags; a tag that is there is replaced."""
@@ -148,12 +151,11 @@ class Run:
         self._client.set_registered_model_alias(name, alias, version.version)
         return str(version.version)
 
-    def _log_new(self, numbers: dict[str, float], step: int) -> None:
+    def _log_new(self, numbers: dict[str, float], step: int, at: float) -> None:
         from mlflow.entities import Metric
 
-        now = time.time_ns() // 1_000_000
         new = {key: value for key, value in numbers.items() if step not in self._logged_steps(key)}
-        metrics = [Metric(key, value, now, step) for key, value in new.items()]
+        metrics = [Metric(key, value, int(1000 * at), step) for key, value in new.items()]
         for start in range(0, len(metrics), 1000):
             self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000], synchronous=True)
         for key in new:
@@ -192,7 +194,7 @@ class Run:
             # A server without an artifact store still takes numbers.
             self._lost = not what.startswith("artifact")
             rest = "; the rest of this run is not logged" if self._lost else ""
-            _warn(f"MLflow did not take the {what} ({redact(_line(error))}){rest}")
+            warn(f"MLflow did not take the {what} ({redact(_line(error))}){rest}")
 
 
 @contextlib.contextmanager
@@ -205,7 +207,7 @@ def track(
     resume_key: str | None = None,
     parent: Run | None = None,
 ) -> Iterator[Run]:
-    """One MLflow run around a job: FINISHED at the end, FAILED on an error, KILLED on Ctrl-C or an exit.
+    """One MLflow run around a job: `outcome` at the end, FAILED on an error, KILLED on Ctrl-C or an exit.
 
     `name` is the run's name unless the configuration has one; a run with a parent is nested in it and keeps
     `name`. `out` is the job's output folder. With a `resume_key`, an unfinished run of the same key in the experiment
@@ -240,7 +242,7 @@ def track(
         run.set_tags({"lpclip.error": f"{type(error).__name__}: {_line(error)}"})
         run.end("FAILED")
         raise
-    run.end("FINISHED")
+    run.end(run.outcome)
 
 
 def tracking_uri(out: str | None = None) -> str:
@@ -461,5 +463,6 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:500]
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
+    """Tell of what MLflow did not take, on stderr."""
     print(f"warning: {message}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -34,6 +35,7 @@ from lpclip.jobs.run import check_job, job_run, provenance, single_metrics
 from lpclip.jobs.runtime import Stopwatch, claim, output_folder
 from lpclip.jobs.settle_prior import load_prior, print_tried, settle_prior
 from lpclip.jobs.tune_print import print_sweep, print_sweep_plan
+from lpclip.jobs.tune_runs import TrialRuns
 from lpclip.method.calibration import label_free_temperature
 from lpclip.method.criteria import CRITERIA, make_yardstick, measure
 from lpclip.method.linear import Linear
@@ -189,7 +191,7 @@ class _Sweep:
         self._present = inputs.present
         self._used = head if inputs.present is None else take_names(head, inputs.present)
         self._folder = files.join(out, "trials")
-        self._children: dict[str, tracking.Run] = {}
+        self._runs: Mapping[str, tracking.Run] = {}
         self._prior: ChosenPrior | None = None
 
     def run(
@@ -300,17 +302,21 @@ class _Sweep:
             own = " and the default recipe" if DEFAULT in done else ""
             print(f"trials: {len(done) - len(own[:1])} of {count}{own} are there already", flush=True)
         self._progress = TrialProgress(total=count + 1, done=len(done))
-        for record in done.values():
-            self._track_trial(record)
         now = []
-        for plan in self._plans([p for p in ({}, *trials) if trial_name(p) not in done], count, concurrent):
-            now += run_trials(
-                material,
-                plan=plan,
-                storage=files.join(self._out, "ray"),
-                done={name: record for name, record in done.items() if name != DEFAULT},
-                tell=self._tell,
-            )
+        with TrialRuns(self._track_trial, results=self._results, tell=self._tell) as runs:
+            for record in done.values():
+                runs.keep(record)
+            for plan in self._plans(
+                [p for p in ({}, *trials) if trial_name(p) not in done], count, concurrent
+            ):
+                now += run_trials(
+                    material,
+                    plan=plan,
+                    storage=files.join(self._out, "ray"),
+                    done={name: record for name, record in done.items() if name != DEFAULT},
+                    listener=runs,
+                )
+        self._runs = runs.runs
         return sorted({o.name: o for o in (*done.values(), *now)}.values(), key=lambda record: record.name)
 
     def _plans(self, trials: list[Parameters], count: int, concurrent: int) -> list[Plan]:
@@ -341,26 +347,22 @@ class _Sweep:
         elif "criterion" in last:
             text += f", {self._job.criterion} {last['criterion']:.3f}"
         self._progress.advance(f"the default recipe {text}" if record.name == DEFAULT else text)
-        self._track_trial(record)
 
-    def _track_trial(self, record: TrialRecord) -> None:
-        """A nested run of the trial, with all of its rounds; written once, at its end."""
-        with tracking.track(
+    def _track_trial(self, name: str, parameters: Parameters) -> AbstractContextManager[tracking.Run]:
+        """A nested run of a trial."""
+        return tracking.track(
             self._job.tracking,
-            name=_title(record),
-            params=self._training(record),
-            resume_key=f"tune {self._out} {record.name}",
+            name=_title(name, parameters),
+            params=self._training(parameters),
+            resume_key=f"tune {self._out} {name}",
             parent=self._run,
-        ) as run:
-            run.set_tags({"status": record.status, **({"error": record.error} if record.error else {})})
-            for metrics in record.rounds:
-                named = {f"rounds/{k}": v for k, v in metrics.items() if k != "round"}
-                run.log(named, step=int(metrics["round"]))
-            if record.status == "finished":
-                candidate = self._whole(read_classifier(self._folder, record.name))
-                run.log({"test/accuracy": accuracy(candidate, self._x, self._y)})
-            run.log({"speed/seconds_total": record.seconds})
-        self._children[record.name] = run
+        )
+
+    def _results(self, record: TrialRecord) -> dict[str, float | None]:
+        if record.status != "finished":
+            return {}
+        candidate = self._whole(read_classifier(self._folder, record.name))
+        return {"test/accuracy": accuracy(candidate, self._x, self._y)}
 
     def _whole(self, classifier: Linear) -> Linear:
         """A trial's classifier as one of all names."""
@@ -411,7 +413,10 @@ class _Sweep:
         """Say whether the rounds can be trusted with a trial's own settings, as the command that repeats it asks."""
         config = self._config(record)
         assert config.temperature is not None
-        print(f"{_title(record)}: trying its rounds in random halves of the features' directions", flush=True)
+        print(
+            f"{_title(record.name, record.parameters)}: trying its rounds in random halves of the features' directions",
+            flush=True,
+        )
         try:
             found = try_priors(
                 known.features.base,
@@ -425,7 +430,10 @@ class _Sweep:
         except UserError as error:  # with a high threshold, a half may keep no label
             why = str(error)
         if why:
-            print(f"{_title(record)}: not chosen, because its rounds cannot be trusted: {why}", flush=True)
+            print(
+                f"{_title(record.name, record.parameters)}: not chosen, because its rounds cannot be trusted: {why}",
+                flush=True,
+            )
         return not why
 
     def _summary(self, known: EncodedInputs, records: list[TrialRecord], choice: _Choice) -> dict[str, Any]:
@@ -478,7 +486,7 @@ class _Sweep:
         if record is not None:
             whole = self._whole(candidate)
             probe = replace(zero_shot, weight=whole.weight, bias=whole.bias)
-            teacher = float(self._training(record)["temperature"])
+            teacher = float(self._training(record.parameters)["temperature"])
             temperature = label_free_temperature(
                 probe,
                 zero_shot=zero_shot,
@@ -499,10 +507,10 @@ class _Sweep:
         probe.save(files.join(self._out, "probe"))
         return probe
 
-    def _training(self, record: TrialRecord) -> dict[str, Any]:
+    def _training(self, parameters: Parameters) -> dict[str, Any]:
         """A trial's whole configuration, with the parameters as they were searched."""
         own, base = self._head.temperature, self._job.training
-        values = {**to_dict(base), "temperature": base.temperature or own, **record.parameters}
+        values = {**to_dict(base), "temperature": base.temperature or own, **parameters}
         if FACTOR in values:
             values["temperature"] = own * values[FACTOR]
         if values["prior"] == "auto" and self._prior is not None:
@@ -511,7 +519,9 @@ class _Sweep:
 
     def _config(self, record: TrialRecord) -> SelfTrainingConfig:
         """The training that gives a trial's probe."""
-        return SelfTrainingConfig(**{k: v for k, v in self._training(record).items() if k != FACTOR})
+        return SelfTrainingConfig(
+            **{k: v for k, v in self._training(record.parameters).items() if k != FACTOR}
+        )
 
     def _shown_default(self, num_rows: int) -> Parameters:
         """The default recipe's values of what the space searches."""
@@ -567,8 +577,9 @@ class _Sweep:
         save(criterion_figure(summary), files.join(figures, "criterion.png"))
         for trial in (*summary["trials"], *([summary["default"]] if summary["default"] else [])):
             values = {f"tune/criterion_{name}": value for name, value in trial["criteria"].items()}
-            self._children[trial["name"]].log({tracking.SWEEP_CRITERION: trial["criterion"], **values})
-            self._children[trial["name"]].set_tags({"chosen": trial["name"] == summary["chosen"]["name"]})
+            if child := self._runs.get(trial["name"]):
+                child.log({tracking.SWEEP_CRITERION: trial["criterion"], **values})
+                child.set_tags({"chosen": trial["name"] == summary["chosen"]["name"]})
         counts = {s: sum(t["status"] == s for t in summary["trials"]) for s in get_args(Status)}
         run.log({f"tune/trials_{status}": count for status, count in counts.items()})
         run.log({f"tune/{name}": value for name, value in (summary["evidence"] or {}).items()})
@@ -587,11 +598,11 @@ class _Sweep:
             print(f"registry  {model} version {version}, alias {ALIAS}", flush=True)
 
 
-def _title(record: TrialRecord) -> str:
-    if record.name == DEFAULT:
+def _title(name: str, parameters: Parameters) -> str:
+    if name == DEFAULT:
         return "default recipe"
-    values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in record.parameters.values()]
-    return f"{record.name[:6]} {' '.join(values)}"[:80]
+    values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in parameters.values()]
+    return f"{name[:6]} {' '.join(values)}"[:80]
 
 
 def _evidence(

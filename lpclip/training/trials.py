@@ -80,6 +80,19 @@ class TrialRecord:
     error: str | None = None
 
 
+class Listener:
+    """It is told of trials, in the driver, and does nothing of its own. Ray Tune waits for it."""
+
+    def began(self, name: str, parameters: Parameters) -> None:
+        """A trial begins, or begins again after its process died."""
+
+    def went_on(self, name: str, metrics: Mapping[str, float]) -> None:
+        """A trial has finished a round."""
+
+    def ended(self, record: TrialRecord) -> None:
+        """A trial is over. One that failed has a record like any other."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """The part of every trial that its parameters do not change."""
@@ -174,12 +187,9 @@ def run_trials(
     plan: Plan,
     storage: str,
     done: Mapping[str, TrialRecord],
-    tell: Callable[[TrialRecord], None],
+    listener: Listener,
 ) -> list[TrialRecord]:
-    """Run what is not `done`: the plan's drawn trials, or with a search algorithm as many as make up its count.
-
-    `tell` is called with every trial as it ends, in the driver. A trial that fails has a record like any other.
-    """
+    """Run what is not `done`: the plan's drawn trials, or with a search algorithm as many as make up its count."""
     # The sweep does without Tune's tables on the terminal, its logs and working directory for each trial, and its way
     # with Ctrl-C, which would pass for the end of the sweep.
     os.environ.update(
@@ -189,7 +199,7 @@ def run_trials(
         RAY_CHDIR_TO_TRIAL_DIR="0",
         RAY_AIR_NEW_OUTPUT="0",
     )
-    watch = _Watch(material.task.folder, material.task.fixed, tell)
+    watch = _Watch(material.task.folder, material.task.fixed, listener)
     algorithm, num_samples = None, 1
     parameter_space: dict[str, Any] = {"parameters": tune.grid_search(plan.trials)}
     if plan.search == "optuna":
@@ -332,16 +342,22 @@ def _parameters(config: dict[str, Any], *, fixed: Parameters) -> Parameters:
 class _Watch(tune.Callback):
     """Turns what Tune says of trials, in the driver, into records."""
 
-    def __init__(self, folder: str, fixed: Parameters, tell: Callable[[TrialRecord], None]) -> None:
+    def __init__(self, folder: str, fixed: Parameters, listener: Listener) -> None:
         self.records: list[TrialRecord] = []
-        self._folder, self._fixed, self._tell = folder, fixed, tell
+        self._folder, self._fixed, self._listener = folder, fixed, listener
         self._rounds: dict[str, list[dict[str, float]]] = {}
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        parameters = _parameters(trial.config, fixed=self._fixed)
+        self._listener.began(trial_name(parameters), parameters)
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         kept = {k: v for k, v in result.items() if k in METRICS}
         self._rounds.setdefault(trial.trial_id, []).append(kept)
+        if kept.get("criterion") != FAILED:
+            self._listener.went_on(trial_name(_parameters(trial.config, fixed=self._fixed)), kept)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._end(trial, status="stopped", error=None)
@@ -370,7 +386,7 @@ class _Watch(tune.Callback):
             if status == "stopped":  # what a process took with it may be tried again
                 files.write_json(path, vars(record))
         self.records.append(record)
-        self._tell(record)
+        self._listener.ended(record)
 
 
 def _scheduler(name: Literal["none", "asha"]) -> TrialScheduler:
