@@ -347,6 +347,10 @@ class _Watch(tune.Callback):
         self._folder, self._fixed, self._listener = folder, fixed, listener
         self._rounds: dict[str, list[dict[str, float]]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune keeps a copy beside its own record of the sweep, which is not used.
+        return {}
+
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         parameters = _parameters(trial.config, fixed=self._fixed)
         self._listener.began(trial_name(parameters), parameters)
