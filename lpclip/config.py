@@ -175,7 +175,7 @@ class EncodeConfig:
     until an autoscaler has started one."""
     decode: Decode = "cpu"
     """Where JPEGs are decoded, for the views weak and mirror. gpu is faster where CPUs cannot feed the GPUs. Its
-    features differ a little, so those of the two are never mixed."""
+    features differ a little, so no store has those of both."""
     features: str | None = None
     """Folder of the feature stores; runs that name the same folder share them. The default is OUT/features."""
 

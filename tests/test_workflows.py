@@ -257,6 +257,20 @@ def test_predict_labels_images_as_the_probe_does(
     assert not list(work.glob("*.quarantine.parquet"))
 
 
+def test_predict_labels_a_store_that_is_given_whatever_computed_it(
+    base: dict[str, Any], work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = base["features"]["train"]
+    labels = []
+    for name, flags in (("own", ""), ("other", "--engine torch"), ("gpu", "--decode gpu")):
+        out = tmp_path / f"{name}.parquet"
+        command = f"predict.py --probe {work}/trained/probe --data {store} --out {out} {flags}"
+        assert run(command, monkeypatch)["images"] == 60
+        labels.append(pq.read_table(out))
+    assert labels[0] == labels[1] == labels[2]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".parquet"}
+
+
 def test_predict_keeps_the_list_of_the_images_that_it_left_out(
     base: dict[str, Any],
     work: Path,

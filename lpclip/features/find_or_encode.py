@@ -33,6 +33,9 @@ from lpclip.features.zero_shot_labels import ZeroShotLabels
 from lpclip.images.source import Source
 from lpclip.images.views import STRONG_VERSION, WEAK, View, pixel_views
 
+ROUNDING = ("engine", "decoded_by")
+"""Parts of an identity that change features by rounding alone: a store that is given may have others."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
@@ -71,8 +74,8 @@ class Encoding:
         begin = time.monotonic()
         identity = self.identity(data.source, views)
         if isinstance(data.origin, Store):
-            # Engines compute the same features, up to rounding.
-            data.origin.require({key: value for key, value in identity.items() if key != "engine"})
+            # Engines, and what decodes JPEGs, give the same features up to rounding.
+            data.origin.require({key: identity[key] for key in identity if key not in ROUNDING})
             rows = data.origin.manifest.num_rows
             print(f"features of {data.name}: {rows:,} images, as given", flush=True)
             return Encoded(store=data.origin, seconds=0.0, reused=True, rate=None)
@@ -123,6 +126,7 @@ class Encoding:
         if isinstance(data.origin, Store):
             data.origin.require({key: wanted[key] for key in ("encoder", "preprocessing")})
             stores = [data.origin]
+            wanted = {key: wanted[key] for key in wanted if key not in ROUNDING}
         else:
             names = [name for name in files.list_folders(self.folder) if name.startswith(f"{data.name}-")]
             there = (Store.find(files.join(files.absolute(self.folder), name)) for name in names)
@@ -133,7 +137,7 @@ class Encoding:
             identity = store.manifest.identity
             if any(identity.get(key) != wanted[key] for key in wanted if key not in ("views", "seed")):
                 continue
-            if identity.get("decoded_by", "cpu") != self.decode:
+            if data.source is not None and identity.get("decoded_by", "cpu") != self.decode:
                 continue
             encoded = Encoded(store=store, seconds=0.0, reused=True, rate=None)
             for view in views:

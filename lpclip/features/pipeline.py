@@ -199,8 +199,8 @@ def _check_bad(source: Source, path: str, *, bad: int, seen: int | None) -> None
     limit = source.config.max_bad_fraction
     if seen and (bad > limit * seen or bad == seen):
         first = write_quarantine(path)[0]
+        limit_text = f", more than --max-bad-fraction {limit:g} allows" if bad > limit * seen else ""
         raise UserError(
-            f"{bad:,} of {seen:,} images of {source.name} cannot be used, more than --max-bad-fraction {limit:g} "
-            f"allows; the first is {first['id']} ({first['error']}), all are in "
-            f"{files.join(path, 'quarantine.parquet')}"
+            f"{bad:,} of {seen:,} images of {source.name} cannot be used{limit_text}; the first is {first['id']} "
+            f"({first['error']}), all are in {files.join(path, 'quarantine.parquet')}"
         )

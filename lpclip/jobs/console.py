@@ -184,5 +184,8 @@ def print_result(
             )
     print()
     print_places(out, run, probe="probe", pictures="figures", summary="summary.json")
-    more = PredictJob(probe=shown(files.join(out, "probe")), data="FOLDER", out="labels.parquet")
+    decode = encoded.store.manifest.identity.get("decoded_by", "cpu")
+    more = PredictJob(
+        probe=shown(files.join(out, "probe")), data="FOLDER", out="labels.parquet", decode=decode
+    )
     print(f"next     label other images: {command_line('predict', more)}", flush=True)

@@ -189,7 +189,7 @@ def encode_inputs(
 
 
 def _tell_zero_shot(head: Head, x: np.ndarray, y: np.ndarray, *, data: str) -> None:
-    zero_shot = zero_shot_probe(torch.from_numpy(head.weight), temperature=head.temperature)
+    zero_shot = zero_shot_probe(torch.tensor(head.weight), temperature=head.temperature)
     print_zero_shot(accuracy(zero_shot, x, y), images=int((y >= 0).sum()), data=data)
 
 

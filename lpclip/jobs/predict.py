@@ -53,7 +53,8 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
                 counts.update(table["label"].to_pylist())
                 add(table)
         quarantine = _keep_quarantine(store, job.out)
-    if job.features is None:
+    # It is not there where nothing was encoded.
+    if job.features is None and files.exists(folder):
         files.delete_folder(folder)
     print(format_table([{"label": name, "images": count} for name, count in counts.most_common(20)]))
     images, quarantined = counts.total(), store.manifest.num_quarantined
