@@ -184,12 +184,10 @@ class EncodeConfig:
         _at_least(self, 1, "batch_size", "num_actors")
         if self.decode == "gpu" and self.device == "cpu":
             raise UserError("--decode gpu needs a GPU, and --device cpu takes none: leave one of them out")
-        if self.decode == "gpu" and not {view.strip() for view in self.views.split(",")} <= {
-            "weak",
-            "mirror",
-        }:
+        views = {view.strip() for view in self.views.split(",")}
+        if self.decode == "gpu" and not views <= {"weak", "mirror"}:
             raise UserError(
-                f"--decode gpu is for the views weak and mirror, all others are made on CPUs: add --views weak,mirror, "
+                "--decode gpu is for the views weak and mirror, all others are made on CPUs: add --views weak,mirror, "
                 f"for {self.views}, or leave --decode out"
             )
 

@@ -367,7 +367,7 @@ def refuse_utf_16(data: bytes, *, path: str) -> None:
 
 
 def not_utf_8(path: str) -> UserError:
-    """What to say of a file of text in another encoding."""
+    """The error for a text file in another encoding, with the remedy."""
     return UserError(f"{path} is not UTF-8 text: save it as UTF-8")
 
 

@@ -1,4 +1,4 @@
-"""What a job asks of the machine: waited for where it may come, and refused in a sentence where it never can."""
+"""Jobs wait for GPUs and CPUs that may come, and refuse in one sentence what this machine will never have."""
 
 from __future__ import annotations
 

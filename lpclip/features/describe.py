@@ -36,7 +36,7 @@ def describe_encoder(
 ) -> EncoderInfo:
     """An encoder's identity, preprocessing and, for class names, zero-shot weights, computed where images are encoded.
 
-    Waits until there is a GPU, and says so, if that is to be one.
+    With `device` gpu, it waits until there is a GPU, and prints that it waits.
     Raises UserError when the encoder cannot be loaded, or there is no GPU and never will be.
     """
     if not uses_gpus(device):

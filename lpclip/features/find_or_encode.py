@@ -60,7 +60,7 @@ class Encoding:
         return plan_actors(self.num_actors, self.device)
 
     def identity(self, source: Source | None, views: tuple[View, ...]) -> dict[str, Any]:
-        """What features of these views depend on."""
+        """Everything that changes features of these views."""
         return store_identity(source, self.info, views, seed=self.seed, decode=self.decode)
 
     def store_of(
@@ -130,7 +130,7 @@ class Encoding:
         else:
             names = [name for name in files.list_folders(self.folder) if name.startswith(f"{data.name}-")]
             there = (Store.find(files.join(files.absolute(self.folder), name)) for name in names)
-            # The same one whenever it is looked for, whatever was encoded meanwhile for other views.
+            # A store with more views, encoded since, must not take the place of the one that was found before.
             stores = sorted(filter(None, there), key=lambda store: len(store.manifest.views))
         found: dict[View, Encoded] = {}
         for store in stores:

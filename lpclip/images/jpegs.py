@@ -1,4 +1,4 @@
-"""JPEGs that a GPU may decode: the ordinary ones. What is rare or odd about a file stays Pillow's work."""
+"""JPEGs that a GPU may decode: the ordinary ones. Pillow decodes all others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AS_RGB = (82, 71, 66)
 
 @dataclass(frozen=True)
 class JpegHeader:
-    """What is known of a JPEG before it is decoded."""
+    """Facts about a JPEG, read from its header."""
 
     area: int
     """Width times height, in pixels."""

@@ -136,7 +136,7 @@ def _read_manifest(uri: str) -> tuple[pa.Table, tuple[str, ...]]:
 
 
 def _separator(name: str, head: bytes) -> tuple[str, tuple[str, ...]]:
-    """What separates the columns, and a note where it is not what the suffix says.
+    """The separator of the columns, and a note if the suffix says another one.
 
     The suffix is wrong where it would make the header one column and another separator makes several.
     """

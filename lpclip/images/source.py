@@ -89,7 +89,7 @@ class Source:
     num_rows: int | None
     """None when it is not known before reading (webdataset)."""
     labels_from: str | None
-    """What the labels are read from, in words, such as "the column label"; None without labels."""
+    """The place of the labels in words, such as "the column label"; None without labels."""
     label_names: tuple[str, ...] | None
     """The names that labels index, None when there are no labels or they are bare numbers."""
     identity: dict[str, Any]

@@ -209,8 +209,8 @@ def evaluation_encoding(job: EvaluateJob, *, info: EncoderInfo, encoder: Encoder
 def evaluated_on(inputs: Inputs, known: EncodedInputs) -> dict[str, Any]:
     """Name, number of labelled images, and whether training saw them, for summaries.
 
-    `shared` counts those that are among the unlabelled images too, whatever their files are called: equal images have
-    equal features. The setting is transductive if these are half of them or more, and None without labels.
+    `shared` counts those that are among the unlabelled images too, under any file name: equal images have equal
+    features. The setting is transductive if these are half of them or more, and None without labels.
     """
     labelled = known.x[known.y >= 0]
     shared = len(labelled) if known.tested is None else num_shared(known.features.base, labelled)

@@ -81,7 +81,7 @@ class TrialRecord:
 
 
 class Listener:
-    """It is told of trials, in the driver, and does nothing of its own. Ray Tune waits for it."""
+    """A base class: `run_trials` calls its methods in the driver, and Ray Tune waits until they return."""
 
     def began(self, name: str, parameters: Parameters) -> None:
         """A trial begins, or begins again after its process died."""
