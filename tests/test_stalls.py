@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,14 +16,14 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import ray
-from conftest import draw, write_tar
+from conftest import descendants, draw, write_tar
 
 from lpclip.config import SourceConfig, UserError
 from lpclip.features.commit_stage import commit
 from lpclip.features.pipeline import decode_units, fill_store
 from lpclip.features.stalls import LIMITS, StallLimits, StallWatch
 from lpclip.features.store import Store
-from lpclip.features.store_writer import StoreWriter
+from lpclip.features.store_writer import StoreWriter, list_parts
 from lpclip.images.open import open_source
 from lpclip.images.pixels import Preprocess
 from lpclip.images.source import Reader, Row, Source
@@ -45,6 +48,19 @@ class SleepyReader(Reader):
         yield from self.reader.rows(unit)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PatientReader(Reader):
+    """Reads like another, but the last tar only once a file is there."""
+
+    reader: Reader
+    mark: Path
+
+    def rows(self, unit: str) -> Iterator[Row]:
+        while "02.tar" in str(unit) and not self.mark.exists():
+            time.sleep(0.1)
+        yield from self.reader.rows(unit)
+
+
 class Encoder:
     """Keeps tables as they are."""
 
@@ -65,16 +81,25 @@ def source(tmp_path: Path) -> Iterator[Source]:
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
-def fill(source: Source, path: Path, *, limits: StallLimits, num_gpus: int = 0) -> Store:
-    """Decode and commit, with an actor in between where GPUs are asked for."""
+def fill(
+    source: Source, path: Path, *, limits: StallLimits, with_actor: bool = False, num_gpus: int = 0
+) -> Store:
+    """Decode and commit, perhaps with an actor in between."""
     writer = StoreWriter(str(path), {"test": 1})
 
     def stages(todo: list[int], name: str) -> ray.data.Dataset:
         tables = decode_units(source, todo, views=(WEAK,), preprocess=PREPROCESS, seed=0, num_consumers=1)
-        if num_gpus:
+        if with_actor:
             pool = ray.data.ActorPoolStrategy(size=1)
             tables = tables.map_batches(
-                Encoder, batch_size=4, batch_format="pyarrow", compute=pool, num_gpus=num_gpus, num_cpus=0
+                Encoder,
+                batch_size=4 if num_gpus else None,
+                batch_format="pyarrow",
+                compute=pool,
+                num_gpus=num_gpus,
+                num_cpus=0 if num_gpus else 0.5,
+                max_restarts=0,
+                max_task_retries=0,
             )
         write = partial(commit, writer=writer, columns=("id",))
         return tables.map_batches(write, batch_size=None, batch_format="pyarrow", num_cpus=0)
@@ -93,6 +118,10 @@ def test_a_stage_that_sleeps_is_named_and_its_units_are_done_again(
     free = r"free are 0 of 0 GPUs and [\d.]+ of 2 CPUs"
     assert re.search(rf"^reading tars: nothing for \d+ s; {stages}; {free}$", err, re.MULTILINE), err
     assert "the work stood still, going on (1 of 2 times in a row)" in out
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU", 0) < 2:
+        assert time.monotonic() < deadline, "the sleeping task keeps its CPU"
+        time.sleep(0.1)
 
 
 def test_encoders_that_find_no_gpu_are_named_and_end_the_work(
@@ -102,11 +131,33 @@ def test_encoders_that_find_no_gpu_are_named_and_end_the_work(
     with pytest.raises(
         UserError, match="the work stood still 3 times in a row, the last time with: Dataset exec"
     ):
-        fill(source, tmp_path / "store", limits=limits, num_gpus=1)
+        fill(source, tmp_path / "store", limits=limits, with_actor=True, num_gpus=1)
     line = next(line for line in capsys.readouterr().err.splitlines() if "nothing for" in line)
     assert (
         "Encoder has 0 running and 3 waiting, and 1 of its actors loads its model or waits for a GPU;" in line
     )
+
+
+def test_an_actor_that_dies_between_two_tasks_is_replaced_at_once(
+    source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mark, path = tmp_path / "mark", tmp_path / "store"
+    patient = replace(source, reader=PatientReader(reader=source.reader, mark=mark))
+
+    def kill() -> None:
+        while not path.exists() or len(list_parts(str(path))) < 2:
+            time.sleep(0.1)
+        workers = [p for p, title in descendants(os.getpid()).items() if title.startswith("ray::MapWorker")]
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+        mark.touch()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    store = fill(patient, path, limits=StallLimits(lose=60), with_actor=True)
+    killer.join()
+    assert store.manifest.num_rows == 12
+    assert "an encoder was lost, going on (1 of 2 times in a row)" in capsys.readouterr().out
 
 
 def test_a_healthy_pipeline_is_not_told_of(

@@ -154,8 +154,9 @@ def _memory_limit(num_consumers: int, num_bytes: int) -> float | None:
 
 def _follow(dataset: ray.data.Dataset, *, what: str, limits: StallLimits) -> Iterator[dict[str, Any]]:
     """Run the pipeline. Yields the counts of each part when it is committed."""
-    dataset.context.execution_no_progress_timeout_s = limits.lose
-    dataset.context.custom_execution_callback_classes = [SeeExecutor]
+    dataset.context.execution_no_progress_timeout_s = -1  # SeeExecutor looks after it
+    see_executor: Any = partial(SeeExecutor, limits)
+    dataset.context.custom_execution_callback_classes = [see_executor]
     watch = StallWatch(what, limits)
     with watched(watch.look, seconds=limits.tell / 10):
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.core.generated.gcs_pb2 import ActorTableData  # type: ignore[attr-defined]
 from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.no_progress_guard import NoProgressGuard
+from ray.data.exceptions import ExecutionTimeoutError
 
 WORDS = {"decode_unit": "decoding", "EncodeStage": "encoding", "commit": "committing"}
 
@@ -59,12 +62,35 @@ _executor: Any = lambda: None  # noqa: E731
 
 
 class SeeExecutor(ExecutionCallback):
-    """Lets `StallWatch` see the stages of the pipeline that this process began last."""
+    """Lets `StallWatch` see the stages of the pipeline that this process began last, and ends one that is lost."""
+
+    def __init__(self, limits: StallLimits) -> None:
+        self._limits = limits
 
     def before_execution_starts(self, executor: Any) -> None:
         """Called by Ray Data."""
         global _executor
         _executor = weakref.ref(executor)
+        self._guard = NoProgressGuard(executor._topology, self._limits.lose)
+
+    def on_execution_step(self, executor: Any) -> None:
+        """Called by Ray Data. Raises RayActorError or ExecutionTimeoutError where the pipeline would wait forever.
+
+        Ray Data learns of a dead actor by the task that it was running. One that died between two tasks is neither
+        used nor replaced (ray-project/ray, issue 62746).
+        """
+        for op in executor._topology:
+            for actor, state in getattr(getattr(op, "_actor_pool", None), "_running_actors", {}).items():
+                if actor._get_local_state() == ActorTableData.DEAD and not state.num_tasks_in_flight:
+                    ray.get(actor.__ray_ready__.remote())
+        try:
+            self._guard.check()
+        except ExecutionTimeoutError:
+            # Ray Data's own guard asks tasks to end. One that stands still would not hear that, and keep its CPU.
+            for op in executor._topology:
+                for task in op.get_active_tasks():
+                    task._cancel(force=True)
+            raise
 
 
 def _state() -> str:
