@@ -405,6 +405,7 @@ class EncodeJob:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     names: ClassConfig = field(default_factory=ClassConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     seed: int = 0
     """Seed of the strong views."""
 
@@ -631,6 +632,7 @@ class PredictJob:
     features: str | None = None
     """Folder of feature stores, in which features are found and kept. By default they are deleted at the end."""
     source: SourceConfig = field(default_factory=SourceConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def check(self) -> None:
         """Raise UserError for values out of range, or an output that is no Parquet file."""

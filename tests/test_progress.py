@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from lpclip.features.pulse import Pulse, PulseTaker
 from lpclip.progress import Progress, clock
 
 
@@ -84,3 +85,21 @@ def test_a_terminal_s_line_is_written_over():
     assert screen.getvalue().startswith("\rencoding: 10 of 10")
     assert screen.getvalue().count("\n") == 1
     assert screen.getvalue().endswith("\n")
+
+
+def test_a_pulse_tells_what_was_done_since_the_one_before() -> None:
+    told: list[Pulse] = []
+    progress = Progress("encoding", total=100, done=10, stream=io.StringIO())
+    taker = PulseTaker(progress, told.append)
+    taker.look()
+    assert told == []
+    for images, bad in ((30, 2), (20, 0)):
+        time.sleep(0.1)
+        progress.advance(images, bad=bad)
+        taker.look()
+    assert [(pulse.images, pulse.quarantined) for pulse in told] == [(40, 2), (60, 2)]
+    assert 0 < told[0].images_per_second <= 30 / 0.1
+    assert 0 < told[1].images_per_second <= 20 / 0.1
+    progress.done = 35  # a part was lost and is done again
+    taker.look()
+    assert len(told) == 2

@@ -6,6 +6,7 @@ import contextlib
 import getpass
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from conftest import ROOT
+from conftest import CLASSES, ROOT, Training, run
 from mlflow import MlflowClient
 
 from lpclip.config import SelftrainJob, TrackingConfig, UserError
@@ -272,6 +273,54 @@ with track(TrackingConfig(experiment="race"), name=sys.argv[1], params={"n": sys
         run.log({"x": step}, step=step)
 print(run.run_id)
 """
+
+
+def test_encodings_and_predictions_are_runs_too(
+    cluster: None,
+    trained: Training,
+    photos: Path,
+    client: MlflowClient,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos" / CLASSES[0].replace(" ", "_") / "broken.png").write_bytes(b"none")
+    data = f"--data {tmp_path}/photos --experiment tests"
+    summary = run(f"encode.py {data} --views weak --out {tmp_path}/encoded", monkeypatch)
+    encoded = client.get_run(summary["mlflow_run"])
+    run(f"predict.py {data} --probe {trained.out}/probe --out {tmp_path}/labels.parquet", monkeypatch)
+    found = client.search_runs([encoded.info.experiment_id], "attributes.run_name = 'labels.parquet'")
+    for kept in (encoded, *found):
+        assert kept.info.status == "FINISHED"
+        assert (kept.data.tags["data"], kept.data.tags["encoder"]) == ("photos", "lite")
+        numbers = kept.data.metrics
+        assert (numbers["data/images"], numbers["data/quarantined"]) == (30, 1)
+        assert numbers["speed/images_per_second"] > 0
+        for stage in ("decoding", "encoding", "committing"):
+            assert 0 < numbers[f"encoding/processes_{stage}"] < 2
+        for name, value in (("quarantined", 1), ("images_per_second", numbers["encoding/images_per_second"])):
+            history = client.get_metric_history(kept.info.run_id, f"encoding/{name}")
+            assert [(m.step, m.value) for m in history] == [(31, value)]
+    assert len(found) == 1
+
+
+def test_an_encoding_waits_for_no_server(
+    cluster: None,
+    lite_map: None,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    summary = run(f"encode.py --data {photos} --views weak --out {tmp_path}/encoded", monkeypatch)
+    assert (summary["images"], summary["mlflow_run"]) == (30, None)
+    assert f"warning: this run is not in MLflow: no MLflow server answers at http://127.0.0.1:{port}" in (
+        capsys.readouterr().err
+    )
 
 
 def start_driver(name: str, folder: Path) -> subprocess.Popen[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from lpclip.features.data import Data
 from lpclip.features.decode_stage import rows_at_once
 from lpclip.features.encode_stage import TORCH_ENV, ActorPlan, EncodeStage, plan_actors, store_identity
 from lpclip.features.pipeline import check_quarantine, decode_units, fill_store
+from lpclip.features.pulse import Pulse
 from lpclip.features.stalls import CPU_LIMITS, LIMITS
 from lpclip.features.store import Store, fingerprint
 from lpclip.features.store_writer import StoreWriter
@@ -54,6 +55,8 @@ class Encoding:
     """Where images are encoded."""
     decode: Decode = "cpu"
     """Where JPEGs are decoded."""
+    tell: Callable[[Pulse], object] | None = None
+    """Called in another thread, every minute while images are encoded and at the end."""
 
     def plan(self) -> ActorPlan:
         """The encoder actors, as the cluster is now."""
@@ -211,7 +214,9 @@ class Encoding:
             return encoded.map_batches(commit_parts, batch_size=None, batch_format="pyarrow", num_cpus=0)
 
         limits = LIMITS if self.plan().gpus_per_actor else CPU_LIMITS
-        return fill_store(source, writer=writer, what="encoding", stages=stages, limits=limits)
+        return fill_store(
+            source, writer=writer, what="encoding", stages=stages, limits=limits, tell=self.tell
+        )
 
 
 def _refuse_missing(data: Data, found: Container[View], views: tuple[View, ...]) -> None:

@@ -25,6 +25,7 @@ from lpclip import files
 from lpclip.config import UserError
 from lpclip.features.decode_stage import PIXEL_BYTES, decode_unit, table_bytes
 from lpclip.features.losses import LOSSES, MAX_LOSSES, Losses
+from lpclip.features.pulse import PULSE_SECONDS, Pulse, PulseTaker
 from lpclip.features.stalls import LIMITS, SeeExecutor, StallLimits, StallWatch
 from lpclip.features.store import Store
 from lpclip.features.store_writer import Facts, StoreWriter, write_quarantine
@@ -49,18 +50,21 @@ def fill_store(
     what: str,
     stages: Callable[[list[int], str], ray.data.Dataset],
     limits: StallLimits = LIMITS,
+    tell: Callable[[Pulse], object] | None = None,
 ) -> Store:
     """Run a pipeline until the store has all units of the source. Returns the complete store.
 
     `stages` makes the pipeline for the units that are still to do; its rows are the counts of committed parts, and the
     names of its actors begin with the given one. `what` is the word for the work: "encoding". `limits` say after how
-    long a standstill a line tells of it, and after how long the pipeline is begun again.
+    long a standstill a line tells of it, and after how long the pipeline is begun again. `tell` is called in another
+    thread, every minute and at the end, with what the pipeline did since.
     Raises UserError when too many images are bad, or the folder is another store's.
     """
     done = writer.begin()
     todo = [unit for unit in range(len(source.units)) if unit not in done]
     what = f"{what} {source.name}"
     progress = Progress(what, total=source.num_rows, done=sum(done.values()))
+    taker = PulseTaker(progress, tell) if tell else None
     if done and todo:
         print(f"going on: {progress.done:,} images are there already", flush=True)
     worked_now, losses = bool(todo), Losses()
@@ -73,7 +77,7 @@ def fill_store(
             warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
             pipeline = stages(todo, name)
         try:
-            for counts in _follow(pipeline, what=what, limits=limits):
+            for counts in _follow(pipeline, what=what, limits=limits, taker=taker):
                 bad[counts["unit"]] += counts["bad"]
                 known[counts["part"]] = Facts(**json.loads(counts["facts"]))
                 progress.advance(counts["images"], bad=counts["bad"])
@@ -152,13 +156,18 @@ def _memory_limit(num_consumers: int, num_bytes: int) -> float | None:
     return SHARING * num_bytes * (sum(cpus) + TABLES_AHEAD * num_consumers)
 
 
-def _follow(dataset: ray.data.Dataset, *, what: str, limits: StallLimits) -> Iterator[dict[str, Any]]:
+def _follow(
+    dataset: ray.data.Dataset, *, what: str, limits: StallLimits, taker: PulseTaker | None
+) -> Iterator[dict[str, Any]]:
     """Run the pipeline. Yields the counts of each part when it is committed."""
     dataset.context.execution_no_progress_timeout_s = -1  # SeeExecutor looks after it
     see_executor: Any = partial(SeeExecutor, limits)
     dataset.context.custom_execution_callback_classes = [see_executor]
     watch = StallWatch(what, limits)
-    with watched(watch.look, seconds=limits.tell / 10):
+    with contextlib.ExitStack() as watches:
+        watches.enter_context(watched(watch.look, seconds=limits.tell / 10))
+        if taker is not None:
+            watches.enter_context(watched(taker.look, seconds=PULSE_SECONDS))
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             assert isinstance(batch, pa.Table)
             watch.moved()

@@ -93,6 +93,17 @@ class SeeExecutor(ExecutionCallback):
             raise
 
 
+def seconds_at_work() -> dict[str, float]:
+    """Seconds that all processes of a stage have spent on its tables so far, by stage, in the pipeline seen last."""
+    topology = getattr(_executor(), "_topology", {})
+    return {_words(op): op.metrics.block_generation_time for op in list(topology)[1:]}
+
+
+def _words(op: Any) -> str:
+    functions = re.findall(r"\((\w+)\)", op.name) or [op.name]
+    return " and ".join(WORDS.get(function, function) for function in functions)
+
+
 def _state() -> str:
     """The stages that are not at their end, and the share of the cluster that is free."""
     # Ray Data has no public way to see a running pipeline. Without this one, the line still tells what is free.
@@ -104,9 +115,9 @@ def _state() -> str:
 
 
 def _stage(op: Any, state: Any) -> str:
-    functions = re.findall(r"\((\w+)\)", op.name) or [op.name]
-    name = " and ".join(WORDS.get(function, function) for function in functions)
-    text = f"{name} has {op.num_active_tasks()} running and {state.total_enqueued_input_blocks()} waiting"
+    text = (
+        f"{_words(op)} has {op.num_active_tasks()} running and {state.total_enqueued_input_blocks()} waiting"
+    )
     pending = op.get_actor_info().pending if hasattr(op, "get_actor_info") else 0
     if not pending:
         return text

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,12 @@ from lpclip.features.data import open_data
 from lpclip.features.find_or_encode import Encoding
 from lpclip.features.store import Store, matrix, mean_view
 from lpclip.images.views import View, base_views
-from lpclip.jobs.console import print_plan, shown
+from lpclip.jobs.beside import EncodingRun, encoding_metrics
+from lpclip.jobs.console import print_mlflow, print_plan, shown
 from lpclip.jobs.inputs import describe_probes_encoder
 from lpclip.jobs.process import start_ray
-from lpclip.jobs.runtime import output_folder
+from lpclip.jobs.run import job_run
+from lpclip.jobs.runtime import Stopwatch, output_folder
 from lpclip.method.probe import Probe, load_probe
 from lpclip.progress import Progress
 from lpclip.report.tables import format_table
@@ -30,14 +34,21 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
     Images that cannot be read are listed in a second file beside it.
     """
     check(job)
+    watch = Stopwatch()
     probe = load_probe(job.probe)
     data = open_data(job.data, config=job.source, split="test", limit=job.limit)
     start_ray()
     encoder, info = describe_probes_encoder(probe, job=job, with_head=False)
     views = base_views(probe.encoder["views"])
     folder = job.features or files.add_suffix(job.out, ".features")
-    with output_folder(folder) as held:
+    with output_folder(folder) as held, contextlib.ExitStack() as stack:
         print_plan(data, None, info=info, views=",".join(map(str, views)), out=job.out)
+        watch.lap("start")
+        # OUT of this job is a file.
+        track = partial(
+            job_run, "predict", job, out=files.absolute(job.out), encoder=info.name, data=data.name
+        )
+        run = stack.enter_context(EncodingRun(track))
         encoding = Encoding(
             info=info,
             encoder=encoder,
@@ -45,14 +56,19 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
             batch_size=job.batch_size,
             device=job.device,
             decode=job.decode,
+            tell=run.tell,
         )
-        store = encoding.one_store_of(data, views).store
+        encoded = encoding.one_store_of(data, views)
+        store = encoded.store
+        watch.lap("encode")
         counts: Counter[str] = Counter()
         with files.parquet_by_tables(job.out) as add:
             for table in labelled(store, probe, views=views, top_k=job.top_k):
                 counts.update(table["label"].to_pylist())
                 add(table)
         quarantine = _keep_quarantine(store, job.out)
+        watch.lap("label")
+        kept = run.end(encoding_metrics(encoded, watch.seconds))
     # It is not there where nothing was encoded.
     if job.features is None and files.exists(folder):
         files.delete_folder(folder)
@@ -60,6 +76,8 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
     images, quarantined = counts.total(), store.manifest.num_quarantined
     listed = f", listed in {shown(quarantine)}" if quarantine else ""
     print(f"{images:,} images labelled: {shown(job.out)}; {quarantined:,} quarantined{listed}")
+    if kept:
+        print_mlflow(kept)
     return {"images": images, "quarantined": quarantined}
 
 

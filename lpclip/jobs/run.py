@@ -7,12 +7,20 @@ from collections.abc import Iterator
 from typing import Any
 
 from lpclip import files
-from lpclip.config import EvaluateJob, PretrainJob, SelftrainJob, TuneJob, check, to_dict
-from lpclip.evaluation.metrics import METRICS
+from lpclip.config import (
+    EncodeJob,
+    EvaluateJob,
+    PredictJob,
+    PretrainJob,
+    SelftrainJob,
+    TuneJob,
+    check,
+    to_dict,
+)
 from lpclip.jobs import tracking
 from lpclip.jobs.runtime import versions
 
-Job = SelftrainJob | TuneJob | EvaluateJob | PretrainJob
+Job = EncodeJob | PredictJob | SelftrainJob | TuneJob | EvaluateJob | PretrainJob
 
 
 def check_job(job: Job) -> None:
@@ -36,7 +44,7 @@ def job_run(command: str, job: Job, *, out: str, encoder: str, data: str) -> Ite
         yield run
 
 
-def provenance(job: Job, run_id: str) -> dict[str, Any]:
+def provenance(job: Job, run_id: str | None) -> dict[str, Any]:
     """The last entries of every summary.json: flags, versions and the id of the MLflow run."""
     config = {name: list(v) if isinstance(v, tuple) else v for name, v in to_dict(job).items()}
     return {"config": config, "versions": versions(), "mlflow_run": run_id}
@@ -48,6 +56,9 @@ _ENDINGS = {"probe": "", "chosen": "", "zero_shot": "_zero_shot", "supervised": 
 
 def single_metrics(summary: dict[str, Any]) -> dict[str, float | None]:
     """The single numbers by which MLflow compares runs: the measures, for each classifier, and the speed."""
+    # Here, because it imports torch: jobs that only encode do without.
+    from lpclip.evaluation.metrics import METRICS
+
     timings = summary["timings"]
     return {
         **{

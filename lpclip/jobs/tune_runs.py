@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any
 
 from lpclip.config import UserError
+from lpclip.jobs.beside import Beside
 from lpclip.jobs.tracking import Run, warn
 from lpclip.training.search_space import Parameters
 from lpclip.training.trials import Listener, Status, TrialRecord
@@ -35,8 +34,7 @@ class TrialRuns(Listener):
         self.runs: dict[str, Run] = {}
         self._track, self._results, self._tell = track, results, tell
         self._open: dict[str, AbstractContextManager[Run]] = {}
-        self._thread = ThreadPoolExecutor(1)
-        self._work: list[Future[None]] = []
+        self._beside = Beside()
 
     def __enter__(self) -> TrialRuns:
         return self
@@ -44,20 +42,19 @@ class TrialRuns(Listener):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._thread.shutdown(cancel_futures=error is not None)
-        for run in self._open.values():
-            run.__exit__(kind, error, trace)
-        if error is None:
-            for work in self._work:
-                work.result()
+        try:
+            self._beside.close(in_error=error is not None)
+        finally:
+            for run in self._open.values():
+                run.__exit__(kind, error, trace)
 
     def began(self, name: str, parameters: Parameters) -> None:
         """A trial begins, or begins again."""
-        self._later(self._begin, name, parameters)
+        self._beside.later(self._begin, name, parameters)
 
     def went_on(self, name: str, metrics: Mapping[str, float]) -> None:
         """A trial has finished a round."""
-        self._later(self._log, name, dict(metrics), time.time())
+        self._beside.later(self._log, name, dict(metrics), time.time())
 
     def ended(self, record: TrialRecord) -> None:
         """A trial is over, now or in an earlier run of the sweep."""
@@ -66,10 +63,7 @@ class TrialRuns(Listener):
 
     def keep(self, record: TrialRecord) -> None:
         """See that the run of a trial is whole, without telling of it."""
-        self._later(self._end, record)
-
-    def _later(self, function: Callable[..., None], *arguments: Any) -> None:
-        self._work.append(self._thread.submit(function, *arguments))
+        self._beside.later(self._end, record)
 
     def _begin(self, name: str, parameters: Parameters) -> None:
         if name in self._open:
