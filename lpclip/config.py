@@ -59,9 +59,8 @@ def _refuse_empty(config: Any) -> None:
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         texts = value if isinstance(value, tuple) else (value,)
-        if item.name not in _MAY_BE_EMPTY and any(
-            isinstance(text, str) and not text.strip() for text in texts
-        ):
+        is_empty = value == () != item.default or any(isinstance(t, str) and not t.strip() for t in texts)
+        if is_empty and item.name not in _MAY_BE_EMPTY:
             raise UserError(
                 f"--{item.name.replace('_', '-')} is empty: give it a value or leave the flag out (a shell variable "
                 "may not be set)"
@@ -394,9 +393,10 @@ def digest(value: Any) -> str:
 class EncodeJob:
     """Encode images once into a feature store."""
 
-    data: str = "fashion-mnist"
+    data: tuple[str, ...] = ("fashion-mnist",)
     """Images to encode: a folder, Parquet, a WebDataset tar, a CSV/JSONL manifest, or one of fashion-mnist,
-    cifar10, cifar100 (a suffix :train or :test names the part)."""
+    cifar10, cifar100 (a suffix :train or :test names the part). Several values of one kind, also patterns in quotes,
+    are read as one."""
     out: str = "runs/encode"
     """Output folder."""
     limit: int | None = None
@@ -419,11 +419,12 @@ class EncodeJob:
 class SelftrainJob:
     """Train a linear probe on unlabelled images, from a CLIP model's own pseudo-labels."""
 
-    data: str = "fashion-mnist"
+    data: tuple[str, ...] = ("fashion-mnist",)
     """Unlabelled images: a folder, Parquet, a WebDataset tar, a CSV/JSONL manifest, a feature store, or one of
-    fashion-mnist, cifar10, cifar100. Self-training reads no labels, even if the data has them."""
-    eval_data: str | None = None
-    """Labelled images to evaluate on. The default for a named data set is its test part."""
+    fashion-mnist, cifar10, cifar100. Several values of one kind, also patterns in quotes, are read as one.
+    Self-training reads no labels, even if the data has them."""
+    eval_data: tuple[str, ...] = ()
+    """Labelled images to evaluate on, as for --data. The default for a named data set is its test part."""
     out: str = "runs/selftrain"
     """Output folder."""
     limit: int | None = None
@@ -449,9 +450,10 @@ class SelftrainJob:
 class PretrainJob:
     """Train a dual encoder on image-text pairs, for the other commands to use."""
 
-    data: str = "fashion-mnist"
+    data: tuple[str, ...] = ("fashion-mnist",)
     """Images with texts: a folder with a .txt file beside each image, Parquet, a WebDataset tar or a CSV/JSONL
-    manifest. Labelled images, such as fashion-mnist, cifar10, cifar100, get texts from --caption-templates."""
+    manifest; also several of one kind. Labelled images, such as fashion-mnist, cifar10, cifar100, get texts from
+    --caption-templates."""
     out: str = "runs/pretrain"
     """Output folder. OUT/model holds the model that other commands take."""
     limit: int | None = None
@@ -479,12 +481,13 @@ class TuneJob:
     space: str = "default"
     """The parameters to search: default, quick, wide, or a Python file whose SPACE maps names of the training's
     flags to Ray Tune's search-space objects."""
-    data: str = "fashion-mnist"
+    data: tuple[str, ...] = ("fashion-mnist",)
     """Unlabelled images: a folder, Parquet, a WebDataset tar, a CSV/JSONL manifest, a feature store, or one of
-    fashion-mnist, cifar10, cifar100. Labels choose nothing, even if the data has them."""
-    eval_data: str | None = None
-    """Labelled images on which the accuracy of the trials is reported. The default for a named data set is its
-    test part."""
+    fashion-mnist, cifar10, cifar100. Several values of one kind, also patterns in quotes, are read as one. Labels
+    choose nothing, even if the data has them."""
+    eval_data: tuple[str, ...] = ()
+    """Labelled images, as for --data, on which the accuracy of the trials is reported. The default for a named data
+    set is its test part."""
     out: str = "runs/tune"
     """Output folder."""
     trials: int = 64
@@ -526,9 +529,10 @@ class EvaluateJob:
 
     probe: tuple[str, ...] = ()
     """FOLDER or NAME=FOLDER of saved probes, all of one encoder: OUT/probe and OUT/supervised of lpclip selftrain."""
-    data: str | None = None
+    data: tuple[str, ...] = ()
     """Labelled images that the probes are measured on: a folder, Parquet, a WebDataset tar, a manifest, a named
-    data set (its test part) or a feature store."""
+    data set (its test part) or a feature store. Several values of one kind, also patterns in quotes, are read as
+    one."""
     retrieval: tuple[str, ...] = ()
     """PATH or NAME=PATH of image-text pairs, in any form that lpclip pretrain --data takes. The encoder finds the
     texts of images and the images of texts."""
@@ -583,9 +587,9 @@ class EvaluateJob:
             raise UserError(
                 "--encoder is for --retrieval without --probe: with --probe, the encoder is the one of the probes"
             )
-        if self.data is not None and not self.probe:
+        if self.data and not self.probe:
             raise UserError("--data has the images that probes are measured on: it needs --probe")
-        if self.data is None and not self.retrieval:
+        if not self.data and not self.retrieval:
             raise UserError(
                 "there is nothing to measure: give --probe and --data, or --retrieval, or all of them"
             )
@@ -593,7 +597,7 @@ class EvaluateJob:
             raise UserError("--retrieval needs an encoder: give --encoder, or --probe to take its own")
         measured = ("corruptions", "corrupted", "shift", "ood", "classes")
         needs = {
-            "--probe and --data": () if self.data is not None else measured,
+            "--probe and --data": () if self.data else measured,
             "--retrieval": () if self.retrieval else ("caption_templates", "text_column"),
         }
         given, default = to_dict(self), to_dict(EvaluateJob())
@@ -609,9 +613,9 @@ class PredictJob:
 
     probe: str
     """Folder of a saved probe, such as OUT/probe of lpclip selftrain."""
-    data: str
+    data: tuple[str, ...]
     """Images to label: a folder, Parquet, a WebDataset tar, a CSV/JSONL manifest, a named data set or a feature
-    store."""
+    store. Several values of one kind, also patterns in quotes, are read as one."""
     out: str
     """Parquet file to write, with the columns id, label, probability, top_labels and top_probabilities. Images that
     cannot be read are listed beside it, for labels.parquet in labels.quarantine.parquet."""

@@ -51,7 +51,7 @@ def test_flags_of_many_values_take_them_all(monkeypatch: pytest.MonkeyPatch) -> 
         "--probe a b=c --data d --ood x=1 y=2 --corruptions fog,snow --severities 1,5 --max-bad-fraction 0.1"
     )
     config = parse(flags, EvaluateJob, monkeypatch)
-    assert config == to_dict(EvaluateJob(probe=("a", "b=c"), data="d")) | {
+    assert config == to_dict(EvaluateJob(probe=("a", "b=c"), data=("d",))) | {
         "ood": ("x=1", "y=2"),
         "corruptions": "fog,snow",
         "severities": "1,5",
@@ -84,7 +84,7 @@ def test_a_required_flag_is_asked_for(
     ("job", "sentence"),
     [
         (SelftrainJob(), "Column with the unique name of each row"),
-        (EvaluateJob(probe=("p",), data="d"), "about which a classifier should not be sure"),
+        (EvaluateJob(probe=("p",), data=("d",)), "about which a classifier should not be sure"),
     ],
 )
 def test_help_explains_every_flag(

@@ -35,8 +35,8 @@ from lpclip.jobs.selftrain import selftrain_job
 from lpclip.jobs.settle_prior import load_prior
 from lpclip.jobs.tune import tune_job
 
-PREDICT: dict[str, Any] = {"probe": "p", "data": "d", "out": "o.parquet"}
-EVALUATE: dict[str, Any] = {"probe": ("p",), "data": "d"}
+PREDICT: dict[str, Any] = {"probe": "p", "data": ("d",), "out": "o.parquet"}
+EVALUATE: dict[str, Any] = {"probe": ("p",), "data": ("d",)}
 DEFAULTS = [
     EncodeJob(),
     SelftrainJob(),

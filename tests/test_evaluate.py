@@ -61,7 +61,7 @@ class Work:
         """The evaluation that most tests are about: every kind of set."""
         return EvaluateJob(
             probe=(f"{self.trained}/probe", f"ceiling={self.trained}/supervised"),
-            data=str(self.photos),
+            data=(str(self.photos),),
             limit=18,
             corruptions=",".join(CORRUPTIONS),
             severities="1,5",
@@ -156,7 +156,7 @@ def test_a_probe_is_measured_on_the_features_that_are_there_and_under_a_corrupti
 ) -> None:
     job = EvaluateJob(
         probe=(f"{work.trained}/probe",),
-        data=str(work.photos),
+        data=(str(work.photos),),
         corruptions="fog",
         severities="3",
         out=f"{tmp_path}/out",
@@ -526,14 +526,16 @@ def test_after_ctrl_c_between_two_sets_the_same_command_goes_on(work: Work, tmp_
     (tmp_path / "classes.txt").write_text("".join(f"{i}\t{name}\n" for i, name in enumerate(CLASSES)))
     job = EvaluateJob(
         probe=(f"{work.trained}/probe",),
-        data=f"{work.lake}/labelled.parquet",
+        data=(f"{work.lake}/labelled.parquet",),
         limit=5,
         ood=(f"static={work.folder}/static",),
         classes=f"{tmp_path}/classes.txt",
         out=f"{tmp_path}/out",
         tracking=TrackingConfig(experiment="interrupted"),
     )
-    flags = f"--probe {job.probe[0]} --data {job.data} --limit 5 --ood {job.ood[0]} --classes {job.classes}"
+    flags = (
+        f"--probe {job.probe[0]} --data {job.data[0]} --limit 5 --ood {job.ood[0]} --classes {job.classes}"
+    )
     process = start(f"{flags} --out {job.out} --experiment interrupted".split())
     try:
         deadline = time.monotonic() + 240
@@ -662,7 +664,7 @@ def test_what_cannot_be_evaluated_is_refused_in_a_sentence(
             return tuple(map(filled, entry))
         return entry.format(**names) if isinstance(entry, str) else entry
 
-    job = EvaluateJob(probe=(f"{work.trained}/probe",), data=str(work.photos), out=f"{tmp_path}/out")
+    job = EvaluateJob(probe=(f"{work.trained}/probe",), data=(str(work.photos),), out=f"{tmp_path}/out")
     with pytest.raises(ValueError, match=re.escape(message.format(**names))):
         evaluate_job(replace(job, **{key: filled(entry) for key, entry in change.items()}))
     assert not (tmp_path / "out" / "summary.json").exists()
@@ -675,7 +677,7 @@ def test_foreign_images_that_cannot_be_read_are_refused(work: Work, tmp_path: Pa
         (tmp_path / "broken" / f"{number}.png").write_text("no image")
     job = EvaluateJob(
         probe=(f"{work.trained}/probe",),
-        data=str(work.store),
+        data=(str(work.store),),
         ood=(f"x={tmp_path}/broken",),
         out=f"{tmp_path}/out",
         source=SourceConfig(max_bad_fraction=1.0),

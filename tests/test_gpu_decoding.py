@@ -243,7 +243,7 @@ from lpclip.config import EncodeConfig, EncodeJob, SourceConfig
 from lpclip.jobs.encode import encode_job
 out, data, decode = sys.argv[1:]
 encode = EncodeConfig(views="weak,mirror", batch_size=4, decode=decode, features=out + "/features")
-print(json.dumps(encode_job(EncodeJob(data=data, out=out, encode=encode))["features"]))
+print(json.dumps(encode_job(EncodeJob(data=(data,), out=out, encode=encode))["features"]))
 """
 
 
@@ -310,4 +310,4 @@ def test_what_does_not_go_together_is_refused() -> None:
         EncodeConfig(decode="gpu").check()
     EncodeConfig(views="weak, mirror", decode="gpu").check()
     with pytest.raises(UserError, match="--device cpu takes none"):
-        check_config(PredictJob(probe="p", data="d", out="x.parquet", device="cpu", decode="gpu"))
+        check_config(PredictJob(probe="p", data=("d",), out="x.parquet", device="cpu", decode="gpu"))

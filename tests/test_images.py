@@ -367,10 +367,11 @@ class TestPatterns:
                 write(tmp_path / top / name / "1.png", png(n))
         with pytest.raises(UserError, match="several splits") as caught:
             open_source(str(tmp_path), config=CONFIG)
-        one, all_ = re.findall("'(.*?)'", str(caught.value))
+        one, *both = re.findall("'(.*?)'", str(caught.value))
         assert open_source(one, config=CONFIG).num_rows == 2
-        assert open_source(all_, config=CONFIG).num_rows == 4
-        assert open_source(str(tmp_path / tops[0]), config=CONFIG).label_names == ("cat", "dog")
+        assert open_source(both, config=CONFIG).num_rows == 4
+        for data in (one, both):
+            assert open_source(data, config=CONFIG).label_names == ("cat", "dog")
 
     def test_names_that_only_look_like_splits_are_one_set(self, tmp_path: Path) -> None:
         for name in ("latest.parquet", "training.parquet", "strain-1.parquet"):

@@ -72,7 +72,7 @@ def write_images(folder: Path, *paths: str) -> Path:
 @pytest.mark.parametrize("paths", [("2023/05/1.png", "2024/1.png"), ("images/1.png",), ("train/cat/1.png",)])
 def test_folders_of_which_none_is_a_class_are_no_labels(tmp_path: Path, paths: tuple[str, ...]):
     data = str(write_images(tmp_path / "photos", *paths))
-    job = SelftrainJob(data=data, names=ClassConfig(classes="cat,dog"))
+    job = SelftrainJob(data=(data,), names=ClassConfig(classes="cat,dog"))
     found = open_inputs(job).data
     assert not found.has_labels
     assert found.source is not None
@@ -83,17 +83,17 @@ def test_folders_of_which_none_is_a_class_are_no_labels(tmp_path: Path, paths: t
         f"labels: none, as none of the folders in photos ({paths[0].split('/')[0]}"
     )
     with pytest.raises(UserError, match="--classes"):
-        open_inputs(SelftrainJob(data=data))
+        open_inputs(SelftrainJob(data=(data,)))
     with pytest.raises(UserError, match="not in the class list"):
         open_inputs(replace(job, supervised=True))
     with pytest.raises(UserError, match="not in the class list"):
-        open_inputs(replace(job, eval_data=data))
+        open_inputs(replace(job, eval_data=(data,)))
 
 
 def test_folders_of_which_some_are_classes_must_all_be(tmp_path: Path):
     data = str(write_images(tmp_path, "cat/1.png", "2023/1.png"))
     with pytest.raises(UserError, match=r"1 labels of .* \(2023\)"):
-        open_inputs(SelftrainJob(data=data, names=ClassConfig(classes="cat,dog")))
+        open_inputs(SelftrainJob(data=(data,), names=ClassConfig(classes="cat,dog")))
 
 
 def test_names_in_two_unicode_forms_are_one(tmp_path: Path):
@@ -192,15 +192,15 @@ def test_numbers_that_seem_to_count_from_1_get_a_note_in_the_plan(tmp_path: Path
     names = ClassConfig(classes="cat,dog,aquarium fish")
     shifted = numbered(tmp_path / "toys", 1, 2)
     data = "toys-numbered-1-2"
-    assert notes(SelftrainJob(data=shifted, names=names)) == [COUNTS_FROM_1.format(data=data)]
+    assert notes(SelftrainJob(data=(shifted,), names=names)) == [COUNTS_FROM_1.format(data=data)]
     images = str(write_images(tmp_path / "images", "1.png"))
-    assert notes(SelftrainJob(data=images, eval_data=shifted, names=names)) == [
+    assert notes(SelftrainJob(data=(images,), eval_data=(shifted,), names=names)) == [
         COUNTS_FROM_1.format(data=data)
     ]
     for labels in ((0, 1, 2), (2, -1), (-1,)):
-        assert notes(SelftrainJob(data=numbered(tmp_path / "toys", *labels), names=names)) == []
+        assert notes(SelftrainJob(data=(numbered(tmp_path / "toys", *labels),), names=names)) == []
     (tmp_path / "names.tsv").write_text("1\tcat\n2\tdog\n")
-    assert notes(SelftrainJob(data=shifted, names=ClassConfig(classes=str(tmp_path / "names.tsv")))) == []
+    assert notes(SelftrainJob(data=(shifted,), names=ClassConfig(classes=str(tmp_path / "names.tsv")))) == []
 
 
 def test_an_evaluation_s_plan_has_the_note_as_well(tmp_path: Path):
@@ -243,8 +243,8 @@ def test_numbers_that_only_reading_shows_get_the_note_then(
 def test_names_that_all_begin_with_numbers_get_a_note(tmp_path: Path, names: tuple[str, ...], is_noted: bool):
     data = str(write_images(tmp_path / "photos", *(f"{name}/1.png" for name in names)))
     for job in (
-        SelftrainJob(data=data),
-        SelftrainJob(data=data, names=ClassConfig(classes=",".join(names))),
+        SelftrainJob(data=(data,)),
+        SelftrainJob(data=(data,), names=ClassConfig(classes=",".join(names))),
     ):
         source = open_inputs(job).data.source
         assert source is not None
@@ -268,7 +268,9 @@ def test_files_of_text_that_are_not_utf_8_are_named(tmp_path: Path, encoding: st
         read_classes,
         templates,
         lambda spec: load_prior(spec, ("cat", "dog")),
-        lambda spec: open_inputs(SelftrainJob(data=str(tmp_path), training=SelfTrainingConfig(present=spec))),
+        lambda spec: open_inputs(
+            SelftrainJob(data=(str(tmp_path),), training=SelfTrainingConfig(present=spec))
+        ),
     ):
         write_images(tmp_path, "cat/1.png", "dog/1.png")
         with pytest.raises(UserError, match=rf"{re.escape(str(path))} is not UTF-8 text: save it as UTF-8"):

@@ -514,7 +514,7 @@ JOBS = [
     SelftrainJob(training=TRAINING),
     SelftrainJob(training=replace(BASE, temperature=1)),
     SelftrainJob(
-        data="s3://bucket/a folder", eval_data="cifar10:test", out="runs/it's", limit=0, supervised=True
+        data=("s3://bucket/a folder",), eval_data=("cifar10:test",), out="runs/it's", limit=0, supervised=True
     ),
     SelftrainJob(
         source=SourceConfig(id_column="the id", label_column="", max_bad_fraction=0.0, max_pixels=1),
@@ -524,11 +524,11 @@ JOBS = [
         tracking=TrackingConfig(experiment="None", run_name="two\nlines"),
     ),
     SelftrainJob(names=ClassConfig(classes="-1,0,1"), eval_limit=5),
-    EncodeJob(data="photos", limit=5, seed=3, encode=EncodeConfig(num_actors=1)),
+    EncodeJob(data=("photos",), limit=5, seed=3, encode=EncodeConfig(num_actors=1)),
     TuneJob(
         space="my space.py", resume=True, search="optuna", scheduler="asha", criterion="class_ami", trials=8
     ),
-    PredictJob(probe="runs/probe", data="photos", out="labels.parquet", top_k=1),
+    PredictJob(probe="runs/probe", data=("photos",), out="labels.parquet", top_k=1),
 ]
 
 
@@ -544,12 +544,12 @@ def test_a_jobs_flags_give_the_job_again_also_through_a_shell(job: object) -> No
 
 
 def test_flags_that_take_many_values_give_the_job_again() -> None:
-    job = EvaluateJob(probe=("runs/probe", "b=runs/supervised"), data="photos", ood=("x=1", "y=2"), seed=1)
+    job = EvaluateJob(probe=("runs/probe", "b=runs/supervised"), data=("photos",), ood=("x=1", "y=2"), seed=1)
     assert parse(job, flags(job)) == job
 
 
 def test_a_value_that_looks_like_a_flag_gives_the_job_again() -> None:
-    job = SelftrainJob(tracking=TrackingConfig(run_name="-x"), data="--photos")
+    job = SelftrainJob(tracking=TrackingConfig(run_name="-x"), data=("--photos",))
     assert parse(job, flags(job)) == job
 
 
@@ -557,6 +557,6 @@ def test_only_what_differs_from_the_defaults_is_told() -> None:
     assert flags(SelftrainJob()) == flags(TuneJob()) == flags(EncodeJob()) == []
     job = SelftrainJob(training=replace(BASE, rounds=3, threshold=0.0), limit=7)
     assert sorted(flags(job)) == sorted(["--limit", "7", "--rounds", "3"])
-    assert flags(PredictJob(probe="p", data="d", out="o")) == ["--probe", "p", "--data", "d", "--out", "o"]
+    assert flags(PredictJob(probe="p", data=("d",), out="o")) == ["--probe", "p", "--data", "d", "--out", "o"]
     assert flags(SelftrainJob(supervised=True)) == ["--supervised"]
     assert flags(SelftrainJob(source=SourceConfig(max_pixels=9))) == ["--max-pixels", "9"]

@@ -245,7 +245,7 @@ def test_a_database_that_cannot_be_spoken_to_is_a_sentence_before_any_work(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"{scheme}://me:secret@127.0.0.1:5999/runs")
     with pytest.raises(UserError, match=sentence) as caught:
-        selftrain_job(SelftrainJob(data=str(tmp_path / "nowhere"), out=str(tmp_path / "out")))
+        selftrain_job(SelftrainJob(data=(str(tmp_path / "nowhere"),), out=str(tmp_path / "out")))
     assert "secret" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -66,14 +67,22 @@ class Data:
         return f"{self.name}: {count} images ({self.origin.kind}, {kind})"
 
 
-def open_data(data: str, *, config: SourceConfig, split: str, limit: int | None = None) -> Data:
+def open_data(
+    data: str | Sequence[str], *, config: SourceConfig, split: str, limit: int | None = None
+) -> Data:
     """The images, or the feature store, that `data` names. Raises UserError when it is neither."""
-    if files.exists(files.join(data, "manifest.json")):
-        if limit is not None:
-            raise UserError(f"{data} is a feature store: --limit works on images, before they are encoded")
-        return Data(Store.open(data))
-    if files.exists(files.join(data, "identity.json")):
-        raise UserError(
-            f"{data} is a feature store that is not complete; run the job that made it again, it goes on there"
-        )
+    values = [data] if isinstance(data, str) else data
+    for value in values:
+        if files.exists(files.join(value, "manifest.json")):
+            if limit is not None:
+                raise UserError(
+                    f"{value} is a feature store: --limit works on images, before they are encoded"
+                )
+            if len(values) > 1:
+                raise UserError(f"{value} is a feature store: it can only be named alone")
+            return Data(Store.open(value))
+        if files.exists(files.join(value, "identity.json")):
+            raise UserError(
+                f"{value} is a feature store that is not complete; run the job that made it again, it goes on there"
+            )
     return Data(open_source(data, config=config, split=split, limit=limit))

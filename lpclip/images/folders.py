@@ -13,6 +13,7 @@ from lpclip.images.fetch import fetch_all, scheme
 from lpclip.images.source import (
     TABLE_BYTES,
     UNIT_ROWS,
+    File,
     Listing,
     Reader,
     Row,
@@ -65,13 +66,13 @@ class FilesReader(Reader):
 
 
 def open_folder(listing: Listing, *, config: SourceConfig, limit: int | None, texts: Texts | None) -> Source:
-    """A folder of images. The subfolders directly below it are the labels; a flat folder has none.
+    """Folders of images. The subfolders directly below each are the labels; a flat folder has none.
 
     A note tells of folders without an image: they are no labels. The texts of `a/b.jpg`, if asked for, are in
     `a/b.txt`. Raises UserError when there is no such file.
     """
     images = [file for file in listing.files if not is_text_file(file.path)]
-    folders = [file.path.partition("/")[0] if "/" in file.path else None for file in images]
+    folders = [_folder(file) for file in images]
     # An empty name says that there is no label, as it does of a column.
     names = sorted({folder for folder in folders if folder}) if config.label_column != "" else []
     places = {name: place for place, name in enumerate(names)}
@@ -85,6 +86,10 @@ def open_folder(listing: Listing, *, config: SourceConfig, limit: int | None, te
         if not beside:
             raise UserError(f"{listing.root}: no .txt file with the texts of an image")
         work["text_paths"] = [beside.get(_stem(images[row].path)) for row in chosen]
+    identity = make_identity("folder", listing.files, config=config, limit=limit)
+    tops = sorted({file.path[: file.labels_at] for file in images})
+    if tops != [""]:
+        identity["tops"] = tops
     return Source(
         name=listing.name,
         kind="folder",
@@ -100,11 +105,17 @@ def open_folder(listing: Listing, *, config: SourceConfig, limit: int | None, te
         num_rows=len(chosen),
         labels_from="the folders' names" if names else None,
         label_names=tuple(names) or None,
-        identity=make_identity("folder", listing.files, config=config, limit=limit),
+        identity=identity,
         config=config,
         labels_there=different(work["labels"] or ()),
         notes=_without_images(listing, names),
     )
+
+
+def _folder(file: File) -> str | None:
+    """The name of the folder that may be a file's label."""
+    folder, separator, _ = file.path[file.labels_at :].partition("/")
+    return folder if separator else None
 
 
 def _without_images(listing: Listing, names: Sequence[str]) -> tuple[str, ...]:

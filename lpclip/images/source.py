@@ -117,6 +117,8 @@ class File(NamedTuple):
     path: str
     size: int | None
     mtime_ns: int | None
+    labels_at: int = 0
+    """Place in the path where the name of the folder begins that is the label, if there is one."""
 
 
 class Listing(NamedTuple):

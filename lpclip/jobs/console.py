@@ -186,6 +186,6 @@ def print_result(
     print_places(out, run, probe="probe", pictures="figures", summary="summary.json")
     decode = encoded.store.manifest.identity.get("decoded_by", "cpu")
     more = PredictJob(
-        probe=shown(files.join(out, "probe")), data="FOLDER", out="labels.parquet", decode=decode
+        probe=shown(files.join(out, "probe")), data=("FOLDER",), out="labels.parquet", decode=decode
     )
     print(f"next     label other images: {command_line('predict', more)}", flush=True)

@@ -61,7 +61,7 @@ def evaluate_job(job: EvaluateJob) -> dict[str, Any]:
     check_job(job)
     watch = Stopwatch()
     probes = load_probes(job.probe)
-    corruptions = parse_corruptions(job) if job.data is not None else []
+    corruptions = parse_corruptions(job) if job.data else []
     with output_folder(job.out) as out:
         opened = _open(job, probes, corruptions, out=out)
         _print_plan(opened)
@@ -76,7 +76,7 @@ def _open(job: EvaluateJob, probes: Probes, corruptions: list[tuple[str, int]], 
     """Open all sets, then start Ray and describe the encoder."""
     reference = probes.reference
     sets: list[EvaluationSet] = []
-    if job.data is not None:
+    if job.data:
         assert reference is not None
         sets = list(open_sets(job, reference, corruptions))
     pairs = open_pair_sets(job, reference)

@@ -164,7 +164,12 @@ def track_evaluation(subjects: Subjects, results: Sequence[Result], run: trackin
     for name in ("report.html", "summary.json", "results.parquet", "figures"):
         run.artifact(files.join(out, name))
     for name in subjects.classifiers:
-        params = {"probe": name, "data": job.data, "limit": job.limit, "corruptions": job.corruptions}
+        params = {
+            "probe": name,
+            "data": " ".join(job.data),
+            "limit": job.limit,
+            "corruptions": job.corruptions,
+        }
         with tracking.track(
             job.tracking,
             name=name,

@@ -86,7 +86,6 @@ def open_sets(job: EvaluateJob, probe: Probe, corruptions: list[tuple[str, int]]
             taken.add(name)
             yield name, path
 
-    assert job.data is not None
     data = open_data(job.data, config=job.source, split="test", limit=job.limit)
     taken.add(data.name)
     cells = {Cell(set=data.name, kind="clean"): base}

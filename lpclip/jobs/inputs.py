@@ -113,14 +113,20 @@ def _named_present(spec: str, class_names: tuple[str, ...]) -> np.ndarray | None
 
 
 def open_pairs(
-    data: str, *, config: PairsConfig, caption_templates: str | None, split: str, limit: int | None
+    data: str | tuple[str, ...],
+    *,
+    config: PairsConfig,
+    caption_templates: str | None,
+    split: str,
+    limit: int | None,
 ) -> Source:
     """The source of image-text pairs that `data` names; texts are made of labels where templates are given.
 
     Named data sets have simple templates without any. Raises UserError when there are no texts.
     """
     spec = caption_templates
-    if spec is None and data.partition(":")[0] in CLASSES and not files.exists(data):
+    values = (data,) if isinstance(data, str) else data
+    if spec is None and all(name.partition(":")[0] in CLASSES and not files.exists(name) for name in values):
         spec = "simple"
     if spec is None:
         texts = Texts(column=config.text_column)
@@ -231,14 +237,14 @@ def num_shared(features: np.ndarray, others: np.ndarray) -> int:
 
 
 def _open_test(job: SelftrainJob | TuneJob) -> Data | None:
-    name = job.eval_data
-    if name is None and job.data in CLASSES and not files.exists(job.data):
-        name = job.data
-    if name is None:
+    named = job.eval_data
+    if not named and all(name in CLASSES and not files.exists(name) for name in job.data):
+        named = job.data
+    if not named:
         return None
-    test = open_data(name, config=job.source, split="test", limit=job.eval_limit)
+    test = open_data(named, config=job.source, split="test", limit=job.eval_limit)
     if not test.has_labels and test.source is None:
-        raise UserError(f"--eval-data {name} has no labels: there is nothing to evaluate on")
+        raise UserError(f"--eval-data {named[0]} has no labels: there is nothing to evaluate on")
     return test
 
 

@@ -36,7 +36,8 @@ def job_run(command: str, job: Job, *, out: str, encoder: str, data: str) -> Ite
     A job that was interrupted finds its unfinished run again by `command` and OUT, and continues it.
     Raises UserError when the server or the database cannot be used.
     """
-    params = {name: value for name, value in to_dict(job).items() if value is not None}
+    given = {name: value for name, value in to_dict(job).items() if value is not None}
+    params = {name: " ".join(value) if isinstance(value, tuple) else value for name, value in given.items()}
     with tracking.track(
         job.tracking, name=files.split(out)[1], params=params, out=out, resume_key=f"{command} {out}"
     ) as run:

@@ -1,0 +1,139 @@
+"""Listing the files that `--data` names: by a path, by a pattern, or by several of these."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow import fs
+
+from lpclip.config import UserError
+from lpclip.files import locate, split_options
+from lpclip.files import split as split_uri
+from lpclip.images.fetch import reason
+from lpclip.images.source import File, Listing
+from lpclip.patience import patiently
+
+
+def merge(listings: Sequence[Listing]) -> Listing:
+    """Several listings as one, below the deepest folder that holds them all; a file that several have is there once.
+
+    Their order does not matter. Raises UserError when they lie on different file systems.
+    """
+    if len(listings) == 1:
+        return listings[0]
+    bases, options = zip(*(split_options(listing.root) for listing in listings), strict=True)
+    roots = [(base if "://" in base else os.path.normpath(base)).rstrip("/").split("/") for base in bases]
+    levels = takewhile(lambda level: len(set(level)) == 1, zip(*roots, strict=False))
+    common = [level[0] for level in levels]
+    # The first three parts of a URI are its scheme and its host or bucket.
+    if len(set(options)) > 1 or len(common) < 1 + 2 * ("://" in bases[0]):
+        raise UserError(
+            f"{min(bases)} and {max(bases)} lie on different file systems: name those of one of them"
+        )
+    found: dict[str, File] = {}
+    # The outermost folder comes first: it says what the labels are in a folder below it that is named as well.
+    for root, listing in sorted(zip(roots, listings, strict=True), key=lambda pair: len(pair[0])):
+        above = "".join(f"{part}/" for part in root[len(common) :])
+        for file in listing.files:
+            path = above + file.path
+            found.setdefault(path, file._replace(path=path, labels_at=len(above)))
+    return Listing(
+        f"{min(listing.name for listing in listings)}-and-{len(listings) - 1}-more",
+        ("/".join(common) or "/") + options[0],
+        sorted(found.values()),
+        tuple(sorted({name for listing in listings for name in listing.folders})),
+    )
+
+
+def list_path(data: str) -> tuple[Listing, bool]:
+    """The files below a path or URI, sorted, without hidden ones, and True when it is a single file."""
+    uri = data.rstrip("/") if "://" in data else str(Path(data).expanduser().absolute())
+    try:
+        filesystem, path = locate(uri)
+        info = patiently(uri, lambda: filesystem.get_file_info(path))
+        if info.type == fs.FileType.NotFound:
+            raise UserError(f"{data}: no such path")
+        is_file, folders = info.is_file, []
+        if is_file:
+            files = [File(path.rpartition("/")[2], info.size, info.mtime_ns)]
+        elif isinstance(filesystem, fs.LocalFileSystem):
+            files = list(_walk(path, above=()))
+            folders = [name for name in os.listdir(path) if os.path.isdir(os.path.join(path, name))]
+        else:
+            selector = fs.FileSelector(path, recursive=True)
+            found = patiently(uri, lambda: filesystem.get_file_info(selector))
+            places = {i.path[len(path.rstrip("/")) :].lstrip("/"): i for i in found}
+            is_folder = {place: i.type == fs.FileType.Directory for place, i in places.items()}
+            files = [File(place, i.size, i.mtime_ns) for place, i in places.items() if not is_folder[place]]
+            folders = [place for place in places if is_folder[place] and "/" not in place]
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{data}: cannot be listed ({reason(error)})") from error
+    files = sorted(file for file in files if not any(part.startswith(".") for part in file.path.split("/")))
+    folder, name = split_uri(uri)
+    if is_file:
+        # Many files are called train.parquet or test.parquet: the folder's name says which data set it is.
+        name = f"{split_uri(folder)[1]}-{name.partition('.')[0]}"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "images"
+    seen = tuple(sorted(name for name in folders if name and not name.startswith((".", "__"))))
+    return Listing(name, folder if is_file else uri, files, seen), is_file
+
+
+def is_pattern(data: str) -> bool:
+    """True when `data` names several files by a pattern, and is not itself a path."""
+    return "*" in split_options(data)[0] and not ("://" not in data and Path(data).expanduser().exists())
+
+
+def list_pattern(data: str) -> Listing:
+    """The files that fit a pattern, or lie in folders that do, below the last folder before its first wildcard."""
+    base, options = split_options(data)
+    parts = base.split("/")
+    first = next(place for place, part in enumerate(parts) if "*" in part)
+    listing, _ = list_path(("/".join(parts[:first]) or ("/" if first else ".")) + options)
+    # File names often hold brackets, which fnmatch would take for a wildcard.
+    wanted = [part.replace("[", "[[]") for part in parts[first:]]
+
+    def fits(path: str) -> bool:
+        found = path.split("/")
+        return len(found) >= len(wanted) and all(map(fnmatch.fnmatchcase, found, wanted))
+
+    files = [file for file in listing.files if fits(file.path)]
+    if not files:
+        raise UserError(
+            f"{data}: no file fits this pattern; there are {len(listing.files)} in {listing.root}"
+        )
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", f"{listing.name}-{'-'.join(wanted).partition('.')[0]}").strip("-")
+    return Listing(name or "images", listing.root, files)
+
+
+def _walk(folder: str, *, above: tuple[tuple[int, int], ...]) -> Iterator[File]:
+    """The files below a local folder, their paths relative to it; hidden folders are left out.
+
+    Links are followed, except those to one of the folders `above`, which would have no end. A link to nothing is a
+    file without size and time: whoever reads it has the reason. pyarrow would go in circles and pass over it.
+    Raises OSError when a folder cannot be read, UserError when a name is not UTF-8.
+    """
+    status = os.stat(folder)
+    above = (*above, (status.st_dev, status.st_ino))
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name != os.fsencode(entry.name).decode(errors="replace"):
+                raise UserError(
+                    f"{folder}: the file name {os.fsencode(entry.name)!r} is not UTF-8: rename the file"
+                )
+            try:
+                status = entry.stat()
+            except OSError:
+                yield File(entry.name, None, None)
+                continue
+            if not stat.S_ISDIR(status.st_mode):
+                yield File(entry.name, status.st_size, status.st_mtime_ns)
+            elif not entry.name.startswith(".") and (status.st_dev, status.st_ino) not in above:
+                for file in _walk(entry.path, above=above):
+                    yield file._replace(path=f"{entry.name}/{file.path}")
