@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lpclip.config import UserError
-from lpclip.images.pixels import Preprocess, decode_image
+from lpclip.images.pixels import NO_DATA, PNG_METADATA, Preprocess, decode_image
 from lpclip.images.render import corrupt, render, strong_view, view_seed, weak_view
 from lpclip.images.views import CORRUPTIONS, WEAK, View, base_views, parse_views, pixel_views
 
@@ -142,6 +142,21 @@ def test_a_deep_grey_tiff_with_white_as_zero_is_turned_round() -> None:
     np.testing.assert_array_equal(decoded(negative)[..., 0], GREYS)
 
 
+@pytest.mark.parametrize("no_data", [-9999, -3.4028234663852886e38, 65535, np.nan], ids=str)
+def test_pixels_that_nothing_was_measured_at_cost_no_other_pixel(no_data: float) -> None:
+    values = GREYS.astype(np.float32)
+    values[:2] = no_data
+    data = encoded(Image.fromarray(values), "TIFF", tiffinfo={NO_DATA: f"{no_data}"})
+    pixels = decoded(data)[..., 0].astype(int)
+    assert (pixels[:2] == 0).all()
+    assert np.abs(pixels[2:] - GREYS[2:]).max() <= 1
+
+
+def test_a_value_for_no_data_that_is_no_number_is_none() -> None:
+    data = encoded(Image.fromarray(GREYS.astype(np.float32)), "TIFF", tiffinfo={NO_DATA: "none"})
+    np.testing.assert_array_equal(decoded(data)[..., 0], GREYS)
+
+
 def png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -189,6 +204,13 @@ def test_a_png_with_a_damaged_text_is_whole() -> None:
     assert len(decoded(data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :]))
 
 
+@pytest.mark.parametrize("kind", PNG_METADATA)
+def test_a_png_with_damaged_metadata_is_whole(kind: bytes) -> None:
+    data, damaged = encoded(photo()), png_chunk(kind, b"")[:-1] + b"?"
+    for place in (data.index(b"IDAT") - 4, data.index(b"IEND") - 4):
+        np.testing.assert_array_equal(decoded(data[:place] + damaged + data[place:]), np.asarray(photo()))
+
+
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}])
 @pytest.mark.parametrize("size", [None, 20])
 def test_a_jpeg_that_lacks_its_end_marker_alone_is_whole(options: dict[str, Any], size: int | None) -> None:
@@ -211,6 +233,17 @@ def test_transparency_is_laid_on_white() -> None:
     pixels = decoded(encoded(palette, transparency=0))
     assert pixels[0, 0].tolist() == [255, 0, 0]
     assert (pixels[1:] == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_what_is_wholly_transparent_shows_nothing(mode: str, format: str) -> None:  # noqa: A002
+    image = photo().convert(mode)
+    image.putalpha(0)
+    with pytest.raises(UserError, match="wholly transparent"):
+        decoded(encoded(image, format))
+    image.putpixel((0, 0), (0,) * (len(mode) - 1) + (1,))
+    assert (decoded(encoded(image, format))[1:] == 255).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -247,7 +280,14 @@ def test_a_1x1_image_fills_its_view() -> None:
     ("data", "reason"),
     [
         (b"", "empty"),
-        (b"<html>not found</html>", "not an image"),
+        (b"<html>not found</html>", r"not an image that can be decoded \(a web page"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC: save it as JPEG or PNG"),
+        (b"\0\0\0\x18ftypmp42", "a video"),
+        (b"\xff\x0a\xfa\x7f", "JPEG XL"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "git lfs pull"),
+        (bytes(128) + b"DICM", "DICOM"),
+        (bytes(200), "not an image that can be decoded$"),
+        (encoded(photo(), "TIFF")[:30], "a TIFF that is damaged or of a rare kind"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
         (encoded(photo(), "JPEG")[:-200], "truncated"),
         (encoded(photo())[:-200], "truncated"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "JPEG2000", "AVIF
 REDUCING_GAP = 3
 
 
-DECODING_VERSION = 2
+DECODING_VERSION = 3
 """Version of `decode_image`: features of pixels that were decoded in another way are never taken for these."""
 
 WHITES = (1, 255, 1023, 4095, 16383, 65535)
@@ -41,6 +42,26 @@ ALL_BUT_BLACK = 16
 
 PNG_START, JPEG_START, JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
+NO_DATA = 42113
+"""GDAL's tag for the value of TIFF pixels that nothing was measured at."""
+
+PNG_METADATA = (
+    *(b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"sRGB", b"gAMA", b"cHRM"),
+    *(b"pHYs", b"tIME", b"bKGD", b"sBIT", b"hIST", b"sPLT"),
+)
+"""Chunks of a PNG that change none of the pixels that Pillow gives."""
+
+OTHER_KINDS = (
+    (rb".{4}ftyp(hei|hev|mif1|msf1)", "HEIC: save it as JPEG or PNG"),
+    (rb".{4}ftyp(?!avi)", "a video"),
+    (rb"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL: save it as JPEG or PNG"),
+    (rb"version https://git-lfs", "a pointer of Git LFS: git lfs pull fetches the image"),
+    (rb"(\xef\xbb\xbf)?\s*<", "a web page, an SVG or another text"),
+    (rb".{128}DICM", "DICOM: save it as PNG or TIFF"),
+    (rb"%PDF", "a PDF: save its pages as JPEG or PNG"),
+    (rb"II[*+]\0|MM\0[*+]", "a TIFF that is damaged or of a rare kind: save it with 8 bits in RGB"),
+)
+"""How files begin that people take for images, and what to say of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +104,8 @@ def decode_image(data: bytes, *, max_pixels: int, max_bytes: int, size: int | No
                 raise
             return image
     except Image.UnidentifiedImageError as error:
-        raise UserError("not an image that can be decoded") from error
+        kind = next((kind for start, kind in OTHER_KINDS if re.match(start, data, re.DOTALL)), None)
+        raise UserError(f"not an image that can be decoded{f' ({kind})' if kind else ''}") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"more than {max_pixels} pixels") from error
     except Exception as error:
@@ -100,10 +122,11 @@ def _decode(data: bytes, *, max_pixels: int, size: int | None) -> Image.Image:
             image.draft(None, (REDUCING_GAP * size, REDUCING_GAP * size))
         # Pillow keeps the upper 8 of a colour's 16 bits.
         is_deep = ";16" in str(image.tile)
+        tags = getattr(image, "tag_v2", {})
         # Pillow turns such TIFFs round, but not the deep ones.
-        is_negative = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO
+        is_negative = tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
         image.load()
-        rgb = _to_rgb(_upright(image), is_negative=is_negative)
+        rgb = _to_rgb(_upright(image), is_negative=is_negative, no_data=_as_float(tags.get(NO_DATA)))
     if is_deep and np.asarray(rgb).max() < ALL_BUT_BLACK:
         raise UserError("16-bit colours of which less than 12 bits are used: save them with 8 bits")
     return rgb
@@ -123,11 +146,11 @@ def _mended(data: bytes, decode: Callable[[bytes], Image.Image]) -> Image.Image 
 
 
 def _without_metadata(data: bytes) -> bytes:
-    """A PNG without its texts and its colour profile, which may be damaged, or unpack to more than Pillow takes."""
+    """A PNG without its metadata, which may be damaged, or unpack to more than Pillow takes."""
     kept, place = [PNG_START], len(PNG_START)
     while place < len(data):
         stop = place + 12 + int.from_bytes(data[place : place + 4], "big")
-        if data[place + 4 : place + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+        if data[place + 4 : place + 8] not in PNG_METADATA:
             kept.append(data[place:stop])
         place = stop
     return b"".join(kept)
@@ -165,23 +188,34 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_rgb(image: Image.Image, *, is_negative: bool) -> Image.Image:
+def _as_float(value: Any) -> float:
+    with contextlib.suppress(TypeError, ValueError):
+        return float(value)
+    return float("nan")
+
+
+def _to_rgb(image: Image.Image, *, is_negative: bool, no_data: float) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        grey = _to_8_bit(np.asarray(image))
+        grey = _to_8_bit(np.asarray(image), no_data=no_data)
         image = Image.fromarray(255 - grey if is_negative else grey)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
+        if not rgba.getchannel("A").getbbox():
+            raise UserError(
+                "wholly transparent: save it without its alpha channel, if its colours are the picture"
+            )
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return image.convert("RGB")
 
 
-def _to_8_bit(grey: NDArray[np.generic]) -> Pixels:
+def _to_8_bit(grey: NDArray[np.generic], *, no_data: float) -> Pixels:
     """Grey values (H, W) of any numbers as uint8. What is white follows from the largest one, not from the type.
 
     White is the smallest of WHITES that holds all values, or the largest value where that would be all but black.
-    Black is 0, or the smallest value where some are negative.
+    Black is 0, or the smallest value where some are negative. Pixels of the value `no_data` are black.
     """
     values = grey.astype(np.float32)
+    values[values == np.float32(no_data)] = np.nan
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     low = min(low, 0.0)
