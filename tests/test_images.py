@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -681,7 +682,53 @@ class TestManifest:
         expected = (f"{name}: its columns are separated by {told}, and read like that",) if told else ()
         assert source.notes == expected
 
+    @pytest.mark.parametrize("name", ["x.csv", "x.parquet"])
+    def test_columns_are_known_in_any_case_and_with_blanks(self, tmp_path: Path, name: str) -> None:
+        write(tmp_path / "1.jpg", png(1))
+        write(tmp_path / "x.csv", "Path, Label\n1.jpg, cat\n")
+        write_parquet(tmp_path / "x.parquet", {"Path": ["1.jpg"], " Label": ["cat"]})
+        source = open_source(str(tmp_path / name), config=CONFIG)
+        assert source.label_names == ("cat",)
+        assert [(row["image"], row["label"]) for row in rows(source)] == [(png(1), 0)]
+
+    @pytest.mark.parametrize("name", ["x.csv", "x.parquet"])
+    def test_paths_that_windows_wrote_are_found(self, tmp_path: Path, name: str) -> None:
+        write(tmp_path / "photos" / "cat" / "1.jpg", png(1))
+        write(tmp_path / "photos\\cat\\2.jpg", png(2))  # as unpacking an archive of Windows may name it
+        paths = ["photos\\cat\\1.jpg", "photos\\cat\\2.jpg"]
+        write(tmp_path / "x.csv", "\n".join(["path", *paths]))
+        write_parquet(tmp_path / "x.parquet", {"path": paths, "id": paths})
+        source = open_source(str(tmp_path / name), config=CONFIG)
+        assert source.notes == ()
+        assert {row["id"]: row["image"] for row in rows(source)} == {paths[0]: png(1), paths[1]: png(2)}
+
+    def test_a_change_to_a_file_is_seen_through_a_path_that_windows_wrote(self, tmp_path: Path) -> None:
+        image = write(tmp_path / "a" / "1.jpg", png(1))
+        path = write(tmp_path / "x.csv", "path\na\\1.jpg\n")
+        before = open_source(str(path), config=CONFIG).identity
+        write(image, png(1) + b"changed")
+        assert open_source(str(path), config=CONFIG).identity != before
+
+    def test_the_plan_counts_the_paths_that_are_no_files(self, tmp_path: Path) -> None:
+        write(tmp_path / "1.jpg", png(1))
+        path = write(tmp_path / "x.csv", "path\n1.jpg\n2.jpg\n3.jpg\n")
+        source = open_source(str(path), config=CONFIG)
+        assert source.notes == (
+            f"x.csv: 2 of its 3 paths are no files and will be quarantined, such as {tmp_path}/2.jpg",
+        )
+        assert len(rows(source)) == 3
+
+    @pytest.mark.parametrize("prefix", ["data:image/png;base64,", ""])
+    def test_images_in_base64_are_read_from_parquet_alone(self, tmp_path: Path, prefix: str) -> None:
+        texts = [prefix + base64.b64encode(png(n)).decode() for n in range(2)]
+        path = write_parquet(tmp_path / "x.parquet", {"image": texts})
+        assert [row["image"] for row in rows(open_source(str(path), config=CONFIG))] == [png(0), png(1)]
+        write(path.with_suffix(".csv"), "\n".join(["id,image", f'a,"{texts[0]}"', f'b,"{texts[1]}"']))
+        with pytest.raises(UserError, match=r"x\.csv: column 'image' holds images in base64"):
+            open_source(str(path.with_suffix(".csv")), config=CONFIG)
+
     def test_a_single_column_has_no_separator(self, tmp_path: Path) -> None:
+        write(tmp_path / "3,4.jpg", png(0))
         path = write(tmp_path / "x.csv", 'file_name\n1;2\t.jpg\n"3,4.jpg"\n')
         assert by_id(open_source(str(path), config=CONFIG)).keys() == {"1;2\t.jpg", "3,4.jpg"}
 
@@ -692,6 +739,7 @@ class TestNumbersWithGaps:
     EXPECTED = (0, 1, None, 12, None)
 
     def labels(self, path: Path) -> list[int | None]:
+        write(path.parent / "0.jpg", png(0))
         source = open_source(str(path), config=CONFIG)
         assert source.label_names is None
         labels = [row["label"] for row in rows(source)]
@@ -728,6 +776,7 @@ class TestNumbersWithGaps:
         assert self.labels(write_tar(tmp_path / "x.tar", members)) == [*self.EXPECTED]
 
     def test_fractions_and_other_words_are_names(self, tmp_path: Path) -> None:
+        write(tmp_path / "1.jpg", png(0))
         path = write(tmp_path / "x.csv", "path,label\n1.jpg,0.5\n2.jpg,1.0\n3.jpg,nan\n")
         assert open_source(str(path), config=CONFIG).label_names == ("0.5", "1.0", "nan")
 
@@ -789,6 +838,7 @@ class TestBadInput:
         write_parquet(tmp_path / "x.parquet", {"id": ["a"], "image": [png(0)]})
         write_parquet(tmp_path / "y.parquet", {"id": ["a"], "image": [png(0)]})
         assert "such as a" in self.message(tmp_path)
+        write(tmp_path / "1.jpg", png(0))
         manifest = write(tmp_path / "x.csv", "uri\n1.jpg\n1.jpg\n")
         assert "such as 1.jpg" in self.message(manifest)
         assert len(by_id(open_source(str(manifest), config=SourceConfig(id_column="")))) == 2
@@ -800,6 +850,26 @@ class TestBadInput:
             write(tmp_path / "x.csv", "a,b\n1,2\n")
         )
         assert "cannot be read" in self.message(write(tmp_path / "x.jsonl", '{"uri": '))
+        assert "has no first line with the names" in self.message(write(tmp_path / "x.csv", "1.jpg,0\n"))
+        assert "several columns are called 'path'" in self.message(
+            write(tmp_path / "x.csv", "path,path\n1.jpg,1.jpg\n")
+        )
+
+    @pytest.mark.parametrize("path", ["000bec", "C:\\photos\\1.jpg", "/data/upload/1/a.jpg", "x" * 5000])
+    def test_a_manifest_of_which_no_path_is_a_file(self, tmp_path: Path, path: str) -> None:
+        write(tmp_path / "train" / "000bec.jpg", png(0))
+        manifest = write(tmp_path / "x.csv", f"path\n{path}\n")
+        message = self.message(manifest)
+        assert message.startswith("x.csv: none of the 1 paths in its column 'path' is a file, such as ")
+        assert message.endswith("a path is relative to the folder of this list, and has its suffix (.jpg)")
+        assert len(message) < 600
+
+    @pytest.mark.parametrize("column", ["image", "id", "label"])
+    @pytest.mark.parametrize("cell", ['["a.jpg"]', '{"path": "a.jpg"}'])
+    def test_columns_of_lists_and_structs(self, tmp_path: Path, column: str, cell: str) -> None:
+        path = write(tmp_path / "x.jsonl", json.dumps({"image": "a.jpg", column: json.loads(cell)}))
+        write(tmp_path / "a.jpg", png(0))
+        assert f"x.jsonl: column '{column}' holds " in self.message(path)
 
     @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "latin-1"])
     @pytest.mark.parametrize(
@@ -818,12 +888,13 @@ class TestBadInput:
 
 
 class Answers(BaseHTTPRequestHandler):
-    """/NUMBER.png is an image, and /to/URI sends on to the URI."""
+    """/NUMBER.png is an image, and /to/URI sends on to the URI. Who does not say who asks gets nothing."""
 
     def do_GET(self) -> None:
         _, _, target = self.path.partition("/to/")
-        self.send_response(302 if target else 200)
-        data = b"" if target else png(int(Path(self.path).stem))
+        is_named = "urllib" not in self.headers["User-Agent"]
+        self.send_response((302 if target else 200) if is_named else 403)
+        data = b"" if target else png(int(Path(self.path.partition("?")[0]).stem))
         self.send_header("Location", target)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -869,6 +940,12 @@ class TestSchemes:
             r["error"] for r in read
         ]
         assert rows(open_source(str(table), config=SourceConfig(schemes="HTTP, https")))[2]["image"] == png(2)
+
+    def test_uris_are_written_as_people_read_them(self, server: str, tmp_path: Path) -> None:
+        uris = [f"{server}/caf\u00e9 \u732b/1.png", f"{server}/caf%C3%A9/2.png?a=b&c=d%20e#f"]
+        path = write(tmp_path / "list.csv", "\n".join(["uri", *uris]))
+        read = rows(open_source(str(path), config=SourceConfig(schemes="http")))
+        assert [row["image"] for row in read] == [png(1), png(2)]
 
     def test_a_manifest_of_nothing_else_is_refused(self, tmp_path: Path) -> None:
         path = write(tmp_path / "list.csv", "uri\nhttp://x/1.png\nhttp://x/2.png\n")
@@ -943,7 +1020,7 @@ def test_the_labels_that_are_there_are_known_before_reading(tmp_path: Path, limi
     ids, images = list("abcde"), [png(n) for n in range(5)]
     for name, label in ("words", words), ("numbers", numbers):
         write_parquet(tmp_path / f"{name}.parquet", {"id": ids, "image": images, "label": label})
-        table = pa.table({"id": ids, "path": [f"{i}.png" for i in ids], "label": label})
+        table = pa.table({"id": ids, "path": [f"folder/{i}.png" for i in "1234a"], "label": label})
         csv.write_csv(table, tmp_path / f"{name}.csv")
     for name in ("cat/1.png", "dog/2.png", "eel/3.png", "4.png"):
         write(tmp_path / "folder" / name, png(0))

@@ -28,15 +28,33 @@ class Texts:
 def pick_column(
     wanted: str | None, defaults: Sequence[str], names: Sequence[str], *, what: str
 ) -> str | None:
-    """The wanted column, or the first default among `names`. None when there is none, or "" is wanted.
+    """The wanted column, or the first default among `names`, in any case. None when there is none, or "" is wanted.
 
-    Raises UserError when the wanted column is missing.
+    Raises UserError when the wanted column is missing, or there are several of the name.
     """
     if wanted is None:
-        return next((name for name in defaults if name in names), None)
-    if wanted and wanted not in names:
+        known = {plain_name(name): name for name in names} | {name: name for name in names}
+        wanted = next((known[name] for name in defaults if name in known), None)
+    elif wanted and wanted not in names:
         raise UserError(f"{what}: no column {wanted!r}; there are {', '.join(names)}")
+    if wanted and list(names).count(wanted) > 1:
+        raise UserError(f"{what}: several columns are called {wanted!r}: rename all but one")
     return wanted or None
+
+
+def plain_name(name: str) -> str:
+    """A column's name as the defaults are written: ` Label` is label."""
+    return name.strip().lower()
+
+
+def as_strings(column: pa.ChunkedArray, *, name: str, what: str) -> pa.ChunkedArray:
+    """A column as strings. Raises UserError when its values are lists or structs."""
+    try:
+        return column.cast(pa.string())
+    except pa.ArrowException as error:
+        raise UserError(
+            f"{what}: column {name!r} holds {column.type}, and not single texts or numbers"
+        ) from error
 
 
 def refuse_duplicates(ids: pa.Array | pa.ChunkedArray, *, what: str) -> None:

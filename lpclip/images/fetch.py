@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
+import os
 import re
+import string
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +22,8 @@ from lpclip import files
 from lpclip.config import StoreAwayError, UserError
 
 RETRY_SECONDS = (0.2, 0.8)
+# Servers such as Wikimedia's answer no program that hides behind its library's name.
+HEADERS = {"User-Agent": "lpclip"}
 # Client errors that mean "try later": request timeout and too many requests.
 HTTP_LATER = (408, 429)
 
@@ -25,8 +31,25 @@ T = TypeVar("T")
 
 
 def under(root: str, path: str) -> str:
-    """A path below `root`, which may be a URI with options. Absolute paths and URIs stay as they are."""
-    return path if "://" in path or path.startswith("/") else files.join(root, path)
+    """A path below `root`, which may be a URI with options. Absolute paths and URIs stay as they are.
+
+    Lists from Windows have \\ between folders; here, it may be a part of a name.
+    """
+    place = path if "://" in path or path.startswith("/") else files.join(root, path)
+    if "\\" in place and "://" not in place and not os.path.lexists(place):
+        return place.replace("\\", "/")
+    return place
+
+
+def embedded(text: str) -> bytes | None:
+    """The image that a text holds in base64, as data: URIs do; None when the text is a path or a URI."""
+    match = re.match(r"data:image/[^,]*;base64,|(?=/9j/|iVBORw0KGgo)", text)
+    if not match:
+        return None
+    try:
+        return base64.b64decode(text[match.end() :].replace("\n", ""), validate=True)
+    except ValueError:
+        return None
 
 
 def scheme(uri: str) -> str:
@@ -61,12 +84,17 @@ def fetch_all(
 ) -> list[bytes | Exception]:
     """The bytes of files below root or at URIs, in order; an exception stands for each file that cannot be read.
 
+    In place of a path, an image may be there itself, in base64.
+
     Only URIs of these schemes are followed, even when an http server redirects to another. `timeout` is in seconds and
     limits one attempt over http(s). Raises StoreAwayError when another file system is busy or away for minutes. An http
     server that is away is a reason like any other: lists name thousands, and some are gone.
     """
 
     def fetch(uri: str) -> bytes | Exception:
+        data = embedded(uri)
+        if data is not None:
+            return data
         try:
             place = under(root, uri)
             refuse_scheme(place, schemes)
@@ -130,10 +158,17 @@ def _get(uri: str, *, max_bytes: int, schemes: Sequence[str], timeout: float) ->
         raise ConnectionError(f"no valid answer ({reason(error)})") from error
 
 
+def _quoted(uri: str) -> str:
+    """A URI as servers take it: browsers show, and lists hold, blanks and letters of any language."""
+    parts = urllib.parse.urlsplit(uri)
+    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
+    return urllib.parse.quote(parts._replace(netloc=host).geturl(), safe=string.punctuation)
+
+
 def _get_once(uri: str, *, max_bytes: int, schemes: Sequence[str], timeout: float) -> bytes:
     deadline = time.monotonic() + timeout
     opener = urllib.request.build_opener(_Redirects(schemes))
-    with opener.open(uri, timeout=timeout) as response:
+    with opener.open(urllib.request.Request(_quoted(uri), headers=HEADERS), timeout=timeout) as response:
         size = response.length
         data = bytearray()
         # The answer is read piece by piece: one read of everything would wait forever for a slow server.

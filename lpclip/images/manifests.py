@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import stat
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
-from pyarrow import fs
 
 from lpclip.config import SourceConfig, UserError
 from lpclip.files import not_utf_8, open_input, refuse_utf_16, split, split_options
@@ -19,15 +20,16 @@ from lpclip.images.columns import (
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
     Texts,
+    as_strings,
     as_texts,
     pick_column,
     refuse_duplicates,
     text_column,
     whole_number,
 )
-from lpclip.images.fetch import followed, reason, scheme, under
+from lpclip.images.fetch import embedded, followed, reason, scheme, under
 from lpclip.images.folders import FilesReader, file_units
-from lpclip.images.source import File, Listing, Source, choose, different, make_identity
+from lpclip.images.source import IMAGE_SUFFIXES, File, Listing, Source, choose, different, make_identity
 
 # The header of a table is within these.
 HEAD_BYTES = 1 << 16
@@ -41,7 +43,7 @@ def open_manifest(
 ) -> Source:
     """A CSV, TSV or JSONL file with a column of URIs or of paths relative to it, and perhaps ids, labels and texts.
 
-    Raises UserError when it cannot be read, is not UTF-8, or lacks a column.
+    Raises UserError when it cannot be read, is not UTF-8, lacks a column, or names no file that is there.
     """
     (file,) = listing.files
     table, notes = _read_manifest(under(listing.root, file.path))
@@ -50,11 +52,19 @@ def open_manifest(
     id_column = pick_column(config.id_column, ID_COLUMNS, names, what=file.path)
     label_column = pick_column(config.label_column, LABEL_COLUMNS, names, what=file.path)
     if image_column is None:
+        is_headless = any(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
         raise UserError(
             f"{file.path}: no column of URIs or paths; there are {', '.join(names)} (--image-column)"
+            + ("; it has no first line with the names of the columns" if is_headless else "")
         )
-    paths = table[image_column].cast(pa.string()).fill_null("").to_pylist()
-    id_array = (table[id_column] if id_column else table[image_column]).cast(pa.string())
+    image_array = as_strings(table[image_column], name=image_column, what=file.path)
+    paths = image_array.fill_null("").to_pylist()
+    if any(embedded(path) is not None for path in paths[:1]):
+        raise UserError(
+            f"{file.path}: column {image_column!r} holds images in base64, and not their paths: write it as Parquet, "
+            "where this is read"
+        )
+    id_array = as_strings(table[id_column], name=id_column, what=file.path) if id_column else image_array
     if config.id_column != "":
         refuse_duplicates(id_array, what=file.path)
         ids = id_array.to_pylist()
@@ -73,8 +83,9 @@ def open_manifest(
         "texts": [own_texts[row] for row in chosen] if own_texts else None,
     }
     columns = (image_column, id_column, label_column, *filter(None, (texts_from,)))
-    read = [file, *_local_files(paths, listing.root)]
-    identity = make_identity("manifest", read, config=config, limit=limit, columns=columns)
+    local = _local_files(paths, listing.root)
+    notes += _missing(local, column=image_column, root=listing.root, name=file.path, num_rows=len(paths))
+    identity = make_identity("manifest", [file, *local], config=config, limit=limit, columns=columns)
     return Source(
         name=listing.name,
         kind="manifest",
@@ -108,6 +119,22 @@ def _refused(paths: Sequence[str], schemes: Sequence[str], root: str, name: str)
     if len(refused) == len(counts):
         raise UserError(f"{name}: URIs of these schemes are not followed unless you say so: {found} ({flag})")
     return (f"{name}: {found} will be quarantined, as their scheme is not followed ({flag} follows it)",)
+
+
+def _missing(local: Sequence[File], *, column: str, root: str, name: str, num_rows: int) -> tuple[str, ...]:
+    """A note on paths that are no files. Raises UserError when no path is one and there are no URIs."""
+    missing = [file.path for file in local if file.size is None]
+    if not missing:
+        return ()
+    example = f"such as {under(root, missing[0])[:300]}"
+    if len(missing) == num_rows:
+        raise UserError(
+            f"{name}: none of the {num_rows:,} paths in its column {column!r} is a file, {example}: a path is "
+            "relative to the folder of this list, and has its suffix (.jpg)"
+        )
+    return (
+        f"{name}: {len(missing):,} of its {num_rows:,} paths are no files and will be quarantined, {example}",
+    )
 
 
 def _read_manifest(uri: str) -> tuple[pa.Table, tuple[str, ...]]:
@@ -155,7 +182,8 @@ def _labels(
     """Labels and their names, which are None where all labels are numbers; 1.0 is one as well."""
     if column is None:
         return None, None
-    words: list[str | None] = [word or None for word in table[column].cast(pa.string()).to_pylist()]
+    cells = as_strings(table[column], name=column, what=what).to_pylist()
+    words: list[str | None] = [(word or "").strip() or None for word in cells]
     gaps = [word is None or word.lower() == "nan" for word in words]
     numbers = [whole_number(word or "") for word in words]
     if all(gap or number is not None for number, gap in zip(numbers, gaps, strict=True)):
@@ -173,5 +201,13 @@ def _labels(
 def _local_files(paths: Sequence[str], root: str) -> list[File]:
     """Sizes and times of the files on this machine, so that a change to one of them is seen. Remote files have none."""
     local = [path for path in paths if "://" not in under(root, path)]
-    infos = fs.LocalFileSystem().get_file_info([under(root, path) for path in local])
-    return [File(path, info.size, info.mtime_ns) for path, info in zip(local, infos, strict=True)]
+    return [_local_file(path, under(root, path)) for path in local]
+
+
+def _local_file(path: str, place: str) -> File:
+    """A file without size and time where there is none, or its name cannot be one."""
+    try:
+        status = os.stat(place)
+    except (OSError, ValueError):
+        return File(path, None, None)
+    return File(path, status.st_size if stat.S_ISREG(status.st_mode) else None, status.st_mtime_ns)

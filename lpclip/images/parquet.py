@@ -18,8 +18,10 @@ from lpclip.images.columns import (
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
     Texts,
+    as_strings,
     is_text,
     pick_column,
+    plain_name,
     refuse_duplicates,
     text_column,
 )
@@ -87,7 +89,7 @@ def open_parquet(listing: Listing, *, config: SourceConfig, limit: int | None, t
 def _ids(listing: Listing, column: str | None, num_rows: Sequence[int], *, needed: bool) -> list[str]:
     """The ids of all rows, without duplicates; empty when they are not needed."""
     if column:
-        ids = _read_column(listing, column).cast(pa.string())
+        ids = as_strings(_read_column(listing, column), name=column, what=listing.name)
         refuse_duplicates(ids, what=listing.name)
         return ids.to_pylist() if needed else []
     if not needed:
@@ -165,7 +167,8 @@ def is_bytes(dtype: pa.DataType) -> bool:
 
 def _holds_images(dtype: pa.DataType) -> bool:
     if pa.types.is_struct(dtype):
-        return {"bytes", "path"} <= {field.name for field in dtype}
+        fields = {field.name: field.type for field in dtype}
+        return "bytes" in fields and ("path" in fields or is_bytes(fields["bytes"]))
     if pa.types.is_dictionary(dtype):
         dtype = dtype.value_type
     return is_text(dtype) or is_bytes(dtype)
@@ -174,7 +177,8 @@ def _holds_images(dtype: pa.DataType) -> bool:
 def has_image_bytes(root: str, file: File, *, config: SourceConfig) -> bool:
     """True when a Parquet file below root has a column of images, and not just of where they are."""
     schema = _footer(root, file.path).schema.to_arrow_schema()
-    columns = [field for field in schema if field.name in (config.image_column, *IMAGE_COLUMNS)]
+    wanted = {config.image_column, *IMAGE_COLUMNS}
+    columns = [field for field in schema if not wanted.isdisjoint({field.name, plain_name(field.name)})]
     return any(
         is_bytes(field.type) or (pa.types.is_struct(field.type) and _holds_images(field.type))
         for field in columns

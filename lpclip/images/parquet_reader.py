@@ -76,7 +76,7 @@ class ParquetReader(Reader):
     def _images(self, column: pa.ChunkedArray, folder: str) -> list[bytes | Exception]:
         values = column.to_pylist()
         # Hugging Face's struct holds the bytes, or the path of a file that does.
-        values = [(v["bytes"] or v["path"]) if isinstance(v, dict) else v for v in values]
+        values = [(v["bytes"] or v.get("path")) if isinstance(v, dict) else v for v in values]
         uris = [value for value in values if isinstance(value, str)]
         limits: dict[str, Any] = {
             "max_bytes": self.max_bytes,
