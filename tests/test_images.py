@@ -28,6 +28,7 @@ from lpclip.config import SourceConfig, UserError
 from lpclip.features.data import open_data
 from lpclip.images.columns import Texts
 from lpclip.images.fetch import fetch_all, followed
+from lpclip.images.listings import SYSTEM_FOLDERS
 from lpclip.images.open import open_source
 from lpclip.images.source import ROWS, UNIT_ROWS, File, Source, make_identity
 from lpclip.images.tars import MAX_HEADER_BYTES, MAX_MEMBERS, samples
@@ -168,6 +169,23 @@ class TestFolder:
         assert source.num_rows == 2
         assert "2 files" in source.notes[0]
         assert ".mp4" in source.notes[0]
+
+    @pytest.mark.parametrize("name", SYSTEM_FOLDERS)
+    def test_folders_of_systems_are_hidden(self, tmp_path: Path, name: str) -> None:
+        for path in ("cat/1.png", f"cat/{name}/1.png/thumb.png", f"{name}/2.png"):
+            write(tmp_path / path, png(0))
+        source = open_source(str(tmp_path), config=CONFIG)
+        assert source.notes == ()
+        assert by_id(source).keys() == {"cat/1.png"}
+
+    def test_a_list_beside_the_images_is_told_of(self, tmp_path: Path) -> None:
+        write(tmp_path / "1.png", png(0))
+        path = write(tmp_path / "metadata.csv", "file_name,label\n1.png,cat\n")
+        assert open_source(str(tmp_path), config=CONFIG).notes == (
+            f"1 files in {tmp_path} are not images and were left out (1 .csv); a list such as metadata.csv is read "
+            "where --data names it",
+        )
+        assert open_source(str(path), config=CONFIG).label_names == ("cat",)
 
     def test_files_that_cannot_be_read_are_rows_with_reasons(self, tmp_path: Path) -> None:
         for name in ("gone.jpg", "large.jpg", "empty.jpg", "fine.jpg"):
@@ -485,6 +503,20 @@ class TestWebDataset:
                 f"{name}/a/2.seg": (png(2), None),
                 f"{name}/b/1": (png(3), None),
             }
+
+    def test_labels_in_words_are_told_of_and_not_read(self, tmp_path: Path) -> None:
+        path = write_tar(tmp_path / "x.tar", [("1.png", png(1)), ("1.cls", b"cat\n")])
+        source = open_source(str(path), config=CONFIG)
+        (note,) = source.notes
+        assert note.endswith("hold words such as 'cat'; only numbers are labels there")
+        assert source.labels_from is None
+        assert [row["label"] for row in rows(source)] == [None]
+
+    def test_a_byte_order_mark_is_no_part_of_a_label(self, tmp_path: Path) -> None:
+        path = write_tar(tmp_path / "x.tar", [("1.png", png(1)), ("1.cls", b"\xef\xbb\xbf7\r\n")])
+        source = open_source(str(path), config=CONFIG)
+        assert (source.labels_from, source.notes) == ("the .cls files", ())
+        assert [row["label"] for row in rows(source)] == [7]
 
     def test_shards_may_use_the_same_keys(self, tmp_path: Path) -> None:
         for shard in range(2):
@@ -810,6 +842,27 @@ class TestBadInput:
         write(tmp_path / "a.jpg", png(0))
         write_parquet(tmp_path / "a.parquet", {"image": [png(0)]})
         assert "different kinds (folder, parquet)" in self.message(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("name", "remedy"),
+        [
+            ("a.zip", "unpack it first"),
+            ("annotations.json", "a list of images is a CSV, TSV or JSONL file with a column of paths"),
+            ("train.txt", "a list of images is a CSV, TSV or JSONL file with a column of paths"),
+            ("IMG_1.HEIC", "save as JPEG or PNG first"),
+            ("x.npy", "write the images as files, or to Parquet"),
+        ],
+    )
+    def test_what_holds_images_in_another_way(self, tmp_path: Path, name: str, remedy: str) -> None:
+        path = write(tmp_path / name, "x")
+        assert self.message(path) == f"{path}: unknown kind of file; {remedy}"
+        assert self.message(tmp_path) == (
+            f"{tmp_path}: the folder holds 1 files, and no image, Parquet file or tar (1 {path.suffix}): {remedy}"
+        )
+
+    def test_a_folder_of_nothing_but_a_list(self, tmp_path: Path) -> None:
+        write(tmp_path / "a.csv", "path\n")
+        assert self.message(tmp_path).endswith("(1 .csv): name the list itself")
 
     def test_parquet(self, tmp_path: Path) -> None:
         path = write_parquet(tmp_path / "x.parquet", {"a": [1], "b": [2], "label": ["x"]})

@@ -162,6 +162,18 @@ def test_numbers_that_are_too_large_are_refused_with_how_they_count():
         mapped([1, 2, 3], None)
 
 
+def test_a_class_file_may_be_imagenet_s_own(tmp_path: Path):
+    path = tmp_path / "LOC_synset_mapping.txt"
+    path.write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius auratus\n")
+    classes = read_classes(str(path))
+    assert classes.labels == ("n01440764", "n01443537")
+    assert classes.names == ("tench, Tinca tinca", "goldfish, Carassius auratus")
+    path.write_text("n01440764\nn01443537\n")
+    assert read_classes(str(path)).names == ("n01440764", "n01443537")
+    path.write_text("n01440764 tench\ngoldfish\n")
+    assert read_classes(str(path)).labels is None
+
+
 def test_a_class_file_writes_a_number_as_it_likes(tmp_path: Path):
     (tmp_path / "names.tsv").write_text("001\tcat\n2.0\tdog\n")
     assert mapped([2, 1, -1], None, read_classes(str(tmp_path / "names.tsv"))) == [1, 0, -1]

@@ -15,6 +15,9 @@ from lpclip.config import ClassConfig, UserError, readable
 from lpclip.files import decode_text
 from lpclip.images.columns import whole_number
 
+SYNSET = re.compile(r"(n\d{8})\s+(?=\S)")
+"""WordNet's id before a name."""
+
 
 def resolve_classes(config: ClassConfig, *, label_names: tuple[str, ...] | None) -> ClassList:
     """The classes that `--classes` names, else those that the data names.
@@ -151,11 +154,15 @@ class ClassList:
 def read_classes(spec: str) -> ClassList:
     """Class names, comma-separated or from a text file with lines of `name` or of `label<TAB>name`.
 
-    Raises UserError when the file cannot be read or mixes the two forms, and as ClassList does.
+    The tab may be a blank where all labels are WordNet's ids, as in ImageNet's LOC_synset_mapping.txt. Raises
+    UserError when the file cannot be read or mixes the two forms, and as ClassList does.
     """
     if not names_a_file(spec):
         return ClassList(names=tuple(name.strip() for name in spec.split(",")) if spec.strip() else ())
-    rows = [line.split("\t") for line in read_lines(spec)]
+    lines = read_lines(spec)
+    if all(map(SYNSET.match, lines)):
+        lines = [SYNSET.sub(r"\1\t", line) for line in lines]
+    rows = [line.split("\t") for line in lines]
     widths = {len(row) for row in rows}
     if widths == {2}:
         labels, names = zip(*rows, strict=True)

@@ -20,6 +20,12 @@ from lpclip.images.fetch import reason
 from lpclip.images.source import File, Listing
 from lpclip.patience import patiently
 
+SYSTEM_FOLDERS = (
+    *("@eaDir", "#recycle", "lost+found", "__MACOSX"),
+    *("$RECYCLE.BIN", "System Volume Information"),
+)
+"""Folders of systems, with thumbnails and deleted files: to people who look at their photographs, they are hidden."""
+
 
 def merge(listings: Sequence[Listing]) -> Listing:
     """Several listings as one, below the deepest folder that holds them all; a file that several have is there once.
@@ -75,14 +81,18 @@ def list_path(data: str) -> tuple[Listing, bool]:
             folders = [place for place in places if is_folder[place] and "/" not in place]
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{data}: cannot be listed ({reason(error)})") from error
-    files = sorted(file for file in files if not any(part.startswith(".") for part in file.path.split("/")))
+    files = sorted(file for file in files if not any(map(_is_hidden, file.path.split("/"))))
     folder, name = split_uri(uri)
     if is_file:
         # Many files are called train.parquet or test.parquet: the folder's name says which data set it is.
         name = f"{split_uri(folder)[1]}-{name.partition('.')[0]}"
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "images"
-    seen = tuple(sorted(name for name in folders if name and not name.startswith((".", "__"))))
+    seen = tuple(sorted(name for name in folders if name and not _is_hidden(name) and name[:2] != "__"))
     return Listing(name, folder if is_file else uri, files, seen), is_file
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
 def is_pattern(data: str) -> bool:
@@ -134,6 +144,6 @@ def _walk(folder: str, *, above: tuple[tuple[int, int], ...]) -> Iterator[File]:
                 continue
             if not stat.S_ISDIR(status.st_mode):
                 yield File(entry.name, status.st_size, status.st_mtime_ns)
-            elif not entry.name.startswith(".") and (status.st_dev, status.st_ino) not in above:
+            elif not _is_hidden(entry.name) and (status.st_dev, status.st_ino) not in above:
                 for file in _walk(entry.path, above=above):
                     yield file._replace(path=f"{entry.name}/{file.path}")

@@ -37,6 +37,34 @@ SUFFIXES = {
     "webdataset": (".tar", ".tar.gz", ".tgz"),
     "manifest": (".csv", ".tsv", ".jsonl", ".ndjson"),
 }
+REMEDIES = {
+    (".zip", ".7z", ".rar"): "unpack it first",
+    SUFFIXES["manifest"]: "name the list itself",
+    (".json", ".txt", ".xml", ".xlsx"): "a list of images is a CSV, TSV or JSONL file with a column of paths",
+    (
+        ".heic",
+        ".heif",
+        ".jxl",
+        ".dcm",
+        ".dng",
+        ".cr2",
+        ".nef",
+        ".arw",
+        ".svg",
+        ".pdf",
+    ): "save as JPEG or PNG first",
+    (
+        ".npy",
+        ".npz",
+        ".h5",
+        ".hdf5",
+        ".mat",
+        ".pkl",
+        ".lmdb",
+        ".tfrecord",
+    ): "write the images as files, or to Parquet",
+}
+"""What to do with files that hold images or tell of them, but are not read."""
 
 
 class _Value(NamedTuple):
@@ -89,12 +117,27 @@ def open_source(
     if source.num_rows == 0:
         raise UserError(f"{told}: no rows")
     kept = set(files)
-    skipped = Counter(Path(file.path).suffix or "no suffix" for file in listing.files if file not in kept)
+    skipped = [file.path for file in listing.files if file not in kept]
     if not skipped:
         return source
-    suffixes = ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common(3))
-    note = f"{skipped.total()} files in {told} are not {WORDS[kind]} and were left out ({suffixes})"
+    note = f"{len(skipped)} files in {told} are not {WORDS[kind]} and were left out ({_suffixes(skipped)})"
+    lists = [path for path in skipped if _kind(path) == "manifest"]
+    if lists:
+        note += f"; a list such as {lists[0]} is read where --data names it"
     return replace(source, notes=(*source.notes, note))
+
+
+def _suffixes(paths: Sequence[str]) -> str:
+    """The most frequent suffixes, each with its count."""
+    counts = Counter(Path(path).suffix or "no suffix" for path in paths)
+    return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(3))
+
+
+def _remedy(paths: Sequence[str]) -> str | None:
+    found = (
+        remedy for ends, remedy in REMEDIES.items() if any(path.lower().endswith(ends) for path in paths)
+    )
+    return next(found, None)
 
 
 def _list_value(text: str, *, split: str) -> _Value:
@@ -162,17 +205,22 @@ def _kind_of_file(value: _Value) -> str:
     kind = _kind(value.listing.files[0].path) if value.listing.files else None
     if kind is None:
         known = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
-        raise UserError(f"{value.text}: unknown kind of file; the known ones end in {known}")
+        remedy = _remedy([value.text]) or f"the known ones end in {known}"
+        raise UserError(f"{value.text}: unknown kind of file; {remedy}")
     return kind
 
 
 def _kind_of_folder(values: Sequence[_Value], listing: Listing, config: SourceConfig, *, told: str) -> str:
     kinds = sorted({kind for file in listing.files if (kind := _kind(file.path)) and kind != "manifest"})
     if not kinds:
-        what = (
-            f"{len(listing.files)} files, and no image, Parquet file or tar" if listing.files else "nothing"
+        if not listing.files:
+            raise UserError(f"{told}: the folder holds nothing")
+        paths = [file.path for file in listing.files]
+        remedy = _remedy(paths)
+        raise UserError(
+            f"{told}: the folder holds {len(paths)} files, and no image, Parquet file or tar ({_suffixes(paths)})"
+            + (f": {remedy}" if remedy else "")
         )
-        raise UserError(f"{told}: the folder holds {what}")
     if len(kinds) > 1 and "parquet" in kinds:
         # Downloaders write what they know of the images beside them.
         files = [file for file in listing.files if _kind(file.path) == "parquet"]

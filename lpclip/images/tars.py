@@ -26,6 +26,7 @@ MAX_MEMBERS = 32
 ROWS_VERSION = 2
 """Version of the rows that a tar has: features of other rows are never taken for these."""
 BUFFER_BYTES = 4 << 20
+MAX_LABEL_BYTES = 1 << 10
 MAX_HEADER_BYTES = 1 << 20
 """Most bytes of a member's name and other properties: tarfile reads them whole, and they could fill the memory."""
 
@@ -199,9 +200,12 @@ def is_image(extension: str, wanted: str | None = None) -> bool:
 
 def class_label(data: bytes | Exception | None) -> int | None:
     """The number in a .cls member, None when there is no member or it holds none."""
-    text = data.strip().decode(errors="replace") if isinstance(data, bytes) else ""
-    number = whole_number(text)
+    number = whole_number(_word(data))
     return None if number is None or number < 0 else number
+
+
+def _word(data: bytes | Exception | None) -> str:
+    return data.decode("utf-8-sig", errors="replace").strip() if isinstance(data, bytes) else ""
 
 
 def open_tar(root: str, file: str) -> tarfile.TarFile:
@@ -251,6 +255,12 @@ def open_webdataset(
     if limit is not None:
         units = list(_first_images(listing, reader, limit))
         notes.append(f"--limit takes the first {limit} images of {listing.name}, in the order of the tars")
+    words = _first_labels(listing) if reader.has_labels else []
+    names = [word for word in words if word and whole_number(word) is None]
+    if names:
+        notes.append(
+            f"labels: the .cls files of {listing.name} hold words such as {names[0]!r}; only numbers are labels there"
+        )
     identity = make_identity(
         "webdataset",
         listing.files,
@@ -269,7 +279,7 @@ def open_webdataset(
         reader=reader,
         units=tuple(map(json.dumps, units)),
         num_rows=None,
-        labels_from="the .cls files" if reader.has_labels and _has_labels(listing) else None,
+        labels_from="the .cls files" if words and not names else None,
         label_names=None,
         identity={**identity, "rows": ROWS_VERSION},
         config=config,
@@ -286,8 +296,14 @@ def _first_images(listing: Listing, reader: TarReader, limit: int) -> Iterator[d
             return
 
 
-def _has_labels(listing: Listing) -> bool:
+def _first_labels(listing: Listing) -> list[str]:
+    """What the .cls files of the first sample hold."""
     with contextlib.suppress(*TAR_ERRORS), open_tar(listing.root, listing.files[0].path) as tar:
-        first = next(samples(tar, read=lambda *_: b""), None)
-        return first is not None and any(member.suffix == "cls" for member in first.members)
-    return False
+
+        def read(info: tarfile.TarInfo, extension: str) -> bytes | Exception:
+            is_label = extension.rpartition(".")[2] == "cls"
+            return read_member(tar, info, max_bytes=MAX_LABEL_BYTES) if is_label else b""
+
+        first = next(samples(tar, read=read), None)
+        return [_word(member.data) for member in first.members if member.suffix == "cls"] if first else []
+    return []
