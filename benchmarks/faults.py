@@ -500,7 +500,7 @@ def two_gpus(trial: Trial) -> Row:
     with cluster(num_cpus=2, num_gpus=2, include_dashboard=True) as machines:
         trial.run(address=machines.address)
         state = f"http://{machines.webui_url}"
-        encoders = [a for a in list_actors(address=state, detail=True) if "_Encode" in a.class_name]
+        encoders = [a for a in list_actors(address=state, detail=True) if "EncodeStage" in a.class_name]
         tasks = list_tasks(address=state, detail=True, limit=10_000)
     decoding = [task for task in tasks if "decode_unit" in task.name]
     apart = not {task.worker_pid for task in decoding} & {actor.pid for actor in encoders}

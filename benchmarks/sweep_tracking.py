@@ -116,7 +116,7 @@ def sweep(
 
 def main(options: Options) -> None:
     """Time the sweeps and print the ratio."""
-    rows = []
+    found: dict[str, list[dict[str, float]]] = {"file": [], "server": []}
     with tempfile.TemporaryDirectory() as name, mlflow_server(Path(name)) as server:
         folder = Path(name)
         data = options.data or str(folder / "pictures")
@@ -125,7 +125,7 @@ def main(options: Options) -> None:
         (folder / "space.py").write_text(SPACE)
         for number in range(options.times):
             for kind, uri in (("file", f"sqlite:///{folder}/mlflow{number}.db"), ("server", server)):
-                found = sweep(
+                seconds = sweep(
                     folder / f"{kind}{number}",
                     options,
                     data=data,
@@ -133,14 +133,14 @@ def main(options: Options) -> None:
                     space=folder / "space.py",
                     uri=uri,
                 )
-                rows.append({"runs": kind, **found})
-                print(f"{kind}: {found['seconds']:.0f} s, {found['trials']:.0f} of them trials", flush=True)
-    file, on_server = (
-        median(row["trials"] for row in rows if row["runs"] == kind) for kind in ("file", "server")
-    )
+                found[kind].append(seconds)
+                print(
+                    f"{kind}: {seconds['seconds']:.0f} s, {seconds['trials']:.0f} of them trials", flush=True
+                )
+    file, on_server = (median(row["trials"] for row in rows) for rows in found.values())
     print(format_table([{"trials": options.trials, "server / file": f"{on_server / file:.2f}"}]))
     if options.json:
-        Path(options.json).write_text(json.dumps(rows))
+        Path(options.json).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

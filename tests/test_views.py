@@ -17,6 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lpclip.config import UserError
+from lpclip.images.damage import DAMAGES, damage
 from lpclip.images.pixels import NO_DATA, PNG_METADATA, Preprocess, decode_image
 from lpclip.images.render import corrupt, render, strong_view, view_seed, weak_view
 from lpclip.images.views import CORRUPTIONS, WEAK, View, base_views, parse_views, pixel_views
@@ -354,6 +355,41 @@ def test_strong_views_follow_their_seed_alone() -> None:
     assert all((first != other).any() for other in others)
     assert first.shape == (48, 48, 3)
     assert first.dtype == np.uint8
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damages_follow_their_generator_and_grow_with_severity(name: str) -> None:
+    image = photo(224, 224)
+    original = np.asarray(image, np.float32)
+    distances = []
+    for severity in range(1, 6):
+        first, again = (
+            damage(image, name=name, severity=severity, rng=np.random.default_rng(3)) for _ in range(2)
+        )
+        assert (first.mode, first.size) == ("RGB", image.size)
+        np.testing.assert_array_equal(np.asarray(first), np.asarray(again))
+        distances.append(float(np.abs(np.asarray(first, np.float32) - original).mean()))
+    assert distances[0] > 0
+    if name == "splashes":  # of water, then of mud
+        assert distances[0] < distances[1] < distances[2]
+        assert distances[3] < distances[4]
+    else:
+        assert distances == sorted(distances)
+    np.testing.assert_array_equal(np.asarray(image, np.float32), original)
+
+
+def test_speckles_and_blurs_are_as_strong_as_imagenet_c_has_them() -> None:
+    image = Image.new("RGB", (224, 224), (100, 100, 100))
+    rng = np.random.default_rng(0)
+    for severity, strength in enumerate((0.15, 0.2, 0.35), 1):
+        speckled = np.asarray(damage(image, name="speckle", severity=severity, rng=rng), np.float32)
+        assert speckled.std() == pytest.approx(100 * strength, rel=0.02)
+    photograph = photo(256, 256)
+    for severity in range(1, 6):
+        ours = np.asarray(damage(photograph, name="blur", severity=severity, rng=rng), np.float32)
+        theirs = corrupt(np.array(photograph), name="gaussian_blur", severity=severity, seed=0)
+        inner = slice(16, -16)
+        assert np.abs(ours - theirs)[inner, inner].mean() < 2
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)

@@ -11,11 +11,12 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from lpclip.config import UserError
+from lpclip.images.damage import DAMAGES, damage
 from lpclip.images.pixels import Pixels, Preprocess
-from lpclip.images.views import TRAINING_CORRUPTIONS, View
+from lpclip.images.views import View
 
-CORRUPTED_SHARE = 0.75
-"""Share of strong views that also get a corruption. The others show what a corruption would hide."""
+DAMAGED_SHARE = 0.75
+"""Share of strong views that also get a damage. The others show what it would hide."""
 
 MAX_ASPECT = 16
 """Longer images are cut to this aspect ratio before they are resized: 1 x 1,000,000 pixels would fill the memory."""
@@ -48,7 +49,7 @@ def middle(side: int, size: int) -> tuple[int, int, int]:
 
 
 def strong_view(image: Image.Image, preprocess: Preprocess, *, seed: int) -> Pixels:
-    """A seeded augmentation of an RGB image, uint8 (S, S, 3): crop, flip, colour jitter, grey, blur, corruption."""
+    """A seeded augmentation of an RGB image, uint8 (S, S, 3): crop, flip, colour jitter, grey, blur, damage."""
     rng = np.random.default_rng(seed)
     size = preprocess.size
     view = image.resize((size, size), preprocess.resample, box=_random_box(image.size, rng))
@@ -64,9 +65,9 @@ def strong_view(image: Image.Image, preprocess: Preprocess, *, seed: int) -> Pix
         view = view.convert("L").convert("RGB")
     if blur:
         view = view.filter(ImageFilter.GaussianBlur(radius))
-    if rng.random() < CORRUPTED_SHARE:
-        name, severity = rng.choice(TRAINING_CORRUPTIONS), int(rng.integers(1, 6))
-        return corrupt(np.array(view), name=str(name), severity=severity, seed=int(rng.integers(2**32)))
+    if rng.random() < DAMAGED_SHARE:
+        name, severity = DAMAGES[rng.integers(len(DAMAGES))], int(rng.integers(1, 6))
+        view = damage(view, name=name, severity=severity, rng=rng)
     return np.array(view)
 
 

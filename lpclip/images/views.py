@@ -22,14 +22,10 @@ CORRUPTIONS = (
 )
 """ImageNet-C's 15 corruptions, then its 4 extra ones (Hendrycks and Dietterich, 2019)."""
 
-TRAINING_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter")
-"""The extra corruptions that strong views use. The 15 stay out of training, because robustness to them is measured.
-(The fourth extra one, saturate, is slow, and colour jitter does the same.)"""
-
 SEVERITIES = ("1", "2", "3", "4", "5")
 """Severities of a corruption, as flags and folders name them."""
 
-STRONG_VERSION = 2
+STRONG_VERSION = 3
 """Version of `strong_view`: strong features of another version are never reused."""
 
 
