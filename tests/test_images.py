@@ -178,6 +178,15 @@ class TestFolder:
         assert source.notes == ()
         assert by_id(source).keys() == {"cat/1.png"}
 
+    def test_names_that_hold_the_folders_of_an_archive_are_told_of(self, tmp_path: Path) -> None:
+        for name in ("photos\\cat\\1.png", "photos\\dog\\1.png", "2.png"):
+            write(tmp_path / name, png(0))
+        source = open_source(str(tmp_path), config=CONFIG)
+        assert source.label_names is None
+        (note,) = source.notes
+        assert note.startswith("labels: the names of 2 files have a \\ in them, as photos\\cat\\1.png does")
+        assert len(by_id(source)) == 3
+
     def test_a_list_beside_the_images_is_told_of(self, tmp_path: Path) -> None:
         write(tmp_path / "1.png", png(0))
         path = write(tmp_path / "metadata.csv", "file_name,label\n1.png,cat\n")
@@ -847,6 +856,7 @@ class TestBadInput:
         ("name", "remedy"),
         [
             ("a.zip", "unpack it first"),
+            ("labels.csv.gz", "unpack it first"),
             ("annotations.json", "a list of images is a CSV, TSV or JSONL file with a column of paths"),
             ("train.txt", "a list of images is a CSV, TSV or JSONL file with a column of paths"),
             ("IMG_1.HEIC", "save as JPEG or PNG first"),

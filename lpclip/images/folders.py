@@ -108,7 +108,7 @@ def open_folder(listing: Listing, *, config: SourceConfig, limit: int | None, te
         identity=identity,
         config=config,
         labels_there=different(work["labels"] or ()),
-        notes=_without_images(listing, names),
+        notes=(*_without_images(listing, names), *_flattened(images)),
     )
 
 
@@ -127,6 +127,17 @@ def _without_images(listing: Listing, names: Sequence[str]) -> tuple[str, ...]:
     return (
         f"labels: {len(empty)} of the folders in {listing.name} have no image ({listed}): without --classes, they are "
         "no classes",
+    )
+
+
+def _flattened(images: Sequence[File]) -> tuple[str, ...]:
+    """A note on names that hold the folders of an archive: unpacking what Windows packed may leave them so."""
+    names = [file.path for file in images if "\\" in file.path]
+    if not names:
+        return ()
+    return (
+        f"labels: the names of {len(names):,} files have a \\ in them, as {names[0]} does, and not /: these are no "
+        "folders, so that they are no labels",
     )
 
 

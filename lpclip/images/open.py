@@ -38,7 +38,7 @@ SUFFIXES = {
     "manifest": (".csv", ".tsv", ".jsonl", ".ndjson"),
 }
 REMEDIES = {
-    (".zip", ".7z", ".rar"): "unpack it first",
+    (".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst"): "unpack it first",
     SUFFIXES["manifest"]: "name the list itself",
     (".json", ".txt", ".xml", ".xlsx"): "a list of images is a CSV, TSV or JSONL file with a column of paths",
     (

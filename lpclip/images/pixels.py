@@ -202,7 +202,8 @@ def _to_rgb(image: Image.Image, *, is_negative: bool, no_data: float) -> Image.I
         rgba = image.convert("RGBA")
         if not rgba.getchannel("A").getbbox():
             raise UserError(
-                "wholly transparent: save it without its alpha channel, if its colours are the picture"
+                "wholly transparent in its first frame: save it without its alpha channel, if its colours are the "
+                "picture"
             )
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return image.convert("RGB")
