@@ -162,6 +162,45 @@ def test_numbers_that_are_too_large_are_refused_with_how_they_count():
         mapped([1, 2, 3], None)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "labels", "names"),
+    [
+        (
+            "class-descriptions.csv",
+            "/m/01yrx,Cat\n/m/0bt9lr,Dog\n",
+            ("/m/01yrx", "/m/0bt9lr"),
+            ("Cat", "Dog"),
+        ),
+        ("x.csv", '"tench, Tinca tinca"\ngoldfish\n', None, ("tench, Tinca tinca", "goldfish")),
+        ("x.csv", "n01\ttench, Tinca\nn02\tgoldfish\n", ("n01", "n02"), ("tench, Tinca", "goldfish")),
+        ("names.json", '[\n  "cat",\n  "dog"\n]\n', None, ("cat", "dog")),
+        ("id2label.json", '{"0": "cat", "1": "dog"}', ("0", "1"), ("cat", "dog")),
+    ],
+)
+def test_class_files_of_publishers_are_read(
+    tmp_path: Path, name: str, text: str, labels: tuple[str, ...] | None, names: tuple[str, ...]
+):
+    (tmp_path / name).write_text(text)
+    classes = read_classes(str(tmp_path / name))
+    assert (classes.labels, classes.names) == (labels, names)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.csv", "cat\nwolf, grey wolf\n", "or every line label,name"),
+        ("x.csv", "cat\n\ndog\n", "class name 2 of 3 is empty"),
+        ("x.json", '{"0": ["n01440764", "tench"]}', "an object with the name of each label"),
+        ("x.json", '["cat",', "the JSON cannot be read"),
+        ("data.yaml", "names:\n  0: cat\n", "write one name a line"),
+    ],
+)
+def test_class_files_that_are_not_read_are_told_so(tmp_path: Path, name: str, text: str, message: str):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_classes(str(tmp_path / name))
+
+
 def test_a_class_file_may_be_imagenet_s_own(tmp_path: Path):
     path = tmp_path / "LOC_synset_mapping.txt"
     path.write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius auratus\n")

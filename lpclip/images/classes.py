@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import re
 import unicodedata
@@ -154,27 +156,58 @@ class ClassList:
 def read_classes(spec: str) -> ClassList:
     """Class names, comma-separated or from a text file with lines of `name` or of `label<TAB>name`.
 
-    The tab may be a blank where all labels are WordNet's ids, as in ImageNet's LOC_synset_mapping.txt. Raises
-    UserError when the file cannot be read or mixes the two forms, and as ClassList does.
+    The tab may be a blank where all labels are WordNet's ids, as in ImageNet's LOC_synset_mapping.txt, and a comma in a
+    .csv. A .json is a list of names, or an object with the name of each label. Raises UserError when the file cannot be
+    read or mixes the two forms, and as ClassList does.
     """
     if not names_a_file(spec):
         return ClassList(names=tuple(name.strip() for name in spec.split(",")) if spec.strip() else ())
-    lines = read_lines(spec)
-    if all(map(SYNSET.match, lines)):
-        lines = [SYNSET.sub(r"\1\t", line) for line in lines]
-    rows = [line.split("\t") for line in lines]
+    rows = _class_rows(spec)
     widths = {len(row) for row in rows}
     if widths == {2}:
         labels, names = zip(*rows, strict=True)
         return ClassList(names=tuple(map(str.strip, names)), labels=tuple(map(str.strip, labels)))
     if widths - {1}:
-        raise UserError(f"{spec}: every line must be a class name, or every line label<TAB>name")
+        tab = "," if spec.lower().endswith(".csv") else "<TAB>"
+        raise UserError(f"{spec}: every line must be a class name, or every line label{tab}name")
     return ClassList(names=tuple(row[0].strip() for row in rows))
+
+
+def _class_rows(path: str) -> list[Sequence[str]]:
+    """A class file's lines, each a name, or a label and a name."""
+    lines = read_lines(path)
+    suffix = Path(path).suffix.lower()
+    if suffix == ".json":
+        return _json_rows("\n".join(lines), path=path)
+    if suffix in (".yaml", ".yml", ".xml", ".toml"):
+        raise UserError(f"{path}: class names are read from text, .csv and .json: write one name a line")
+    if suffix == ".csv" and not any("\t" in line for line in lines):
+        return [row or [""] for row in csv.reader(lines, skipinitialspace=True)]
+    if all(map(SYNSET.match, lines)):
+        lines = [SYNSET.sub(r"\1\t", line) for line in lines]
+    return [line.split("\t") for line in lines]
+
+
+def _json_rows(text: str, *, path: str) -> list[Sequence[str]]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: the JSON cannot be read ({error})") from error
+    rows: list[Sequence[str]] = []
+    if isinstance(found, dict):
+        rows = list(found.items())
+    elif isinstance(found, list):
+        rows = [(name,) for name in found]
+    if not rows or not all(isinstance(cell, str) for row in rows for cell in row):
+        raise UserError(
+            f"{path}: expected is a JSON list of class names, or an object with the name of each label"
+        )
+    return rows
 
 
 def names_a_file(spec: str) -> bool:
     """True when `spec` names a file. Raises UserError when it looks like a file that does not exist."""
-    if "," not in spec and (Path(spec).suffix in (".txt", ".tsv", ".csv") or os.sep in spec):
+    if "," not in spec and (Path(spec).suffix in (".txt", ".tsv", ".csv", ".json") or os.sep in spec):
         if not Path(spec).is_file():
             raise UserError(f"no such file: {spec}")
         return True
