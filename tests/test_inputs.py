@@ -160,3 +160,30 @@ def test_values_that_make_no_one_set_are_refused_in_a_sentence(tmp_path: Path) -
             open_data([str(value) for value in values], config=CONFIG, split="train")
     with pytest.raises(UserError, match="the files disagree on the names of the classes"):
         opened(one, two, config=SourceConfig(id_column=""))
+
+
+def test_the_plan_shows_three_images_with_their_labels(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        for seed in range(3):
+            write(tmp_path / "photos" / name / f"{seed}.png", seed=seed)
+    write(tmp_path / "photos" / "loose.png")
+    images = [draw(0, seed) for seed in range(5)]
+    write_parquet(tmp_path / "numbers.parquet", image=images, label=[0, 1, None, 3, 4])
+    write_parquet(tmp_path / "named.parquet", image=images[:2], id=["a", "b"], label=["cat", "dog"])
+    write_parquet(tmp_path / "bare.parquet", image=images, row_group=list("abcde"))
+    signed = "https://host/dir/" + "x" * 40 + ".png?X-Signature=secret"
+    (tmp_path / "list.csv").write_text(f"url,label\n{signed},cat\nphotos/loose.png,\n")
+    write_tar(tmp_path / "some.tar", {"1.png": images[0], "1.cls": b"1"})
+    for name, examples in (
+        ("photos", "cat/0.png (cat), dog/0.png (dog), loose.png (no label)"),
+        ("photos/cat", "0.png, 1.png, 2.png"),
+        ("numbers.parquet", "numbers.parquet:0 (0), numbers.parquet:2 (no label), numbers.parquet:4 (4)"),
+        ("named.parquet", "a (cat), b (dog)"),
+        ("bare.parquet", "bare.parquet:0, bare.parquet:2, bare.parquet:4"),
+        ("list.csv", f"...{'x' * 36}.png (cat), photos/loose.png (no label)"),
+        ("some.tar", ""),
+    ):
+        assert open_data(str(tmp_path / name), config=CONFIG, split="train").examples() == examples
+    plain = SourceConfig(label_column="")
+    found = open_data(str(tmp_path / "photos"), config=plain, split="train", limit=1).examples()
+    assert found in labels(opened(tmp_path / "photos"))

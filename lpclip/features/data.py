@@ -13,6 +13,9 @@ from lpclip.features.store import Store
 from lpclip.images.open import open_source
 from lpclip.images.source import Source
 
+ID_WIDTH = 40
+"""Most characters of an id in a plan."""
+
 
 @dataclass(frozen=True)
 class Data:
@@ -53,6 +56,17 @@ class Data:
             return self
         return Data(replace(self.origin, notes=(*self.origin.notes, *notes)))
 
+    def examples(self) -> str:
+        """First, middle and last image with their labels, for the plan; empty where only reading tells them."""
+        if not isinstance(self.origin, Source):
+            return ""
+        labels = {
+            name: "no label" if label is None else label for name, label in self.origin.examples(3).items()
+        }
+        return ", ".join(
+            f"{_short(name)} ({label})" if self.has_labels else _short(name) for name, label in labels.items()
+        )
+
     def describe(self) -> str:
         """One line for the plan."""
         if not isinstance(self.origin, Source):
@@ -65,6 +79,13 @@ class Data:
         if self.origin.has_texts:
             kind = "with texts"
         return f"{self.name}: {count} images ({self.origin.kind}, {kind})"
+
+
+def _short(name: str) -> str:
+    """An id on the terminal: the end of a long one, without the query of a URI, which may hold a signature."""
+    name = name.partition("?")[0] if "://" in name else name
+    name = "".join(letter if letter.isprintable() else "?" for letter in name)
+    return name if len(name) <= ID_WIDTH else f"...{name[-ID_WIDTH:]}"
 
 
 def open_data(

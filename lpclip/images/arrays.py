@@ -42,7 +42,7 @@ class ArrayReader(Reader):
     def rows(self, unit: str) -> Iterator[Row]:
         """The unit's rows as PNG, in order. If the file cannot be read, each row holds the reason."""
         work = json.loads(unit)
-        ids = [f"{self.prefix}-{row:05d}" for row in work["rows"]]
+        ids = self._ids(work["rows"])
         try:
             images = self._read(work["rows"])
         except (OSError, pa.ArrowException) as error:
@@ -51,6 +51,14 @@ class ArrayReader(Reader):
             return
         for name, image, label in zip(ids, images, work["labels"], strict=True):
             yield Row(name, encode_png(image), label)
+
+    def listed(self, unit: str) -> list[tuple[str, int | None]]:
+        """Id and label of each row."""
+        work = json.loads(unit)
+        return list(zip(self._ids(work["rows"]), work["labels"], strict=True))
+
+    def _ids(self, rows: Sequence[int]) -> list[str]:
+        return [f"{self.prefix}-{row:05d}" for row in rows]
 
     def _read(self, rows: Sequence[int]) -> np.ndarray:
         """Pixels (len(rows), H, W, 3) uint8. Each run of neighbouring rows is one read, and no other bytes are read."""

@@ -23,6 +23,10 @@ class CaptionReader(Reader):
         for row in self.reader.rows(unit):
             yield row._replace(texts=() if row.label is None else self.captions[row.label])
 
+    def listed(self, unit: str) -> list[tuple[str, int | None]]:
+        """Id and label of each image, as far as the other reader knows them."""
+        return self.reader.listed(unit)
+
 
 def with_captions(source: Source, *, templates: tuple[str, ...]) -> Source:
     """A labelled source with texts: one for each template, with the name of the image's class in place of `{}`.

@@ -59,6 +59,12 @@ class FilesReader(Reader):
                 for row, own in zip(rows, texts[part], strict=True):
                     yield make_row(*row, own)
 
+    def listed(self, unit: str) -> list[tuple[str, int | None]]:
+        """Id and label of each file."""
+        work = json.loads(unit)
+        ids = work.get("ids") or work["paths"]
+        return list(zip(ids, work.get("labels") or [None] * len(ids), strict=True))
+
     def _fetch(self, paths: list[str]) -> list[bytes | Exception]:
         return fetch_all(
             paths, root=self.root, max_bytes=self.max_bytes, schemes=self.schemes, timeout=self.timeout

@@ -41,6 +41,24 @@ class ParquetReader(Reader):
         for span in json.loads(unit):
             yield from self._span_rows(**span)
 
+    def listed(self, unit: str) -> list[tuple[str, int | None]]:
+        """Id and label of each row, from these columns alone."""
+        found: list[tuple[str, int | None]] = []
+        for span in json.loads(unit):
+            kept = span.get("rows") or range(span["start"], span["stop"])
+            ids: list[str] = [row_id(span["file"], span["first"] + row) for row in kept]
+            columns = [name for name in (self.id_column, self.label_column) if name]
+            labels: list[int | None] = [None] * len(ids)
+            if columns:
+                with open_input(under(self.root, span["file"])) as file:
+                    table = (
+                        pq.ParquetFile(file).read_row_group(span["group"], columns=columns).take(list(kept))
+                    )
+                ids = table[self.id_column].cast(pa.string()).to_pylist() if self.id_column else ids
+                labels = self._labels(table)
+            found += zip(ids, labels, strict=True)
+        return found
+
     def _span_rows(
         self, *, file: str, group: int, first: int, start: int, stop: int, rows: list[int] | None = None
     ) -> Iterator[Row]:

@@ -53,6 +53,10 @@ class Reader(ABC):
     def rows(self, unit: str) -> Iterator[Row]:
         """The unit's images, one by one. An image that cannot be read is a row with an error."""
 
+    def listed(self, unit: str) -> list[tuple[str, int | None]]:
+        """Id and label of each of the unit's images; none where only reading the images would tell."""
+        return []
+
     def tables(self, unit: str) -> Iterator[pa.Table]:
         """The unit as tables, each of at most UNIT_ROWS rows and about TABLE_BYTES bytes.
 
@@ -104,6 +108,21 @@ class Source:
     def has_labels(self) -> bool:
         """True when there are labels to read."""
         return self.labels_from is not None
+
+    def examples(self, count: int) -> dict[str, str | None]:
+        """Ids of images from the first to the last, at most `count`, and the labels as the data tells them.
+
+        None where only reading the images would tell.
+        """
+        found: dict[str, str | None] = {}
+        for place in range(count):
+            share = place / max(1, count - 1)
+            rows = self.reader.listed(self.units[round(share * (len(self.units) - 1))])
+            if rows:
+                name, label = rows[round(share * (len(rows) - 1))]
+                names = self.label_names
+                found[name] = None if label is None else names[label] if names else str(label)
+        return found
 
     @property
     def has_texts(self) -> bool:

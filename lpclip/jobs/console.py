@@ -29,9 +29,10 @@ LITE_NOTE = (
 
 def print_plan(data: Data, test: Data | None, *, info: EncoderInfo, views: str, out: str) -> None:
     """Print the plan of a job before the work begins."""
-    print(f"data      {data.describe()}")
-    if test is not None:
-        print(f"evaluate  {test.describe()}")
+    for title, item in (("data", data), ("evaluate", test)):
+        if item is not None:
+            print(f"{title:<9} {item.describe()}")
+            print_examples(item)
     print_encoder(info, f", views {views}")
     for item, needed in ((data, parse_views(views)), (test, base_views(views))):
         if item is not None and item.source is not None and item.source.num_rows:
@@ -41,6 +42,12 @@ def print_plan(data: Data, test: Data | None, *, info: EncoderInfo, views: str, 
     noted = [note for item in (data, test) if item is not None and item.source for note in item.source.notes]
     for note in (*noted, *info.notes):
         print(f"note      {note}")
+
+
+def print_examples(data: Data) -> None:
+    """Print the line of a plan with three images and their labels, where they are known."""
+    if examples := data.examples():
+        print(f"{'':<9} as in {examples}")
 
 
 def print_encoder(info: EncoderInfo, more: str = "") -> None:

@@ -8,7 +8,7 @@ from lpclip.encoders.head import EncoderInfo
 from lpclip.evaluation.results import Result, RetrievalResult, worse_than_zero_shot
 from lpclip.features.data import Data
 from lpclip.jobs import tracking
-from lpclip.jobs.console import print_encoder, print_places, shown
+from lpclip.jobs.console import print_encoder, print_examples, print_places, shown
 from lpclip.jobs.evaluate_measure import Rates
 from lpclip.method.probe import Probe
 from lpclip.report.evaluation_tables import corruption_table, ood_table, overview_table, retrieval_table
@@ -25,6 +25,9 @@ def print_evaluation_plan(
             num_bytes = 2 * info.identity["dim"] * num_views * data.source.num_rows
             size = f", {num_views * data.source.num_rows:,} features, {num_bytes / 1e6:,.0f} MB"
         print(f"{kind:<9} {data.describe()}: {num_views} views{size}")
+        # Sets of published corruptions are dozens, and of foreign images no labels are read.
+        if kind in ("clean", "shift"):
+            print_examples(data)
     if probes:
         print(f"probes    {', '.join(probes)}")
     print_encoder(info)
