@@ -108,6 +108,8 @@ class SourceConfig:
     says that there are no labels, in folders and tars too."""
     max_bad_fraction: float = 0.5
     """The job stops if more than this share of the images cannot be read."""
+    strict: bool = False
+    """End with an error, after everything is written, if any image could not be used."""
     max_pixels: int = 100_000_000
     """Images with more pixels than this are quarantined before they are decoded."""
     max_bytes: int = 100_000_000

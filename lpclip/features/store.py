@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -165,6 +166,13 @@ class Store:
         """
         manifest = Manifest.read(path)
         return None if manifest is None or _lost_parts(path, manifest) else cls(path, manifest)
+
+    def quarantined(self) -> dict[str, int]:
+        """The number of rows that could not be encoded, by the stage that failed: read, decode or encode."""
+        if not self.manifest.num_quarantined:
+            return {}
+        with files.open_parquet(files.join(self.path, "quarantine.parquet"), remedy=_ENCODE_AGAIN) as part:
+            return Counter(part.read(columns=["stage"])["stage"].to_pylist())
 
     def require(self, identity: dict[str, Any]) -> None:
         """Raise UserError unless the store has this identity, as far as `identity` goes."""

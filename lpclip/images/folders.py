@@ -18,6 +18,7 @@ from lpclip.images.source import (
     Reader,
     Row,
     Source,
+    beyond_limit,
     choose,
     different,
     make_identity,
@@ -114,6 +115,7 @@ def open_folder(listing: Listing, *, config: SourceConfig, limit: int | None, te
         identity=identity,
         config=config,
         labels_there=different(work["labels"] or ()),
+        left_out=beyond_limit(len(images), len(chosen)),
         notes=(*_without_images(listing, names), *_flattened(images)),
     )
 

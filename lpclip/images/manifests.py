@@ -29,7 +29,16 @@ from lpclip.images.columns import (
 )
 from lpclip.images.fetch import embedded, followed, reason, scheme, under
 from lpclip.images.folders import FilesReader, file_units
-from lpclip.images.source import IMAGE_SUFFIXES, File, Listing, Source, choose, different, make_identity
+from lpclip.images.source import (
+    IMAGE_SUFFIXES,
+    File,
+    Listing,
+    Source,
+    beyond_limit,
+    choose,
+    different,
+    make_identity,
+)
 
 # The header of a table is within these.
 HEAD_BYTES = 1 << 16
@@ -104,6 +113,7 @@ def open_manifest(
         identity=identity,
         config=config,
         labels_there=different(work["labels"] or ()),
+        left_out=beyond_limit(len(ids), len(chosen)),
         notes=notes,
     )
 

@@ -124,13 +124,19 @@ def open_source(
     lists = [path for path in skipped if _kind(path) == "manifest"]
     if lists:
         note += f"; a list such as {lists[0]} is read where --data names it"
-    return replace(source, notes=(*source.notes, note))
+    left_out = source.left_out
+    if left_out is not None:
+        left_out = {**_count_suffixes(skipped), **left_out}
+    return replace(source, left_out=left_out, notes=(*source.notes, note))
 
 
 def _suffixes(paths: Sequence[str]) -> str:
     """The most frequent suffixes, each with its count."""
-    counts = Counter(Path(path).suffix or "no suffix" for path in paths)
-    return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(3))
+    return ", ".join(f"{count} {suffix}" for suffix, count in _count_suffixes(paths).most_common(3))
+
+
+def _count_suffixes(paths: Sequence[str]) -> Counter[str]:
+    return Counter(Path(path).suffix or "no suffix" for path in paths)
 
 
 def _remedy(paths: Sequence[str]) -> str | None:

@@ -32,6 +32,7 @@ from lpclip.images.source import (
     File,
     Listing,
     Source,
+    beyond_limit,
     choose,
     different,
     make_identity,
@@ -60,6 +61,7 @@ def open_parquet(listing: Listing, *, config: SourceConfig, limit: int | None, t
         limit=limit,
         columns=(image_column, id_column, label_column, *filter(None, (text_column,))),
     )
+    total = sum(map(sum, counts))
     return Source(
         name=listing.name,
         kind="parquet",
@@ -77,11 +79,12 @@ def open_parquet(listing: Listing, *, config: SourceConfig, limit: int | None, t
             has_texts=texts is not None,
         ),
         units=tuple(_units(_spans(paths, counts, chosen))),
-        num_rows=sum(map(sum, counts)) if chosen is None else len(chosen),
+        num_rows=total if chosen is None else len(chosen),
         labels_from=f"the column {label_column}" if label_column is not None else None,
         label_names=label_names,
         identity=identity,
         config=config,
+        left_out={} if chosen is None else beyond_limit(total, len(chosen)),
         labels_there=_labels_there(listing, label_column, label_names, chosen) if label_column else (),
     )
 

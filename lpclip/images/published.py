@@ -23,7 +23,7 @@ from lpclip.files import locate, open_input
 from lpclip.images.arrays import ArrayReader, inspect_array
 from lpclip.images.fetch import reason, under
 from lpclip.images.open import open_source
-from lpclip.images.source import TABLE_BYTES, UNIT_ROWS, File, Source, choose, make_identity
+from lpclip.images.source import TABLE_BYTES, UNIT_ROWS, File, Source, beyond_limit, choose, make_identity
 from lpclip.images.views import CORRUPTIONS, SEVERITIES
 from lpclip.patience import patiently
 
@@ -179,6 +179,7 @@ def _open_array(item: Published, *, config: SourceConfig, limit: int | None) -> 
         ),
         units=tuple(json.dumps({"rows": unit, "labels": labels[unit].tolist()}) for unit in units),
         num_rows=len(rows),
+        left_out=beyond_limit(count, len(rows)),
         labels_from=labels_file.path,
         label_names=None,
         identity=make_identity("npy", [array.file, labels_file], config=config, limit=limit),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -101,6 +101,8 @@ class Source:
     config: SourceConfig
     labels_there: tuple[int, ...] | None = None
     """The different labels of the rows, None where they are not known before reading (webdataset)."""
+    left_out: dict[str, int] | None = field(default_factory=dict)
+    """The number of rows and files that are not read, by reason; None where nobody counts them (a cut tar)."""
     notes: tuple[str, ...] = ()
     """Sentences that the user should read, for example about files that were skipped."""
 
@@ -185,6 +187,11 @@ def choose(ids: Sequence[str], limit: int | None) -> list[int]:
         return list(range(len(ids)))
     keys = b"".join(blake2b(name.encode(), digest_size=8).digest() for name in ids)
     return sorted(np.argsort(np.frombuffer(keys, ">u8"), kind="stable")[:limit].tolist())
+
+
+def beyond_limit(count: int, chosen: int) -> dict[str, int]:
+    """What --limit leaves out of `count` rows, as a source tells it."""
+    return {"beyond --limit": count - chosen} if count > chosen else {}
 
 
 def different(labels: Sequence[int | None]) -> tuple[int, ...]:

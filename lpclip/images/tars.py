@@ -283,6 +283,7 @@ def open_webdataset(
         label_names=None,
         identity={**identity, "rows": ROWS_VERSION},
         config=config,
+        left_out={} if limit is None else None,
         notes=tuple(notes),
     )
 

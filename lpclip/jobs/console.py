@@ -20,6 +20,7 @@ from lpclip.features.stored_views import Encoded
 from lpclip.images.classes import ClassList
 from lpclip.images.views import base_views, parse_views
 from lpclip.jobs import tracking
+from lpclip.jobs.counts import count_line
 from lpclip.report.tables import format_table
 
 LITE_NOTE = (
@@ -156,10 +157,11 @@ def print_result(
     run: tracking.Run,
 ) -> None:
     """Print the tables of a job, and where its results lie."""
-    rows = [encoded_row(data, encoded)]
-    if test is not None and tested is not None:
-        rows.append(encoded_row(test, tested))
-    print(f"\n{format_table(rows)}\n")
+    sets = [(data, encoded)] + ([(test, tested)] if test is not None and tested is not None else [])
+    print(f"\n{format_table([encoded_row(*one) for one in sets])}")
+    for one, its in sets:
+        print(count_line(one, its.store))
+    print()
     where = summary["evaluated_on"]
     if where["setting"] is None:
         labels = shown(files.join(out, "pseudo_labels.parquet"))

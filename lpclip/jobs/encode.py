@@ -18,6 +18,7 @@ from lpclip.images.classes import notes_on_names, resolve_classes
 from lpclip.images.views import parse_views
 from lpclip.jobs.beside import EncodingRun, encoding_metrics
 from lpclip.jobs.console import encoded_row, print_mlflow, print_plan
+from lpclip.jobs.counts import check_strict, count_line
 from lpclip.jobs.process import start_ray
 from lpclip.jobs.run import job_run, provenance
 from lpclip.jobs.runtime import Stopwatch, output_folder
@@ -75,6 +76,8 @@ def encode_job(job: EncodeJob) -> dict[str, Any]:
         }
         files.write_json(files.join(out, "summary.json"), summary)
         print(format_table([encoded_row(data, encoded)]))
+        print(count_line(data, encoded.store), flush=True)
         if kept:
             print_mlflow(kept)
-        return summary
+    check_strict(job.source, stores=[encoded.store.path])
+    return summary

@@ -14,6 +14,7 @@ from lpclip.evaluation.results import ZERO_SHOT
 from lpclip.features.describe import describe_encoder
 from lpclip.features.find_or_encode import Encoding
 from lpclip.jobs import tracking
+from lpclip.jobs.counts import check_strict
 from lpclip.jobs.evaluate_measure import Subjects, measure_sets
 from lpclip.jobs.evaluate_outputs import track_evaluation, write_evaluation, write_retrieval
 from lpclip.jobs.evaluate_print import print_evaluation, print_evaluation_plan, print_retrieval
@@ -69,7 +70,10 @@ def evaluate_job(job: EvaluateJob) -> dict[str, Any]:
         first = opened.subjects.sets[0].name if opened.subjects else opened.pairs[0].name
         with job_run("evaluate", job, out=out, encoder=opened.encoding.info.name, data=first) as run:
             watch.lap("start")
-            return _measure_and_tell(opened, run, watch)
+            summary = _measure_and_tell(opened, run, watch)
+    sets = [*summary.get("sets", ()), *summary.get("retrieval", ())]
+    check_strict(job.source, stores=[store for item in sets for store in item["stores"]])
+    return summary
 
 
 def _open(job: EvaluateJob, probes: Probes, corruptions: list[tuple[str, int]], *, out: str) -> _Opened:

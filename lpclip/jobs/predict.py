@@ -19,6 +19,7 @@ from lpclip.features.store import Store, matrix, mean_view
 from lpclip.images.views import View, base_views
 from lpclip.jobs.beside import EncodingRun, encoding_metrics
 from lpclip.jobs.console import print_mlflow, print_plan, shown
+from lpclip.jobs.counts import count_line, refuse_listed
 from lpclip.jobs.inputs import describe_probes_encoder
 from lpclip.jobs.process import start_ray
 from lpclip.jobs.run import job_run
@@ -66,18 +67,21 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
             for table in labelled(store, probe, views=views, top_k=job.top_k):
                 counts.update(table["label"].to_pylist())
                 add(table)
-        quarantine = _keep_quarantine(store, job.out)
+        quarantine, told = _keep_quarantine(store, job.out), count_line(data, store)
         watch.lap("label")
         kept = run.end(encoding_metrics(encoded, watch.seconds))
     # It is not there where nothing was encoded.
     if job.features is None and files.exists(folder):
         files.delete_folder(folder)
     print(format_table([{"label": name, "images": count} for name, count in counts.most_common(20)]))
+    print(told)
     images, quarantined = counts.total(), store.manifest.num_quarantined
     listed = f", listed in {shown(quarantine)}" if quarantine else ""
     print(f"{images:,} images labelled: {shown(job.out)}; {quarantined:,} quarantined{listed}")
     if kept:
         print_mlflow(kept)
+    if quarantine and job.source.strict:
+        refuse_listed({quarantine: quarantined})
     return {"images": images, "quarantined": quarantined}
 
 

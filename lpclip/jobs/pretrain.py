@@ -26,6 +26,7 @@ from lpclip.features.store import Store, fingerprint
 from lpclip.images.source import Source
 from lpclip.jobs import tracking
 from lpclip.jobs.console import command_line, print_mlflow, shown
+from lpclip.jobs.counts import check_strict
 from lpclip.jobs.inputs import open_pairs
 from lpclip.jobs.process import start_ray
 from lpclip.jobs.run import check_job, job_run, provenance
@@ -81,7 +82,8 @@ def pretrain_job(job: PretrainJob) -> dict[str, Any]:
             run.artifact(files.join(out, "summary.json"))
             run.artifact(files.join(work.model_folder, "open_clip_config.json"), "model")
             _print_result(job, summary, run)
-            return summary
+    check_strict(job.source, stores=[summary["pairs"]["store"]])
+    return summary
 
 
 @dataclass(frozen=True, kw_only=True)

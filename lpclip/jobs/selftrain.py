@@ -21,6 +21,7 @@ from lpclip.images.classes import map_labels
 from lpclip.images.views import parse_views
 from lpclip.jobs import tracking
 from lpclip.jobs.console import print_plan, print_result, print_training
+from lpclip.jobs.counts import check_strict
 from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
 from lpclip.jobs.process import start_ray
 from lpclip.jobs.run import check_job, job_run, provenance, single_metrics
@@ -107,7 +108,8 @@ def selftrain_job(job: SelftrainJob) -> dict[str, Any]:
             files.write_json(files.join(out, "summary.json"), summary)
             _track(run, summary, out)
             print_result(summary, inputs.data, known.encoded, inputs.test, known.tested, out, run)
-            return summary
+    check_strict(job.source, stores=summary["features"].values())
+    return summary
 
 
 def _open(job: SelftrainJob) -> _Opened:

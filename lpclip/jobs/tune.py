@@ -29,6 +29,7 @@ from lpclip.features.describe import describe_encoder
 from lpclip.images.views import parse_views
 from lpclip.jobs import tracking
 from lpclip.jobs.console import LITE_NOTE, command_line, print_classes, print_plan
+from lpclip.jobs.counts import check_strict
 from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
 from lpclip.jobs.process import start_ray
 from lpclip.jobs.run import check_job, job_run, provenance, single_metrics
@@ -121,7 +122,9 @@ def tune_job(job: TuneJob) -> dict[str, Any]:
         with job_run("tune", job, out=out, encoder=info.name, data=inputs.data.name) as run:
             watch.lap("start")
             sweep = _Sweep(job, out, space, inputs, info, head, run)
-            return sweep.run(trials, configs, priors, count=count, concurrent=concurrent, watch=watch)
+            summary = sweep.run(trials, configs, priors, count=count, concurrent=concurrent, watch=watch)
+    check_strict(job.source, stores=summary["features"].values())
+    return summary
 
 
 def _strong_views(job: TuneJob) -> tuple[str, ...]:
