@@ -650,7 +650,7 @@ def strange(work: Work) -> Path:
         ({"data": "{here}/store", "corruptions": "fog"}, "{here}/store is a feature store without the view fog:1"),
         (
             {"data": "{here}/store", "probe": ("{here}/two",)},
-            "1 labels of store are not in the class list (2); the classes are tennis ball, stop sign",
+            "1 label of store is not in the class list (2); the classes are tennis ball, stop sign",
         ),
     ],
 )  # fmt: skip

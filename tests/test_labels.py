@@ -10,7 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from conftest import read_unit
 from PIL import Image
 
 from lpclip.config import ClassConfig, SelfTrainingConfig, SelftrainJob, SourceConfig, UserError
@@ -20,7 +23,7 @@ from lpclip.images.captions import with_captions
 from lpclip.images.classes import ClassList, map_labels, read_classes, readable, resolve_classes
 from lpclip.images.open import open_source
 from lpclip.jobs.evaluate_sets import EvaluationSet, checked_set
-from lpclip.jobs.inputs import class_indices, open_inputs
+from lpclip.jobs.inputs import class_indices, open_inputs, with_checked_labels
 from lpclip.jobs.settle_prior import load_prior
 
 ANIMALS = ClassList(names=("cat", "dog", "aquarium fish"))
@@ -92,7 +95,7 @@ def test_folders_of_which_none_is_a_class_are_no_labels(tmp_path: Path, paths: t
 
 def test_folders_of_which_some_are_classes_must_all_be(tmp_path: Path):
     data = str(write_images(tmp_path, "cat/1.png", "2023/1.png"))
-    with pytest.raises(UserError, match=r"1 labels of .* \(2023\)"):
+    with pytest.raises(UserError, match=r"1 label of .* is not .* \(2023\)"):
         open_inputs(SelftrainJob(data=(data,), names=ClassConfig(classes="cat,dog")))
 
 
@@ -151,7 +154,7 @@ def test_a_class_file_maps_numbers_too(tmp_path: Path):
 def test_a_label_that_is_no_class_is_refused_by_name(
     labels: list[int], names: tuple[str, ...] | None, unknown: str
 ):
-    with pytest.raises(ValueError, match=rf"labels of toys are not in the class list \({unknown}\)"):
+    with pytest.raises(ValueError, match=rf"labels? of toys (are|is) not in the class list \({unknown}\)"):
         mapped(labels, names)
 
 
@@ -211,6 +214,28 @@ def test_a_class_file_may_be_imagenet_s_own(tmp_path: Path):
     assert read_classes(str(path)).names == ("n01440764", "n01443537")
     path.write_text("n01440764 tench\ngoldfish\n")
     assert read_classes(str(path)).labels is None
+
+
+@pytest.mark.parametrize(
+    ("words", "places"), [(["0", "2", None], [0, 2, -1]), (["01", "-1", "1.0"], [1, -1, 1])]
+)
+def test_strings_that_are_numbers_are_places_where_they_are_no_class_names(
+    tmp_path: Path, words: list[str | None], places: list[int]
+):
+    path = tmp_path / "toys.parquet"
+    pq.write_table(pa.table({"image": [b""] * 3, "label": pa.array(words, pa.string())}), path)
+    data = open_data(str(path), config=SourceConfig(), split="test")
+    assert data.source is not None
+    rows = [row for unit in data.source.units for row in read_unit(data.source.reader, unit).to_pylist()]
+    labels = np.array([-1 if row["label"] is None else row["label"] for row in rows], np.int32)
+    assert class_indices(labels, data=data, classes=ANIMALS).tolist() == places
+    note = f"labels: the numbers in {data.name} are no class names but count the classes, from 0 (cat) on"
+    counts_from_1 = [] if "0" in words else [COUNTS_FROM_1.format(data=data.name)]
+    assert with_checked_labels(data, ANIMALS).source.notes == (note, *counts_from_1)
+    # Where one of them is a class name, all are names.
+    names = ClassList(names=tuple(sorted({word for word in words if word}, reverse=True)))
+    found = class_indices(labels, data=data, classes=names)
+    assert [names.names[place] if place >= 0 else None for place in found] == words
 
 
 def test_a_class_file_writes_a_number_as_it_likes(tmp_path: Path):

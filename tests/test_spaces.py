@@ -85,7 +85,7 @@ def check(space: SearchSpace, *, base: SelfTrainingConfig = BASE) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        pytest.param(b"# caf\xe9\nSPACE = {}\n", ["cannot be read", "utf-8"], id="not UTF-8"),
+        pytest.param(b"# caf\xe9\nSPACE = {}\n", ["is not UTF-8 text: save it as UTF-8"], id="not UTF-8"),
         pytest.param(b"SPACE = {}\0\n", ["does not run", "null"], id="null byte"),
         pytest.param("SPACE = {\n", ["does not run", "SyntaxError", "line 1"], id="syntax"),
         pytest.param("SPACE = {'rounds': tun.randint(1, 3)}\n", ["NameError", "'tun'"], id="name"),

@@ -63,29 +63,35 @@ def map_labels(
 ) -> np.ndarray:
     """Class indices (N,) int64 of a source's labels (N,) int32; -1 stays -1, for rows without a label.
 
-    Named labels are matched by name. Bare numbers are places in the class list, from 0. Raises UserError when a label
-    that occurs is not in the class list.
+    Named labels are matched by name. Bare numbers are places in the class list, from 0; so are names that are all
+    numbers, as strings in Parquet may be, if none of them is a class. Raises UserError when a label that occurs is not
+    in the class list.
     """
     seen = np.unique(labels[labels >= 0])
     found = [label_names[i] for i in seen] if label_names else [str(i) for i in seen]
     keys = found
+    are_numbers = label_names is None or _are_numbers(label_names, classes)
     if classes.labels is not None:
         places = {_composed(label): place for place, label in enumerate(classes.labels)}
         if label_names is None:
             places = {_as_number(label): place for label, place in places.items()} | places
         keys = [_composed(name) for name in found]
-    elif label_names is not None:
+    elif are_numbers:
+        keys = [_as_number(name) for name in found]
+        places = {key: -1 for key in keys if key.startswith("-")}
+        places |= {str(place): place for place in range(len(classes.names))}
+    else:
         places = {_key(name): place for place, name in enumerate(classes.names)}
         keys = [_key(name) for name in found]
-    else:
-        places = {str(place): place for place in range(len(classes.names))}
     missing = [name for name, key in zip(found, keys, strict=True) if key not in places]
     if missing:
+        many = len(missing) > 1
         way = "name them alike, or map each label"
-        if label_names is None and classes.labels is None:
+        if are_numbers and classes.labels is None:
             way = f"numbers count from 0, so these are 0 to {len(classes.names) - 1}; map other numbers"
         raise UserError(
-            f"{len(missing)} labels of {data} are not in the class list ({', '.join(missing[:5])}); the classes are "
+            f"{len(missing)} label{'s' * many} of {data} {'are' if many else 'is'} not in the class list "
+            f"({', '.join(missing[:5])}); the classes are "
             f"{', '.join(classes.names[:5])}{', ...' if len(classes.names) > 5 else ''}: {way} in a --classes file "
             "with lines label<TAB>name"
         )
@@ -107,17 +113,37 @@ def notes_on_names(names: Sequence[str]) -> tuple[str, ...]:
 def notes_on_numbers(
     labels: np.ndarray, *, label_names: tuple[str, ...] | None, classes: ClassList, data: str
 ) -> tuple[str, ...]:
-    """A note where labels (N,) that are bare numbers seem to count from 1: -1 is no label, and 0 does not occur."""
-    if label_names is not None or classes.labels is not None or min(labels[labels >= 0], default=0) != 1:
+    """Notes where labels (N,) that are numbers seem to count from 1, and where they are numbers written as names.
+
+    -1 is no label, and 0 does not occur where they seem to count from 1.
+    """
+    numbers = [int(label) for label in np.unique(labels[labels >= 0])]
+    notes: tuple[str, ...] = ()
+    if classes.labels is not None or (label_names and not _are_numbers(label_names, classes)):
         return ()
+    if label_names:
+        numbers = [int(_as_number(label_names[label])) for label in numbers]
+        notes = (
+            f"labels: the numbers in {data} are no class names but count the classes, from 0 ({classes.names[0]}) on",
+        )
+    if min((number for number in numbers if number >= 0), default=0) != 1:
+        return notes
     return (
+        *notes,
         f"labels: 0 does not occur in {data}, and numbers count from 0, so that 1 is {classes.names[1]}; if yours "
         "count from 1, a --classes file with lines label<TAB>name says so",
     )
 
 
+def _are_numbers(label_names: Sequence[str], classes: ClassList) -> bool:
+    """True when all names of labels are numbers, and none of them is the name of a class."""
+    return not names_meet(tuple(label_names), classes) and all(
+        whole_number(name) is not None for name in label_names
+    )
+
+
 def _as_number(label: str) -> str:
-    """A label of a class file as a number is written: 1.0 and 001 are 1."""
+    """A label as a number is written: 1.0 and 001 are 1."""
     number = whole_number(label)
     return label if number is None else str(number)
 

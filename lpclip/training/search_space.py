@@ -17,6 +17,7 @@ from ray.tune.search.variant_generator import generate_variants
 
 import lpclip
 from lpclip.config import SelfTrainingConfig, UserError, did_you_mean, digest
+from lpclip.files import not_utf_8
 
 # The spaces that are shipped, by the names that --space takes.
 SHIPPED = ("default", "quick", "wide")
@@ -72,7 +73,9 @@ def read_space(path: str) -> SearchSpace:
     try:
         file = space_file(path)
         code = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError, RuntimeError) as error:
+    except UnicodeDecodeError as error:
+        raise not_utf_8(f"--space {path}") from error
+    except (OSError, RuntimeError) as error:
         raise UserError(
             f"--space {path} cannot be read ({getattr(error, 'strerror', None) or error}): give a Python file, or one "
             f"of {', '.join(SHIPPED)}{did_you_mean(path, SHIPPED)}"
