@@ -723,6 +723,14 @@ class TestManifest:
         expected = (f"{name}: its columns are separated by {told}, and read like that",) if told else ()
         assert source.notes == expected
 
+    @pytest.mark.parametrize("hint", ["sep=;\n", "\ufeffsep=;\r\n", '"sep=;"\n'])
+    def test_a_line_for_spreadsheets_is_no_header(self, tmp_path: Path, hint: str) -> None:
+        write(tmp_path / "1.jpg", png(1))
+        path = write(tmp_path / "x.csv", f"{hint}path;label\n1.jpg;cat, grey\n")
+        source = open_source(str(path), config=CONFIG)
+        assert source.label_names == ("cat, grey",)
+        assert [row["image"] for row in rows(source)] == [png(1)]
+
     @pytest.mark.parametrize("name", ["x.csv", "x.parquet"])
     def test_columns_are_known_in_any_case_and_with_blanks(self, tmp_path: Path, name: str) -> None:
         write(tmp_path / "1.jpg", png(1))
@@ -823,8 +831,10 @@ class TestNumbersWithGaps:
 
     def test_a_number_that_is_too_large_is_no_label(self, tmp_path: Path) -> None:
         path = write(tmp_path / "x.csv", "path,label\n1.jpg,99999999999\n")
-        with pytest.raises(UserError, match="'label' is no column of labels"):
-            open_source(str(path), config=CONFIG)
+        table = write_parquet(tmp_path / "x.parquet", {"image": [png(0)], "label": [99999999999]})
+        for data in (path, table):
+            with pytest.raises(UserError, match="'label' is no column of labels"):
+                open_source(str(data), config=CONFIG)
 
 
 class TestBadInput:

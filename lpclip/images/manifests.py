@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Sequence
@@ -43,6 +44,8 @@ from lpclip.images.source import (
 # The header of a table is within these.
 HEAD_BYTES = 1 << 16
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
+SEPARATOR_HINT = re.compile(rb'(\xef\xbb\xbf)?"?sep=.?"?', re.IGNORECASE)
+"""A line that tells spreadsheets what separates the columns, before the header."""
 # Labels are int32 from here on.
 MAX_LABEL = 2**31 - 1
 
@@ -159,26 +162,28 @@ def _read_manifest(uri: str) -> tuple[pa.Table, tuple[str, ...]]:
                 table = pa.json.read_json(file)
                 table.validate(full=True)  # the reader takes any bytes for text
                 return table, ()
-            separator, notes = _separator(split(split_options(uri)[0])[1], head)
-            parse = pa.csv.ParseOptions(delimiter=separator)
-            names = pa.csv.open_csv(file, parse_options=parse).schema.names
+            lines = head.splitlines()
+            num_hints = sum(map(bool, map(SEPARATOR_HINT.fullmatch, lines[:1])))
+            separator, notes = _separator(split(split_options(uri)[0])[1], lines[num_hints:])
+            parse, start = pa.csv.ParseOptions(delimiter=separator), pa.csv.ReadOptions(skip_rows=num_hints)
+            names = pa.csv.open_csv(file, start, parse).schema.names
             file.seek(0)
             # All columns are read as text: as a number, the id 00012 would become 12.
             convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
-            return pa.csv.read_csv(file, parse_options=parse, convert_options=convert), notes
+            return pa.csv.read_csv(file, start, parse, convert), notes
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         if isinstance(error, UnicodeDecodeError) or "UTF8" in str(error):
             raise not_utf_8(uri) from error
         raise UserError(f"{uri}: the manifest cannot be read ({reason(error)})") from error
 
 
-def _separator(name: str, head: bytes) -> tuple[str, tuple[str, ...]]:
+def _separator(name: str, lines: Sequence[bytes]) -> tuple[str, tuple[str, ...]]:
     """The separator of the columns, and a note if the suffix says another one.
 
     The suffix is wrong where it would make the header one column and another separator makes several.
     """
     own = "\t" if name.lower().endswith(".tsv") else ","
-    header = next(iter(head.splitlines()), b"").decode(errors="replace")
+    header = next(iter(lines), b"").decode(errors="replace")
     counts = {mark: len(next(csv.reader([header], delimiter=mark), ())) for mark in (own, *SEPARATORS)}
     found = own if counts[own] > 1 else max(counts, key=lambda mark: counts[mark])
     if found == own:

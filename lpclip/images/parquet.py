@@ -195,13 +195,6 @@ def _label_names(listing: Listing, schemas: Sequence[pa.Schema], column: str) ->
     if is_text(dtype):
         words = _read_column(listing, column).cast(pa.string()).unique().drop_null()
         return tuple(sorted(words.to_pylist()))
-    if not pa.types.is_integer(dtype):
-        try:
-            label_indices(_read_column(listing, column), None)
-        except pa.ArrowException as error:
-            raise UserError(
-                f"{listing.name}: column {column!r} is no column of labels: {reason(error)}"
-            ) from error
     names = {_names_in_metadata(schema, column) for schema in schemas}
     if len(names) > 1:
         raise UserError(f"{listing.name}: the files disagree on the names of the classes")
@@ -211,10 +204,14 @@ def _label_names(listing: Listing, schemas: Sequence[pa.Schema], column: str) ->
 def _labels_there(
     listing: Listing, column: str, names: tuple[str, ...] | None, chosen: np.ndarray | None
 ) -> tuple[int, ...]:
-    """The different labels of the chosen rows, as the reader tells them."""
-    values = _read_column(listing, column)
-    values = (values if chosen is None else values.take(pa.array(chosen))).unique()
-    return different(label_indices(pa.chunked_array([values]), names).to_pylist())
+    """The different labels of the chosen rows, as the reader tells them. Raises UserError when they are no labels."""
+    try:
+        labels = label_indices(_read_column(listing, column), names)
+    except pa.ArrowException as error:
+        raise UserError(
+            f"{listing.name}: column {column!r} is no column of labels: {reason(error)}"
+        ) from error
+    return different((labels if chosen is None else labels.take(pa.array(chosen))).unique().to_pylist())
 
 
 def _names_in_metadata(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
