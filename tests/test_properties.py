@@ -1,4 +1,4 @@
-"""What holds for any members of folders, tars, Parquet and manifests: counts add up, equal bytes have equal features."""
+"""What holds for any folders, tars, Parquet and manifests: counts add up, and equal bytes have equal features."""
 
 from __future__ import annotations
 
