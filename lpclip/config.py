@@ -211,7 +211,7 @@ class SelfTrainingConfig:
 
     solver: Literal["gaussian", "gradient"] = "gaussian"
     """Solver that fits the probe in each round. gaussian computes it in closed form from class means and one
-    covariance; gradient trains it step by step, with LP-CLIP's loss (reconstructed). All else is the same."""
+    covariance; gradient trains it step by step, with LP-CLIP's loss (reconstructed)."""
     rounds: int = 20
     """Maximum number of rounds. They end earlier once fewer than 0.2% of the labels change."""
     temperature: float | None = None
@@ -225,8 +225,8 @@ class SelfTrainingConfig:
     are far from equal shares even with weak."""
     present: str = "auto"
     """Class names that the rounds use: all, or those that have images, comma-separated or in a text file as for
-    --classes. auto leaves out names that have no images, as far as zero-shot and trial rounds can tell, if two fifths
-    of the names are without (only with --prior auto; trials of a sweep use all). The probe still knows the names
+    --classes. auto leaves out names that have no images, as far as zero-shot and trial rounds can tell, if at least two
+    fifths of the names are without (only with --prior auto; trials of a sweep use all). The probe still knows the names
     left out, and takes one for an image that is much like it."""
     neighbours: int | None = None
     """Number of nearest neighbours whose labels influence each pseudo-label; 0 turns this off. The default is half

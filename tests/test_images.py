@@ -184,8 +184,21 @@ class TestFolder:
         source = open_source(str(tmp_path), config=CONFIG)
         assert source.label_names is None
         (note,) = source.notes
-        assert note.startswith("labels: the names of 2 files have a \\ in them, as photos\\cat\\1.png does")
+        assert note == (
+            "labels: a \\ in the name of a file makes no folder, and so no label; there is one in "
+            "photos\\cat\\1.png and in 1 more"
+        )
         assert len(by_id(source)) == 3
+
+    def test_images_beside_the_folders_that_are_labels_are_told_of(self, tmp_path: Path) -> None:
+        for name in ("pets/cat/1.png", "pets/cow/1.png", "dog/1.png", "dog/2.png"):
+            write(tmp_path / name, png(0))
+        source = open_source([f"{tmp_path}/dog", f"{tmp_path}/pets"], config=CONFIG)
+        assert source.label_names == ("cat", "cow")
+        assert source.notes == (
+            "labels: 2 of 4 images have none, because they lie right in a folder that is named, as dog/1.png does",
+        )
+        assert open_source(f"{tmp_path}/dog", config=CONFIG).notes == ()
 
     def test_a_list_beside_the_images_is_told_of(self, tmp_path: Path) -> None:
         write(tmp_path / "1.png", png(0))

@@ -116,7 +116,7 @@ def open_folder(listing: Listing, *, config: SourceConfig, limit: int | None, te
         config=config,
         labels_there=different(work["labels"] or ()),
         left_out=beyond_limit(len(images), len(chosen)),
-        notes=(*_without_images(listing, names), *_flattened(images)),
+        notes=(*_without_images(listing, names), *_unlabelled(images, names), *_flattened(images)),
     )
 
 
@@ -138,14 +138,25 @@ def _without_images(listing: Listing, names: Sequence[str]) -> tuple[str, ...]:
     )
 
 
+def _unlabelled(images: Sequence[File], names: Sequence[str]) -> tuple[str, ...]:
+    """A note on images beside the folders that are labels, such as those of a folder that is named by itself."""
+    alone = [file.path for file in images if not _folder(file)]
+    if not alone or not names:
+        return ()
+    return (
+        f"labels: {len(alone):,} of {len(images):,} images have none, because they lie right in a folder that is "
+        f"named, as {alone[0]} does",
+    )
+
+
 def _flattened(images: Sequence[File]) -> tuple[str, ...]:
     """A note on names that hold the folders of an archive: unpacking what Windows packed may leave them so."""
     names = [file.path for file in images if "\\" in file.path]
     if not names:
         return ()
     return (
-        f"labels: the names of {len(names):,} files have a \\ in them, as {names[0]} does, and not /: these are no "
-        "folders, so that they are no labels",
+        f"labels: a \\ in the name of a file makes no folder, and so no label; there is one in {names[0]}"
+        + (f" and in {len(names) - 1:,} more" if len(names) > 1 else ""),
     )
 
 

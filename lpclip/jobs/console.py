@@ -188,8 +188,9 @@ def print_result(
         before, after = summary["zero_shot"]["accuracy"], summary["probe"]["accuracy"]
         if after < before:
             print(
-                f"\nThe probe is {100 * (before - after):.1f} points below zero-shot here: use OUT/zero_shot instead, "
-                "or more images, or give the shares of the classes (--prior)."
+                f"\nThe probe is {100 * (before - after):.1f} points below zero-shot here: use "
+                f"{shown(files.join(out, 'zero_shot'))} instead, or more images. --prior auto and --present auto, the "
+                "defaults, are the most careful; where they went wrong, give the true shares of the classes (--prior)."
             )
     print()
     print_places(out, run, probe="probe", pictures="figures", summary="summary.json")

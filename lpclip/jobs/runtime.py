@@ -89,9 +89,10 @@ def claim(out: str, identity: dict[str, Any], *, mark: bool = True, shared: str 
     compared = {*found, *identity} if mark else set(identity)
     changed = sorted(k for k in compared if found.get(k) != identity.get(k))
     if changed:
+        folder = files.join(out, shared)
+        hint = f". --{shared} {folder} shares the {shared}" if files.exists(folder) else ""
         raise UserError(
-            f"{out} holds the results of other work (it differs in {', '.join(changed)}); choose another --out. "
-            f"--{shared} {files.join(out, shared)} shares the {shared}"
+            f"{out} holds the results of other work (it differs in {', '.join(changed)}); choose another --out{hint}"
         )
 
 

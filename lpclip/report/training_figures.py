@@ -149,7 +149,7 @@ def rounds_figure(rounds: Sequence[Mapping[str, Any]], *, with_last_student: boo
 
 
 LINES = {
-    "accuracy": ("accuracy", COLOURS["probe"]),
+    "accuracy": ("accuracy on labelled images", COLOURS["probe"]),
     "mean_confidence": ("mean confidence", COLOURS["supervised"]),
     "coverage": ("coverage: share of images kept", MORE_COLOURS[0]),
     "flip_rate": ("share of labels that changed", MORE_COLOURS[1]),
