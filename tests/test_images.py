@@ -452,7 +452,7 @@ class TestPatterns:
         write(tmp_path / "00000" / "0.jpg", png(1))
         assert by_id(open_source(str(tmp_path), config=CONFIG)).keys() == {"00000/0.jpg"}
         write_parquet(tmp_path / "00001.parquet", {"jpg": [png(1)], **about})
-        with pytest.raises(UserError, match=r"different kinds .* by a pattern"):
+        with pytest.raises(UserError, match=r"different kinds: .* by a pattern"):
             open_source(str(tmp_path), config=CONFIG)
 
     def test_a_folder_without_images_is_no_label_and_a_note_says_so(self, tmp_path: Path) -> None:
@@ -873,7 +873,7 @@ class TestBadInput:
         assert "unknown kind of file" in self.message(tmp_path / "a.txt")
         write(tmp_path / "a.jpg", png(0))
         write_parquet(tmp_path / "a.parquet", {"image": [png(0)]})
-        assert "different kinds (folder, parquet)" in self.message(tmp_path)
+        assert "different kinds: 1 images (a.jpg), 1 Parquet (a.parquet); move the" in self.message(tmp_path)
 
     @pytest.mark.parametrize(
         ("name", "remedy"),

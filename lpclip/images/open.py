@@ -233,13 +233,13 @@ def _kind_of_folder(values: Sequence[_Value], listing: Listing, config: SourceCo
         if not any(map(partial(has_image_bytes, listing.root, config=config), files)):
             kinds.remove("parquet")
     if len(kinds) > 1:
+        there = {kind: [f.path for f in listing.files if _kind(f.path) == kind] for kind in kinds}
+        listed = ", ".join(f"{len(paths):,} {WORDS[kind]} ({paths[0]})" for kind, paths in there.items())
         advice = "name those of one kind"
         if len(values) == 1:
-            first = next(file.path for file in listing.files if _kind(file.path) == kinds[-1])
-            advice = (
-                "name one of them, or those of one kind by a pattern, as in "
-                f"'{told.rstrip('/')}/*{Path(first).suffix}'"
-            )
+            suffix = Path(there[max(kinds, key=lambda kind: len(there[kind]))][0]).suffix
+            pattern = f"{told.rstrip('/')}/*{suffix}"
+            advice = f"move the others away, or name those of one kind by a pattern, as in '{pattern}'"
         where = "the folder holds" if len(values) == 1 else "these are"
-        raise UserError(f"{told}: {where} files of different kinds ({', '.join(kinds)}); {advice}")
+        raise UserError(f"{told}: {where} files of different kinds: {listed}; {advice}")
     return kinds[0]
