@@ -639,7 +639,7 @@ def test_labels_outside_the_class_list_are_refused_and_nothing_is_lost(
         monkeypatch,
         capsys,
     )
-    assert "labelled are not in the class list (2)" in message
+    assert "labelled is not in the class list (2)" in message
     message = refusal(
         f"selftrain.py --data {lake}/labelled.parquet --eval-data {photos} --classes apple,pear,plum {shared} "
         f"--out {work}/three",
@@ -668,7 +668,7 @@ def test_a_label_that_is_no_class_stops_the_job_before_any_work(
     table = pq.read_table(lake / "labelled.parquet")
     pq.write_table(table.filter(pa.compute.less(table["label"], 2)), two := tmp_path / "two.parquet")
     command = f"selftrain.py {flags.format(lake=lake, two=two)} --classes apple,pear --out {tmp_path}/out"
-    assert "labelled are not in the class list (2)" in refusal(command, monkeypatch, capsys)
+    assert "labelled is not in the class list (2)" in refusal(command, monkeypatch, capsys)
     assert not list(tmp_path.glob("out/*"))
 
 
