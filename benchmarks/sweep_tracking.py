@@ -1,4 +1,4 @@
-"""What an MLflow server costs a sweep: the same trials with their runs on a server and in a file.
+"""Time the same sweep with an MLflow server and with an SQLite file.
 
     python benchmarks/sweep_tracking.py                                  # 500 trials over 300 pictures, made here
     python benchmarks/sweep_tracking.py --data runs/a/features/photos-0123 --trials 100 --times 3

@@ -1,4 +1,4 @@
-"""What a pipeline does at this time: images a second, and how many processes decode and encode."""
+"""The pulse of a running pipeline: its rate, and how many of its processes are at work."""
 
 from __future__ import annotations
 
@@ -39,9 +39,8 @@ class PulseTaker:
         seconds = now - self._time
         if images <= self._images:
             return
-        before = self._at_work
         # A pipeline that was begun again counts from 0.
-        since = {stage: total - min(before.get(stage, 0.0), total) for stage, total in at_work.items()}
+        since = {stage: total - min(self._at_work.get(stage, 0.0), total) for stage, total in at_work.items()}
         self._tell(
             Pulse(
                 images=images,

@@ -11,10 +11,10 @@ from PIL import Image, ImageFilter
 
 DAMAGES = ("speckle", "blur", "splashes")
 
-# By severity, 1 to 5.
+# Each has a row for each severity, 1 to 5: standard deviations of the noise, and of the blur in pixels.
 _NOISE = (0.15, 0.2, 0.35, 0.45, 0.6)
 _SIGMA = (1, 2, 3, 4, 6)
-# Share of standard deviations above which there is a splash, its size in pixels, its colour and how much of it covers.
+# A splash is where smooth noise exceeds so many standard deviations; its size in pixels, its colour, its opacity.
 _SPLASHES = (
     (1.9, 12, (175, 238, 238), 0.6),
     (1.1, 9, (175, 238, 238), 0.6),
@@ -49,12 +49,12 @@ def _splashes(
     threshold: float,
     size: int,
     colour: tuple[int, int, int],
-    cover: float,
+    opacity: float,
     rng: np.random.Generator,
 ) -> Image.Image:
     """Drops of a colour wherever smooth noise is high, with soft edges."""
     grid = (view.width // size + 2, view.height // size + 2)
     noise = Image.fromarray(rng.standard_normal(grid[::-1], dtype=np.float32))
     field = np.asarray(noise.resize(view.size, Image.Resampling.BICUBIC))
-    mask = np.clip((field - threshold) * (4 * 255 * cover), 0, 255 * cover).astype(np.uint8)
+    mask = np.clip((field - threshold) * (4 * 255 * opacity), 0, 255 * opacity).astype(np.uint8)
     return Image.composite(Image.new("RGB", view.size, colour), view, Image.fromarray(mask))

@@ -60,22 +60,10 @@ def open_manifest(
     (file,) = listing.files
     table, notes = _read_manifest(under(listing.root, file.path))
     names = table.column_names
-    image_column = pick_column(config.image_column, IMAGE_COLUMNS, names, what=file.path)
+    image_column, image_array = _path_column(table, config.image_column, what=file.path)
     id_column = pick_column(config.id_column, ID_COLUMNS, names, what=file.path)
     label_column = pick_column(config.label_column, LABEL_COLUMNS, names, what=file.path)
-    if image_column is None:
-        is_headless = any(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
-        raise UserError(
-            f"{file.path}: no column of URIs or paths; there are {', '.join(names)} (--image-column)"
-            + ("; it has no first line with the names of the columns" if is_headless else "")
-        )
-    image_array = as_strings(table[image_column], name=image_column, what=file.path)
     paths = image_array.fill_null("").to_pylist()
-    if any(embedded(path) is not None for path in paths[:1]):
-        raise UserError(
-            f"{file.path}: column {image_column!r} holds images in base64, and not their paths: write it as Parquet, "
-            "where this is read"
-        )
     id_array = as_strings(table[id_column], name=id_column, what=file.path) if id_column else image_array
     if config.id_column != "":
         refuse_duplicates(id_array, what=file.path)
@@ -119,6 +107,25 @@ def open_manifest(
         left_out=beyond_limit(len(ids), len(chosen)),
         notes=notes,
     )
+
+
+def _path_column(table: pa.Table, wanted: str | None, *, what: str) -> tuple[str, pa.ChunkedArray]:
+    """The name of the column of URIs or paths, and its values. Raises UserError when there is none."""
+    names = table.column_names
+    name = pick_column(wanted, IMAGE_COLUMNS, names, what=what)
+    if name is None:
+        is_headless = any(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
+        raise UserError(
+            f"{what}: no column of URIs or paths; there are {', '.join(names)} (--image-column)"
+            + ("; it has no first line with the names of the columns" if is_headless else "")
+        )
+    column = as_strings(table[name], name=name, what=what)
+    if any(embedded(path or "") is not None for path in column[:1].to_pylist()):
+        raise UserError(
+            f"{what}: column {name!r} holds images in base64, and not their paths: write it as Parquet, where this is "
+            "read"
+        )
+    return name, column
 
 
 def _refused(paths: Sequence[str], schemes: Sequence[str], root: str, name: str) -> tuple[str, ...]:

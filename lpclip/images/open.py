@@ -64,11 +64,11 @@ REMEDIES = {
         ".tfrecord",
     ): "write the images as files, or to Parquet",
 }
-"""What to do with files that hold images or tell of them, but are not read."""
+"""Advice by suffix, for files that hold or list images in a form that is not read."""
 
 
 class _Value(NamedTuple):
-    """What one of the values of --data names."""
+    """One of the values of --data, with the files that it names."""
 
     text: str
     listing: Listing

@@ -190,7 +190,7 @@ def choose(ids: Sequence[str], limit: int | None) -> list[int]:
 
 
 def beyond_limit(count: int, chosen: int) -> dict[str, int]:
-    """What --limit leaves out of `count` rows, as a source tells it."""
+    """The entry of `Source.left_out` for a limit that keeps `chosen` of `count` rows."""
     return {"beyond --limit": count - chosen} if count > chosen else {}
 
 

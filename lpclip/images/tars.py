@@ -298,7 +298,7 @@ def _first_images(listing: Listing, reader: TarReader, limit: int) -> Iterator[d
 
 
 def _first_labels(listing: Listing) -> list[str]:
-    """What the .cls files of the first sample hold."""
+    """The labels in the .cls files of the first sample, as text."""
     with contextlib.suppress(*TAR_ERRORS), open_tar(listing.root, listing.files[0].path) as tar:
 
         def read(info: tarfile.TarInfo, extension: str) -> bytes | Exception:

@@ -1,4 +1,4 @@
-"""What became of the images of a source: one line in which the numbers add up, and the end of a job with --strict."""
+"""The line that counts the images of a source, and the end of a job with --strict."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lpclip.features.data import Data
 from lpclip.features.store import Manifest, Store
 
 STAGES = {"read": "unreadable", "decode": "undecodable", "encode": "without a feature"}
-"""What a quarantined image is, by the stage that failed."""
+"""Words for a quarantined image, by the stage that failed."""
 
 
 def count_line(data: Data, store: Store) -> str:
-    """What was found, left out, read, quarantined, encoded and labelled, as far as it is known.
+    """One line: how many images were found, left out, read, quarantined, encoded and labelled, as far as that is known.
 
     Found is what was left out and what was read; read is what was quarantined and what was encoded.
     """

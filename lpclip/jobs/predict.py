@@ -45,7 +45,7 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
     with output_folder(folder) as held, contextlib.ExitStack() as stack:
         print_plan(data, None, info=info, views=",".join(map(str, views)), out=job.out)
         watch.lap("start")
-        # OUT of this job is a file.
+        # The key of the run: the same command finds it again, from whatever folder it is given.
         track = partial(
             job_run, "predict", job, out=files.absolute(job.out), encoder=info.name, data=data.name
         )
