@@ -191,8 +191,8 @@ def measure(endpoint: str, *, num_parts: int, num_rows: int, dim: int) -> list[d
     step("finish, parts known", lambda: writer.finish(num_units=num_parts, rate=None, known=known))
     step("finish, parts of an earlier run", lambda: writer.finish(num_units=num_parts, rate=None))
     store = step("open", lambda: Store.open(path))
-    ids, _ = step("ids and labels", store.ids_and_labels)
-    features = step("features", lambda: store.features(with_labels=False))
+    features = step("ids, labels and features", store.features)
+    ids, _ = step("ids and labels, without features", Store.open(path).ids_and_labels)
     assert len(ids) == len(features.base) == num_parts * num_rows
     return rows
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,6 +36,8 @@ CHECKSUMS = b"checksums"
 SOUND = b"2"
 """Its value where all features had unit norm when they were written; it was 1 before they were looked at."""
 NORM_TOLERANCE = 0.01
+# With fewer the move takes longer, with more the copy is larger.
+COLUMNS_AT_ONCE = 64
 _ENCODE_AGAIN = "run the command that made the store again, it encodes the images of this part alone"
 _MEND_PART = f"remove this file and {_ENCODE_AGAIN}"
 
@@ -192,14 +194,15 @@ class Store:
 
     def ids(self) -> np.ndarray:
         """Ids (N,) object, each a str."""
-        ids = self._read_rows(with_labels=False)[0]
-        return ids[self._row_order()]
+        order = self._row_order()
+        assert self._ids is not None
+        return self._ids[order]
 
     def ids_and_labels(self) -> tuple[np.ndarray, np.ndarray]:
         """Ids (N,) object, each a str, and labels (N,) int32, -1 for none, read in one pass."""
-        ids, labels = self._read_rows(with_labels=True)
-        order = self._row_order()
-        return ids[order], labels[order]
+        deque(self._pass([], with_labels=True), maxlen=0)
+        assert self._labels is not None
+        return self.ids(), self._labels[self._row_order()]
 
     def has_labels(self) -> bool:
         """Say whether any row is labelled."""
@@ -210,13 +213,7 @@ class Store:
 
     def mean(self, *views: str) -> np.ndarray:
         """Unit-norm mean of these views, (N, d) float16; of one view, the view itself."""
-        place, dim, start = np.argsort(self._row_order()), self.manifest.dim, 0
-        found = np.empty((len(place), dim), np.float16)
-        for table in self.tables(list(views)):
-            rows = place[start : start + len(table)]
-            found[rows] = mean_view([matrix(table, view, dim) for view in views])
-            start += len(table)
-        return found
+        return self._load({"mean": views}, with_labels=False)["mean"]
 
     def share(self, worker: int, *, num_workers: int) -> Store:
         """One worker's share of the parts, as a store; its manifest still counts all rows."""
@@ -224,25 +221,18 @@ class Store:
         return Store(self.path, replace(self.manifest, parts=parts))
 
     def features(self, *, views: tuple[str, ...] | None = None, with_labels: bool = True) -> Features:
-        """All features. `views` names the further views to load, by default all of them."""
+        """All features, in one pass. `views` names the further views to load, by default all of them."""
         stored = self.manifest.views
         strong = tuple(v for v in stored if v not in BASE_VIEWS) if views is None else views
         base = tuple(v for v in stored if v in BASE_VIEWS)
-        ids, labels = self._read_rows(with_labels=with_labels)
-        order, dim, start = self._row_order(), self.manifest.dim, 0
-        place = np.argsort(order)
-        arrays = {v: np.empty((len(ids), dim), np.float16) for v in ("base", *strong)}
-        for table in self.tables([*base, *strong]):
-            rows = place[start : start + len(table)]
-            start += len(table)
-            arrays["base"][rows] = mean_view([matrix(table, v, dim) for v in base])
-            for view in strong:
-                arrays[view][rows] = matrix(table, view, dim)
+        loaded = self._load({"base": base} | {v: (v,) for v in strong}, with_labels=with_labels)
+        ids = self.ids()
+        none = np.full(len(ids), -1, np.int32)
         return Features(
-            ids=ids[order],
-            labels=labels[order],
-            base=arrays["base"],
-            strong={v: arrays[v] for v in strong},
+            ids=ids,
+            labels=self.ids_and_labels()[1] if with_labels else none,
+            base=loaded.pop("base"),
+            strong=loaded,
             num_rows=len(ids),
             origin={
                 "identity": self.manifest.identity["encoder"],
@@ -251,30 +241,42 @@ class Store:
             },
         )
 
-    def _row_order(self) -> np.ndarray:
-        if self._order is None:
-            self._read_rows(with_labels=False)
-        assert self._order is not None
-        return self._order
+    def _load(self, means: dict[str, tuple[str, ...]], *, with_labels: bool) -> dict[str, np.ndarray]:
+        """Means of some views, each (N, d) float16 in row order, by the keys of `means`."""
+        dim, stop = self.manifest.dim, 0
+        # A share of a store has fewer rows than its manifest says: what nothing is written to takes no memory.
+        arrays = {key: np.empty((self.manifest.num_rows, dim), np.float16) for key in means}
+        for table in self._pass(
+            [view for views in means.values() for view in views], with_labels=with_labels
+        ):
+            start, stop = stop, stop + len(table)
+            for key, views in means.items():
+                arrays[key][start:stop] = mean_view([matrix(table, view, dim) for view in views])
+        order = self._row_order()
+        return {key: _permuted(array[:stop], order) for key, array in arrays.items()}
 
-    def _read_rows(self, *, with_labels: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and labels in the order of the parts, labels -1 where none are read. Each is read once."""
+    def _pass(self, columns: list[str], *, with_labels: bool) -> Iterator[pa.Table]:
+        """These columns of each part. Ids, and labels where they are wanted, are read on the way and kept."""
         missing = ["id"] * (self._ids is None) + ["label"] * (with_labels and self._labels is None)
         ids: list[str] = []
         labels = [np.empty(0, np.int32)]
-        for table in self.tables(missing) if missing else ():
+        for table in self.tables([*missing, *columns]) if missing or columns else ():
             if "id" in missing:
                 ids += table["id"].to_pylist()
             if "label" in missing:
                 labels.append(table["label"].combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False))
-        if self._ids is None:
+            yield table
+        if "id" in missing:
             self._ids = np.array(ids, dtype=object)
             self._order = row_order(self._ids)
         if "label" in missing:
             self._labels = np.concatenate(labels)
-        if with_labels and self._labels is not None:
-            return self._ids, self._labels
-        return self._ids, np.full(len(self._ids), -1, np.int32)
+
+    def _row_order(self) -> np.ndarray:
+        if self._order is None:
+            deque(self._pass([], with_labels=False), maxlen=0)
+        assert self._order is not None
+        return self._order
 
 
 def row_order(ids: np.ndarray) -> np.ndarray:
@@ -340,6 +342,13 @@ def mean_view(views: list[np.ndarray]) -> np.ndarray:
         return views[0]
     mean = np.sum([v.astype(np.float32) for v in views], axis=0)
     return (mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-6)).astype(np.float16)
+
+
+def _permuted(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Rows (N, d) in another order, moved in place a few columns at a time: a copy of all would double the memory."""
+    for start in range(0, rows.shape[1], COLUMNS_AT_ONCE):
+        rows[:, start : start + COLUMNS_AT_ONCE] = rows[order, start : start + COLUMNS_AT_ONCE]
+    return rows
 
 
 def matrix(table: pa.Table, view: str, dim: int) -> np.ndarray:
