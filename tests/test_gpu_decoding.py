@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import pyvips
 import torch
 from PIL import ExifTags, Image, ImageOps
 
@@ -122,6 +123,7 @@ def test_images_are_resized_as_pillow_resizes_them(
         jpeg(picture(), keep_rgb=True),
         jpeg(picture(), orientation=9),
         jpeg(Image.new("RGB", (4200, 4000))),
+        jpeg(picture(), icc_profile=pyvips.Image.profile_load("p3")),
     ],
     ids=str,
 )
@@ -132,6 +134,7 @@ def test_what_is_not_ordinary_is_left_to_pillow(data: bytes) -> None:
 def test_limits_hold_before_anything_is_decoded() -> None:
     data = jpeg(picture())
     assert header_of(data).area == 60 * 40 < MAX_AREA
+    assert header_of(jpeg(picture(), icc_profile=pyvips.Image.profile_load("srgb"))).area == 60 * 40
     assert header_of(data, max_pixels=60 * 40 - 1) is None
     assert header_of(data, max_bytes=len(data) - 1) is None
     assert header_of(jpeg(picture().convert("L"))) is not None

@@ -18,8 +18,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from lpclip.config import UserError
 from lpclip.images.damage import DAMAGES, damage
-from lpclip.images.pixels import NO_DATA, PNG_METADATA, Preprocess, decode_image
+from lpclip.images.pixels import PNG_METADATA, Preprocess, decode_image
 from lpclip.images.render import corrupt, render, strong_view, view_seed, weak_view
+from lpclip.images.tiffs import NO_DATA
 from lpclip.images.views import CORRUPTIONS, WEAK, View, base_views, parse_views, pixel_views
 
 LIMITS = {"max_pixels": 10_000_000, "max_bytes": 10_000_000}

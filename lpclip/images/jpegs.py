@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from PIL import ExifTags, Image
 
+from lpclip.images.colours import is_in_srgb
 from lpclip.images.pixels import JPEG_END, JPEG_START
 from lpclip.images.render import MAX_ASPECT
 
@@ -36,7 +37,9 @@ def ordinary_jpeg(data: bytes, *, max_pixels: int, max_bytes: int) -> JpegHeader
             width, height = image.size
             # Pillow has found other pictures, or a depth map, behind the first one.
             is_single = image.format == "JPEG"
-            is_plain = image.mode in ("L", "RGB") and image.info.get("adobe_transform", 1) == 1
+            is_plain = (
+                image.mode in ("L", "RGB") and image.info.get("adobe_transform", 1) == 1 and is_in_srgb(image)
+            )
             names = tuple(layer[0] for layer in image.layer)  # type: ignore[attr-defined]
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # Headers break in as many ways as images do.

@@ -14,9 +14,11 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from lpclip.config import UserError
+from lpclip.images.colours import Numbers, shows_nothing, to_rgb
+from lpclip.images.tiffs import open_picture
 
 Pixels = NDArray[np.uint8]
 
@@ -31,19 +33,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "JPEG2000", "AVIF
 REDUCING_GAP = 3
 
 
-DECODING_VERSION = 3
+DECODING_VERSION = 4
 """Version of `decode_image`: features of pixels that were decoded in another way are never taken for these."""
 
-WHITES = (1, 255, 1023, 4095, 16383, 65535)
-"""Values that mean white: fractions, and integers of 8 to 16 bits. Files often hold fewer bits than their type."""
-
-ALL_BUT_BLACK = 16
-"""A picture of which no level reaches this one, of 256, shows nothing."""
-
 PNG_START, JPEG_START, JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
-PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
-NO_DATA = 42113
-"""GDAL's tag for the value of TIFF pixels that nothing was measured at."""
+
+JPEG2000_SIZES, JPEG2000_BITS = b"\xff\x4f\xff\x51", 42
+"""How the pixels of a JPEG 2000 begin, and where each three bytes for a channel begin, with its bits less one."""
 
 PNG_METADATA = (
     *(b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"sRGB", b"gAMA", b"cHRM"),
@@ -59,6 +55,7 @@ OTHER_KINDS = (
     (rb"(\xef\xbb\xbf)?\s*<", "a web page, an SVG or another text"),
     (rb".{128}DICM", "DICOM: save it as PNG or TIFF"),
     (rb"%PDF", "a PDF: save its pages as JPEG or PNG"),
+    (rb"\xff\xd8.*?\xff[\xc0-\xcf]\0[\x0b\x11\x14][\x09-\x10]", "a JPEG of more than 8 bits: save it with 8"),
     (rb"II[*+]\0|MM\0[*+]", "a TIFF that is damaged or of a rare kind: save it with 8 bits in RGB"),
 )
 """How files begin that people take for images, and what to say of them."""
@@ -103,33 +100,46 @@ def decode_image(data: bytes, *, max_pixels: int, max_bytes: int, size: int | No
             if image is None:
                 raise
             return image
+    except UserError:
+        raise
     except Image.UnidentifiedImageError as error:
-        kind = next((kind for start, kind in OTHER_KINDS if re.match(start, data, re.DOTALL)), None)
-        raise UserError(f"not an image that can be decoded{f' ({kind})' if kind else ''}") from error
+        raise UserError(f"not an image that can be decoded{_kind(data)}") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"more than {max_pixels} pixels") from error
     except Exception as error:
         # Decoders raise errors of many kinds on broken bytes (SyntaxError, struct.error, MemoryError, ...).
-        raise UserError(str(error) or type(error).__name__) from error
+        raise UserError(f"{str(error) or type(error).__name__}{_kind(data)}") from error
+
+
+def _kind(data: bytes) -> str:
+    kind = next((kind for start, kind in OTHER_KINDS if re.match(start, data, re.DOTALL)), None)
+    return f" ({kind})" if kind else ""
 
 
 def _decode(data: bytes, *, max_pixels: int, size: int | None) -> Image.Image:
-    with _pillow_limits(max_pixels), Image.open(io.BytesIO(data), formats=_formats()) as image:
+    with _pillow_settings(max_pixels), Image.open(io.BytesIO(data), formats=_formats()) as image:
+        numbers = open_picture(image) if isinstance(image, TiffImagePlugin.TiffImageFile) else Numbers()
         width, height = image.size
         if width * height > max_pixels:
             raise UserError(f"{width}x{height}, more than {max_pixels} pixels")
         if size is not None:
             image.draft(None, (REDUCING_GAP * size, REDUCING_GAP * size))
         # Pillow keeps the upper 8 of a colour's 16 bits.
-        is_deep = ";16" in str(image.tile)
-        tags = getattr(image, "tag_v2", {})
-        # Pillow turns such TIFFs round, but not the deep ones.
-        is_negative = tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
+        # In a JPEG 2000, this makes black of white.
+        if image.format == "JPEG2000" and _is_deep_jpeg2000(data, len(image.getbands())):
+            raise UserError("JPEG 2000 with colours of more than 8 bits: save it with 8")
+        is_cut = ";16" in str(image.tile) and len(image.getbands()) > 1
         image.load()
-        rgb = _to_rgb(_upright(image), is_negative=is_negative, no_data=_as_float(tags.get(NO_DATA)))
-    if is_deep and np.asarray(rgb).max() < ALL_BUT_BLACK:
-        raise UserError("16-bit colours of which less than 12 bits are used: save them with 8 bits")
-    return rgb
+        if is_cut and shows_nothing(image):
+            raise UserError("16-bit colours of which less than 12 bits are used: save them with 8 bits")
+        return to_rgb(_upright(image), numbers)
+
+
+def _is_deep_jpeg2000(data: bytes, channels: int) -> bool:
+    """Whether there are several channels, of more than 8 bits."""
+    place = data.find(JPEG2000_SIZES) + JPEG2000_BITS
+    bits = data[place : place + 3 * channels : 3]
+    return channels > 1 and any(number & 0x7F > 7 for number in bits)
 
 
 def _mended(data: bytes, decode: Callable[[bytes], Image.Image]) -> Image.Image | None:
@@ -169,16 +179,20 @@ def _formats() -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _pillow_limits(max_pixels: int) -> Iterator[None]:
+def _pillow_settings(max_pixels: int) -> Iterator[None]:
     # Pillow has its own pixel limit: it warns above the limit and raises above twice the limit.
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = max_pixels
+    # Of uncompressed TIFFs, Pillow's own reader takes planes of 16 bits for planes of 8. libtiff reads them all.
+    tiffs_before = TiffImagePlugin.READ_LIBTIFF
+    TiffImagePlugin.READ_LIBTIFF = True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         Image.MAX_IMAGE_PIXELS = before
+        TiffImagePlugin.READ_LIBTIFF = tiffs_before
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -186,45 +200,6 @@ def _upright(image: Image.Image) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except Exception:  # A broken EXIF block does not matter: the pixels are decoded already.
         return image
-
-
-def _as_float(value: Any) -> float:
-    with contextlib.suppress(TypeError, ValueError):
-        return float(value)
-    return float("nan")
-
-
-def _to_rgb(image: Image.Image, *, is_negative: bool, no_data: float) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        grey = _to_8_bit(np.asarray(image), no_data=no_data)
-        image = Image.fromarray(255 - grey if is_negative else grey)
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        if not rgba.getchannel("A").getbbox():
-            raise UserError(
-                "wholly transparent in its first frame: save it without its alpha channel, if its colours are the "
-                "picture"
-            )
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")
-
-
-def _to_8_bit(grey: NDArray[np.generic], *, no_data: float) -> Pixels:
-    """Grey values (H, W) of any numbers as uint8. What is white follows from the largest one, not from the type.
-
-    White is the smallest of WHITES that holds all values, or the largest value where that would be all but black.
-    Black is 0, or the smallest value where some are negative. Pixels of the value `no_data` are black.
-    """
-    values = grey.astype(np.float32)
-    values[values == np.float32(no_data)] = np.nan
-    finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    low = min(low, 0.0)
-    white = next((white for white in WHITES if white >= high - low), high - low)
-    if (high - low) * 256 < ALL_BUT_BLACK * white:
-        white = high - low
-    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low
-    return np.round(values * (255 / (white or 1))).astype(np.uint8)
 
 
 def preprocess_identity(preprocess: Preprocess) -> dict[str, Any]:
