@@ -160,8 +160,13 @@ def add_suffix(path: str, suffix: str) -> str:
 
 def exists(path: str) -> bool:
     """True when the file or folder is there."""
-    info = _explained("look for", path, lambda filesystem, inner: filesystem.get_file_info(inner))
+    info = _explained("look for", path, lambda filesystem, inner: filesystem.get_file_info(_named(inner)))
     return info.type != fs.FileType.NotFound
+
+
+def _named(path: str) -> bytes:
+    """A path as the system has it, whose names may be no UTF-8: pyarrow's own way there knows UTF-8 alone."""
+    return os.fsencode(path)
 
 
 def list_names(folder: str) -> list[str]:
@@ -187,6 +192,10 @@ def _list(folder: str) -> list[fs.FileInfo]:
 
 def make_folder(folder: str) -> None:
     """Create a folder and its parents; UserError when it cannot be written."""
+    try:
+        folder.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"cannot write to {os.fsencode(folder)!r}: the name is not UTF-8") from error
 
     def make(filesystem: fs.FileSystem, inner: str) -> None:
         filesystem.create_dir(inner, recursive=True)
@@ -337,7 +346,7 @@ def open_input(path: str) -> pa.NativeFile | RemoteFile:
     """A file to be read at any place. Raises what the file system raises, StoreAwayError when it does not answer."""
     filesystem, inner = locate(absolute(path))
     if isinstance(filesystem, fs.LocalFileSystem):
-        return filesystem.open_input_file(inner)
+        return filesystem.open_input_file(_named(inner))
     return RemoteFile(path, filesystem, inner)
 
 

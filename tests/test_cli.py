@@ -116,6 +116,8 @@ def run(job):
         open("photos/missing")
     if job.end == "bug":
         raise KeyError("bug")
+    if job.end == "accent":
+        print("a caf\\xe9")
     if job.end == "unread":
         print("a table", flush=True)
     if job.end == "interrupt":
@@ -152,6 +154,17 @@ def test_how_a_job_ends(end: str, code: int, last_lines: list[str]) -> None:
         command, env={**environment, "LPCLIP_TRACEBACK": "1"}, capture_output=True, text=True, check=False
     )
     assert ("Traceback" in traced.stderr) == (end in ("value", "file", "bug"))
+
+
+def test_a_letter_that_the_terminal_does_not_have_ends_no_job() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", JOB, "--end", "accent"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "a caf\\xe9\n")
 
 
 def test_output_that_nothing_reads_any_more_ends_a_job_in_one_sentence() -> None:
@@ -255,6 +268,34 @@ def test_a_temporary_folder_too_long_for_ray_s_sockets_is_told_in_a_sentence(tmp
         "error: the path of the temporary folder is too long for Ray's sockets: set RAY_TMPDIR (or TMPDIR) to a short "
         "path, such as /tmp\n"
     )
+
+
+def test_a_folder_that_ray_cannot_start_in_is_told_in_a_sentence(tmp_path: Path) -> None:
+    folder = tmp_path / "caf\udce9"
+    folder.mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
+    command = "from lpclip.jobs.cli import run_command; run_command('encode')"
+    done = subprocess.run(
+        [sys.executable, "-c", command, "--data", str(tmp_path), "--out", str(tmp_path / "out")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        rf"error: Ray cannot start in b'{tmp_path}/caf\xe9', whose name is not UTF-8: run the command elsewhere"
+        "\n"
+    )
+
+
+def test_a_name_that_is_not_utf_8_is_no_part_of_a_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse("--data photos caf\udce9", SelftrainJob, monkeypatch)
+    assert r"--data b'caf\xe9': the name is not UTF-8" in capsys.readouterr().err
 
 
 @ray.remote(max_retries=0, num_cpus=0)

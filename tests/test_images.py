@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import pickle
 import re
 import tarfile
@@ -156,12 +155,6 @@ class TestFolder:
         identity = make_identity("folder", listed, config=CONFIG, limit=None)
         assert open_source(str(tmp_path), config=CONFIG).identity == identity
 
-    def test_a_name_that_is_not_utf8_is_refused_in_a_sentence(self, tmp_path: Path) -> None:
-        write(tmp_path / "1.jpg", png(0))
-        Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9.jpg")).write_bytes(png(1))
-        with pytest.raises(UserError, match=r"the file name b'\\xe9.jpg' is not UTF-8"):
-            open_source(str(tmp_path), config=CONFIG)
-
     def test_other_files_are_counted_and_hidden_ones_passed_by(self, tmp_path: Path) -> None:
         for name in ("1.jpg", "2.jpg", "notes.txt", "movie.mp4", ".DS_Store", ".thumbs/1.jpg"):
             write(tmp_path / name, png(0))
@@ -235,6 +228,77 @@ class TestFolder:
         by_uri = open_source((tmp_path / "with space").as_uri(), config=CONFIG)
         assert rows(by_uri) == rows(by_path)
         assert by_uri.identity == by_path.identity
+
+
+NOT_UTF_8 = "caf\udce9"
+"""A name as Python has it from a system whose file names are bytes."""
+
+
+class TestNamesOfBytes:
+    def test_a_name_that_is_not_utf_8_is_read_and_has_an_id_of_its_own(self, tmp_path: Path) -> None:
+        names = (f"{NOT_UTF_8}/{NOT_UTF_8}.png", f"{NOT_UTF_8}/1.png", r"caf\xe9/1.png", "dog/1.png")
+        for n, name in enumerate(names):
+            write(tmp_path / "tree" / name, png(n))
+        tree = str(tmp_path / "tree")
+        for data in (tree, f"{tree}/*", f"file://{tree}", [f"{tree}/dog", tree]):
+            source = open_source(data, config=CONFIG)
+            assert source.label_names == (r"caf\\xe9", r"caf\xe9", "dog")
+            assert {row["image"]: (row["id"], row["label"]) for row in rows(source)} == {
+                png(0): (r"caf\xe9/caf\xe9.png", 1),
+                png(1): (r"caf\xe9/1.png", 1),
+                png(2): (r"caf\\xe9/1.png", 0),
+                png(3): ("dog/1.png", 2),
+            }
+            (note,) = source.notes
+            assert note.endswith(r"there is one in caf\\xe9/1.png")
+        for data in (f"{tree}/{NOT_UTF_8}", f"{tree}/{NOT_UTF_8[:3]}*", f"{tree}/{NOT_UTF_8}/1.png"):
+            assert png(1) in [row["image"] for row in rows(open_source(data, config=CONFIG))]
+
+    @pytest.mark.parametrize("suffix", [".parquet", ".tar", ".csv"])
+    def test_it_may_be_the_name_of_a_file_of_images(self, tmp_path: Path, suffix: str) -> None:
+        path = tmp_path / f"{NOT_UTF_8}{suffix}"
+        if suffix == ".parquet":
+            write_parquet(tmp_path / "x.parquet", {"image": [png(1)]}).rename(path)
+        elif suffix == ".tar":
+            write_tar(path, [("1.png", png(1))])
+        else:
+            write(path, "path\n1.png\n")
+            write(tmp_path / "1.png", png(1))
+        (row,) = rows(open_source(str(path), config=CONFIG))
+        assert row["image"] == png(1)
+
+    def test_it_may_be_the_name_of_a_member_of_a_tar(self, tmp_path: Path) -> None:
+        names = (NOT_UTF_8, r"caf\xe9", "caf\udce8")
+        path = write_tar(tmp_path / "x.tar", [(f"{name}.png", png(n)) for n, name in enumerate(names)])
+        assert {name: row["image"] for name, row in by_id(open_source(str(path), config=CONFIG)).items()} == {
+            r"x.tar/caf\xe9": png(0),
+            r"x.tar/caf\\xe9": png(1),
+            r"x.tar/caf\xe8": png(2),
+        }
+
+    @pytest.mark.parametrize("limit", [None, 2])
+    def test_columns_of_parquet_may_hold_such_bytes(self, tmp_path: Path, limit: int | None) -> None:
+        values = pa.array([b"caf\xe9", b"dog"], pa.binary())
+        write(tmp_path / f"{NOT_UTF_8}.png", png(0))
+        write(tmp_path / "dog.png", png(1))
+        texts = pa.Array.from_buffers(pa.string(), 2, values.buffers())
+        paths = pa.array([b"caf\xe9.png", b"dog.png"], pa.binary())
+        columns = {"path": pa.Array.from_buffers(pa.string(), 2, paths.buffers()), "label": texts}
+        for ids in (texts, values):
+            path = write_parquet(tmp_path / "x.parquet", {"id": ids, **columns})
+            source = open_source(str(path), config=CONFIG, limit=limit)
+            assert source.label_names == (r"caf\xe9", "dog")
+            expected = [(r"caf\xe9", png(0), 0), ("dog", png(1), 1)]
+            assert [(row["id"], row["image"], row["label"]) for row in rows(source)] == expected
+            assert source.examples(2) == {r"caf\xe9": r"caf\xe9", "dog": "dog"}
+
+    def test_pythons_json_of_such_names_is_read(self, tmp_path: Path) -> None:
+        write(tmp_path / f"{NOT_UTF_8}.png", png(0))
+        write(tmp_path / "\N{SKULL}\\udce9.png", png(1))
+        names = [f"{NOT_UTF_8}.png", "\N{SKULL}\\udce9.png"]
+        path = write(tmp_path / "x.jsonl", "\n".join(json.dumps({"path": name}) for name in names))
+        read = rows(open_source(str(path), config=CONFIG))
+        assert [(row["id"], row["image"]) for row in read] == [(r"caf\xe9.png", png(0)), (names[1], png(1))]
 
 
 class TestIdentity:
@@ -553,7 +617,7 @@ class TestWebDataset:
     def test_what_is_no_sample_is_told(self, tmp_path: Path) -> None:
         members = [
             *[("1.jpg", png(1)), ("2.jpg", bytes(2000)), ("3.txt", b"text"), ("1.jpg", png(4))],
-            *[("5.jpg", png(5)), ("5.jpg", png(6))],
+            *[("5.jpg", png(5)), ("5.jpg", png(6)), ("3.txt", b"text")],
         ]
         path = write_tar(tmp_path / "x.tar", members)
         read = rows(open_source(str(path), config=SourceConfig(max_bytes=1000)))
@@ -561,9 +625,10 @@ class TestWebDataset:
             ("x.tar/1", None),
             ("x.tar/2", "2000 bytes, more than 1000"),
             ("x.tar/3", "no image in txt"),
-            ("x.tar/1", "duplicate id"),
+            ("x.tar/1//2", "duplicate id"),
             ("x.tar/5", None),
-            ("x.tar/5", "duplicate id"),
+            ("x.tar/5//2", "duplicate id"),
+            ("x.tar/3//2", "no image in txt"),
         ]
         assert read[4]["image"] == png(5)
 

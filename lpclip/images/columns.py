@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lpclip.config import UserError
+from lpclip.images.names import escaped_bytes
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "bytes", "uri", "url", "path", "filepath", "file_name")
 ID_COLUMNS = ("id",)
@@ -50,11 +51,29 @@ def plain_name(name: str) -> str:
 def as_strings(column: pa.ChunkedArray, *, name: str, what: str) -> pa.ChunkedArray:
     """A column as strings. Raises UserError when its values are lists or structs."""
     try:
-        return column.cast(pa.string())
+        return utf_8(column)
     except pa.ArrowException as error:
         raise UserError(
             f"{what}: column {name!r} holds {column.type}, and not single texts or numbers"
         ) from error
+
+
+def utf_8(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column as strings; of texts and bytes that are not UTF-8, the wrong bytes are escaped.
+
+    Raises ArrowException when its values are lists or structs.
+    """
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    try:
+        texts = column.cast(pa.string())
+        texts.validate(full=True)  # Parquet's reader takes any bytes for text
+        return texts
+    except pa.ArrowInvalid:
+        values = column.cast(pa.binary()).to_pylist()
+        return pa.chunked_array(
+            [pa.array([None if value is None else escaped_bytes(value) for value in values], pa.string())]
+        )
 
 
 def refuse_duplicates(ids: pa.Array | pa.ChunkedArray, *, what: str) -> None:
@@ -89,8 +108,7 @@ def text_column(texts: Texts | None, schema: pa.Schema, *, what: str) -> str | N
 
 def as_texts(column: pa.ChunkedArray) -> list[list[str]]:
     """The texts of each row of a column of texts or of lists of texts, without nulls."""
-    cells = column.to_pylist()
-    lists = cells if _is_list(column.type) else [[cell] for cell in cells]
+    lists = column.to_pylist() if _is_list(column.type) else [[cell] for cell in utf_8(column).to_pylist()]
     return [[text for text in texts or () if text is not None] for texts in lists]
 
 

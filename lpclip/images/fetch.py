@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from lpclip import files
 from lpclip.config import StoreAwayError, UserError
+from lpclip.images.names import unescaped
 
 RETRY_SECONDS = (0.2, 0.8)
 # Servers such as Wikimedia's answer no program that hides behind its library's name.
@@ -33,12 +34,20 @@ T = TypeVar("T")
 def under(root: str, path: str) -> str:
     """A path below `root`, which may be a URI with options. Absolute paths and URIs stay as they are.
 
-    Lists from Windows have \\ between folders; here, it may be a part of a name.
+    Local names that are not UTF-8 come escaped. Lists from Windows have \\ between folders; here, it may be a part of a
+    name.
     """
-    place = path if "://" in path or path.startswith("/") else files.join(root, path)
-    if "\\" in place and "://" not in place and not os.path.lexists(place):
-        return place.replace("\\", "/")
-    return place
+    place = _join(root, path)
+    if "\\" not in place or "://" in place:
+        return place
+    named = _join(root, unescaped(path))
+    if os.path.lexists(named):
+        return named
+    return place if os.path.lexists(place) else place.replace("\\", "/")
+
+
+def _join(root: str, path: str) -> str:
+    return path if "://" in path or path.startswith("/") else files.join(root, path)
 
 
 def embedded(text: str) -> bytes | None:

@@ -10,6 +10,7 @@ from typing import Any
 from lpclip.config import SourceConfig, UserError
 from lpclip.images.columns import Texts
 from lpclip.images.fetch import fetch_all, scheme
+from lpclip.images.names import unescaped
 from lpclip.images.source import (
     TABLE_BYTES,
     UNIT_ROWS,
@@ -151,7 +152,7 @@ def _unlabelled(images: Sequence[File], names: Sequence[str]) -> tuple[str, ...]
 
 def _flattened(images: Sequence[File]) -> tuple[str, ...]:
     """A note on names that hold the folders of an archive: unpacking what Windows packed may leave them so."""
-    names = [file.path for file in images if "\\" in file.path]
+    names = [file.path for file in images if "\\" in unescaped(file.path)]
     if not names:
         return ()
     return (

@@ -16,7 +16,8 @@ from pyarrow import fs
 from lpclip.config import UserError
 from lpclip.files import locate, split_options
 from lpclip.files import split as split_uri
-from lpclip.images.fetch import reason
+from lpclip.images.fetch import reason, scheme
+from lpclip.images.names import escaped
 from lpclip.images.source import File, Listing
 from lpclip.patience import patiently
 
@@ -46,7 +47,7 @@ def merge(listings: Sequence[Listing]) -> Listing:
     found: dict[str, File] = {}
     # The outermost folder comes first: it says what the labels are in a folder below it that is named as well.
     for root, listing in sorted(zip(roots, listings, strict=True), key=lambda pair: len(pair[0])):
-        above = "".join(f"{part}/" for part in root[len(common) :])
+        above = "".join(f"{escaped(part)}/" for part in root[len(common) :])
         for file in listing.files:
             path = above + file.path
             found.setdefault(path, file._replace(path=path, labels_at=len(above)))
@@ -60,18 +61,20 @@ def merge(listings: Sequence[Listing]) -> Listing:
 
 def list_path(data: str) -> tuple[Listing, bool]:
     """The files below a path or URI, sorted, without hidden ones, and True when it is a single file."""
-    uri = data.rstrip("/") if "://" in data else str(Path(data).expanduser().absolute())
+    is_remote = scheme(data) != "file"
+    local = locate(data)[1] if "://" in data and not is_remote else data
+    uri = data.rstrip("/") if is_remote else str(Path(local).expanduser().absolute())
     try:
         filesystem, path = locate(uri)
-        info = patiently(uri, lambda: filesystem.get_file_info(path))
+        info = patiently(uri, lambda: filesystem.get_file_info(path if is_remote else os.fsencode(path)))
         if info.type == fs.FileType.NotFound:
             raise UserError(f"{data}: no such path")
         is_file, folders = info.is_file, []
         if is_file:
-            files = [File(path.rpartition("/")[2], info.size, info.mtime_ns)]
-        elif isinstance(filesystem, fs.LocalFileSystem):
+            files = [File(escaped(path.rpartition("/")[2]), info.size, info.mtime_ns)]
+        elif not is_remote:
             files = list(_walk(path, above=()))
-            folders = [name for name in os.listdir(path) if os.path.isdir(os.path.join(path, name))]
+            folders = [escaped(name) for name in os.listdir(path) if os.path.isdir(os.path.join(path, name))]
         else:
             selector = fs.FileSelector(path, recursive=True)
             found = patiently(uri, lambda: filesystem.get_file_info(selector))
@@ -107,7 +110,7 @@ def list_pattern(data: str) -> Listing:
     first = next(place for place, part in enumerate(parts) if "*" in part)
     listing, _ = list_path(("/".join(parts[:first]) or ("/" if first else ".")) + options)
     # File names often hold brackets, which fnmatch would take for a wildcard.
-    wanted = [part.replace("[", "[[]") for part in parts[first:]]
+    wanted = [escaped(part).replace("[", "[[]") for part in parts[first:]]
 
     def fits(path: str) -> bool:
         found = path.split("/")
@@ -127,23 +130,20 @@ def _walk(folder: str, *, above: tuple[tuple[int, int], ...]) -> Iterator[File]:
 
     Links are followed, except those to one of the folders `above`, which would have no end. A link to nothing is a
     file without size and time: whoever reads it has the reason. pyarrow would go in circles and pass over it.
-    Raises OSError when a folder cannot be read, UserError when a name is not UTF-8.
+    Raises OSError when a folder cannot be read.
     """
     status = os.stat(folder)
     above = (*above, (status.st_dev, status.st_ino))
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name != os.fsencode(entry.name).decode(errors="replace"):
-                raise UserError(
-                    f"{folder}: the file name {os.fsencode(entry.name)!r} is not UTF-8: rename the file"
-                )
+            name = escaped(entry.name)
             try:
                 status = entry.stat()
             except OSError:
-                yield File(entry.name, None, None)
+                yield File(name, None, None)
                 continue
             if not stat.S_ISDIR(status.st_mode):
-                yield File(entry.name, status.st_size, status.st_mtime_ns)
+                yield File(name, status.st_size, status.st_mtime_ns)
             elif not _is_hidden(entry.name) and (status.st_dev, status.st_ino) not in above:
                 for file in _walk(entry.path, above=above):
-                    yield file._replace(path=f"{entry.name}/{file.path}")
+                    yield file._replace(path=f"{name}/{file.path}")

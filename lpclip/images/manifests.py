@@ -15,7 +15,7 @@ import pyarrow.csv
 import pyarrow.json
 
 from lpclip.config import SourceConfig, UserError
-from lpclip.files import not_utf_8, open_input, refuse_utf_16, split, split_options
+from lpclip.files import RemoteFile, not_utf_8, open_input, refuse_utf_16, split, split_options
 from lpclip.images.columns import (
     ID_COLUMNS,
     IMAGE_COLUMNS,
@@ -46,6 +46,8 @@ HEAD_BYTES = 1 << 16
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 SEPARATOR_HINT = re.compile(rb'(\xef\xbb\xbf)?"?sep=.?"?', re.IGNORECASE)
 """A line that tells spreadsheets what separates the columns, before the header."""
+BYTE = re.compile(rb"\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\u[dD][cC]([89a-fA-F][0-9a-fA-F])")
+"""A byte of a name that is not UTF-8, as Python writes it in JSON; what only looks like one comes first."""
 # Labels are int32 from here on.
 MAX_LABEL = 2**31 - 1
 
@@ -166,9 +168,7 @@ def _read_manifest(uri: str) -> tuple[pa.Table, tuple[str, ...]]:
             file.seek(0)
             refuse_utf_16(head, path=uri)
             if path.endswith((".jsonl", ".ndjson")):
-                table = pa.json.read_json(file)
-                table.validate(full=True)  # the reader takes any bytes for text
-                return table, ()
+                return _read_json_lines(file), ()
             lines = head.splitlines()
             num_hints = sum(map(bool, map(SEPARATOR_HINT.fullmatch, lines[:1])))
             separator, notes = _separator(split(split_options(uri)[0])[1], lines[num_hints:])
@@ -182,6 +182,20 @@ def _read_manifest(uri: str) -> tuple[pa.Table, tuple[str, ...]]:
         if isinstance(error, UnicodeDecodeError) or "UTF8" in str(error):
             raise not_utf_8(uri) from error
         raise UserError(f"{uri}: the manifest cannot be read ({reason(error)})") from error
+
+
+def _read_json_lines(file: RemoteFile | pa.NativeFile) -> pa.Table:
+    try:
+        table = pa.json.read_json(file)
+    except pa.ArrowInvalid as error:
+        if "surrogate" not in str(error):
+            raise
+        # So Python writes the names of files that are not UTF-8.
+        file.seek(0)
+        text = BYTE.sub(lambda found: rb"\\x" + found[1].lower() if found[1] else found[0], file.read())
+        table = pa.json.read_json(pa.BufferReader(text))
+    table.validate(full=True)  # the reader takes any bytes for text
+    return table
 
 
 def _separator(name: str, lines: Sequence[bytes]) -> tuple[str, tuple[str, ...]]:

@@ -24,6 +24,7 @@ from lpclip.images.columns import (
     plain_name,
     refuse_duplicates,
     text_column,
+    utf_8,
 )
 from lpclip.images.fetch import followed, reason, under
 from lpclip.images.parquet_reader import ParquetReader, label_indices, row_id
@@ -193,7 +194,7 @@ def _label_names(listing: Listing, schemas: Sequence[pa.Schema], column: str) ->
     if pa.types.is_dictionary(dtype):
         dtype = dtype.value_type
     if is_text(dtype):
-        words = _read_column(listing, column).cast(pa.string()).unique().drop_null()
+        words = utf_8(_read_column(listing, column)).unique().drop_null()
         return tuple(sorted(words.to_pylist()))
     names = {_names_in_metadata(schema, column) for schema in schemas}
     if len(names) > 1:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lpclip.files import open_input, split
-from lpclip.images.columns import as_texts, is_text
+from lpclip.images.columns import as_texts, is_text, utf_8
 from lpclip.images.fetch import fetch_all, reason, under
 from lpclip.images.source import UNIT_ROWS, Reader, Row, make_row
 
@@ -54,7 +54,7 @@ class ParquetReader(Reader):
                     table = (
                         pq.ParquetFile(file).read_row_group(span["group"], columns=columns).take(list(kept))
                     )
-                ids = table[self.id_column].cast(pa.string()).to_pylist() if self.id_column else ids
+                ids = utf_8(table[self.id_column]).to_pylist() if self.id_column else ids
                 labels = self._labels(table)
             found += zip(ids, labels, strict=True)
         return found
@@ -68,7 +68,7 @@ class ParquetReader(Reader):
             table = self._read(file, group, start, stop)
             table = table.take([row - start for row in kept])
             if self.id_column:
-                ids = table[self.id_column].cast(pa.string()).to_pylist()
+                ids = utf_8(table[self.id_column]).to_pylist()
             labels = self._labels(table)
             texts = self._texts(table)
         except (OSError, pa.ArrowException) as error:
@@ -92,7 +92,8 @@ class ParquetReader(Reader):
         return table
 
     def _images(self, column: pa.ChunkedArray, folder: str) -> list[bytes | Exception]:
-        values = column.to_pylist()
+        dtype = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        values = (utf_8(column) if is_text(dtype) else column).to_pylist()
         # Hugging Face's struct holds the bytes, or the path of a file that does.
         values = [(v["bytes"] or v.get("path")) if isinstance(v, dict) else v for v in values]
         uris = [value for value in values if isinstance(value, str)]
@@ -130,7 +131,7 @@ def label_indices(labels: pa.ChunkedArray, names: tuple[str, ...] | None) -> pa.
         labels = labels.cast(labels.type.value_type)
     if is_text(labels.type):
         assert names is not None
-        return pc.index_in(labels.cast(pa.string()), value_set=pa.array(names, pa.string()))
+        return pc.index_in(utf_8(labels), value_set=pa.array(names, pa.string()))
     if pa.types.is_floating(labels.type):
         labels = pc.if_else(pc.is_nan(labels), pa.scalar(None, labels.type), labels)
     numbers = labels.cast(pa.int32())

@@ -8,6 +8,7 @@ import json
 import re
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from lpclip.config import SourceConfig
 from lpclip.files import open_input
 from lpclip.images.columns import Texts, whole_number
 from lpclip.images.fetch import reason, under
+from lpclip.images.names import escaped
 from lpclip.images.source import IMAGE_SUFFIXES, Listing, Reader, Row, Source, make_identity, make_pair
 
 TAR_ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error)
@@ -45,7 +47,16 @@ class TarReader(Reader):
     """False where the labels that there may be are not to be read."""
 
     def rows(self, unit: str) -> Iterator[Row]:
-        """The images in the tar's order; a damaged tar ends in a row that says so."""
+        """The images in the tar's order; a damaged tar ends in a row that says so.
+
+        What is there again has an id of its own, such as `x.tar/1//2`, which is no path in a tar.
+        """
+        counts: Counter[str] = Counter()
+        for row in self._rows(unit):
+            counts[row.id] += 1
+            yield row if counts[row.id] == 1 else row._replace(id=f"{row.id}//{counts[row.id]}")
+
+    def _rows(self, unit: str) -> Iterator[Row]:
         work = json.loads(unit)
         file, limit = work["file"], work.get("limit")
         empty, num_images = True, 0
@@ -155,7 +166,7 @@ def samples(
     members: list[Member] = []
     try:
         for info in tar:
-            path = PurePosixPath(info.name)
+            path = PurePosixPath(escaped(info.name))
             if (
                 info.isdir()
                 or not path.name

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import io
 import os
 import re
 import select
@@ -114,9 +115,12 @@ def main(
     the tracebacks of UserErrors too.
     """
     config = tyro.cli(config_type, prog=prog, args=args, config=OPTIONS)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the terminal cannot show must not end a job.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _terminable():
-            _refuse_secrets(config)
+            _refuse_texts(config)
             run(config)
     except KeyboardInterrupt as stop:
         # A second one ends the process at once.
@@ -158,13 +162,18 @@ def _terminate(number: int, frame: object) -> None:
     raise Terminated
 
 
-def _refuse_secrets(config: object) -> None:
+def _refuse_texts(config: object) -> None:
+    """Raise UserError for flags with a secret, or with the bytes of a name that is not UTF-8: Ray takes none."""
     from lpclip import files  # imports pyarrow, which --help does without
 
     for name, value in to_dict(config).items():
+        flag = f"--{name.replace('_', '-')}"
         for text in value if isinstance(value, tuple) else (value,):
-            if isinstance(text, str):
-                files.refuse_secrets(text, what=f"--{name.replace('_', '-')}")
+            if not isinstance(text, str):
+                continue
+            files.refuse_secrets(text, what=flag)
+            if re.search("[\udc80-\udcff]", text):
+                raise UserError(f"{flag} {os.fsencode(text)!r}: the name is not UTF-8: rename it")
 
 
 def users_mistake(error: BaseException) -> str | None:

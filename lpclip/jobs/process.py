@@ -162,6 +162,9 @@ def _start_and_stay(started: Future[None]) -> None:
 
 
 def _init() -> None:
+    here = os.getcwdb()
+    if here.decode(errors="replace") != os.getcwd():
+        raise UserError(f"Ray cannot start in {here!r}, whose name is not UTF-8: run the command elsewhere")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
