@@ -130,6 +130,22 @@ def test_an_interrupted_sweep_ends_the_runs_that_are_open(uri: str) -> None:
             again.ended(record("a", "finished", 1))
         assert again.runs["a"].run_id == runs.runs["a"].run_id, "the run goes on"
         assert sweep.found(again, "a").info.status == "FINISHED"
+        assert sweep.found(again, "a").info.end_time > sweep.found(runs, "b").info.end_time
+
+
+def test_a_resumed_sweep_leaves_the_times_of_ended_trials_alone(uri: str) -> None:
+    with tracking.track(TrackingConfig(), name="sweep", params={}) as parent:
+        sweep = Sweep(uri, parent)
+        records = [record("a", "finished", 2), record("b", "stopped", 1), record("c", "failed", 0)]
+        found = []
+        for _ in range(2):
+            with sweep.runs() as runs:
+                for one in records:
+                    runs.ended(one)
+            infos = [sweep.found(runs, name).info for name in "abc"]
+            found.append([(info.status, info.start_time, info.end_time) for info in infos])
+            time.sleep(0.01)
+        assert found[0] == found[1]
 
 
 def test_a_trial_of_which_mlflow_takes_no_run_costs_a_warning(

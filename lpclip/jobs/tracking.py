@@ -59,8 +59,16 @@ class Run:
     """
 
     def __init__(
-        self, client: MlflowClient, run_id: str, *, uri: str, experiment_id: str, resumed: bool
+        self,
+        client: MlflowClient,
+        run_id: str,
+        *,
+        uri: str,
+        experiment_id: str,
+        resumed: bool,
+        ended_at: int | None = None,
     ) -> None:
+        """`ended_at`, in milliseconds since 1970, is when a resumed run had ended; it stays if no number is new."""
         self.run_id = run_id
         self.uri = uri
         self.resumed = resumed
@@ -70,6 +78,7 @@ class Run:
         self._experiment_id = experiment_id
         self._client = client
         self._lost = False
+        self._ended_at = ended_at
         self._steps: dict[str, set[int]] = {}
 
     @property
@@ -134,7 +143,8 @@ class Run:
 
     def end(self, status: str) -> None:
         """Mark the run FINISHED, FAILED or KILLED."""
-        self._attempt("status", lambda: self._client.set_terminated(self.run_id, status))
+        at = self._ended_at
+        self._attempt("status", lambda: self._client.set_terminated(self.run_id, status, at))
 
     def _register(self, name: str, folder: str, alias: str) -> str:
         from mlflow.exceptions import MlflowException
@@ -160,6 +170,7 @@ class Run:
             self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000], synchronous=True)
         for key in new:
             self._steps[key].add(step)
+            self._ended_at = None
 
     def _logged_steps(self, key: str) -> set[int]:
         if key not in self._steps:
@@ -429,7 +440,9 @@ def _resume(
         return None
     run_id = found[0].info.run_id
     client.update_run(run_id, status="RUNNING")
-    return Run(client, run_id, uri=uri, experiment_id=experiment_id, resumed=True)
+    # A trial that a resumed sweep finds ended did not end again.
+    ended_at = found[0].info.end_time if parent else None
+    return Run(client, run_id, uri=uri, experiment_id=experiment_id, resumed=True, ended_at=ended_at)
 
 
 @functools.cache
