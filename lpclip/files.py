@@ -191,7 +191,7 @@ def _list(folder: str) -> list[fs.FileInfo]:
 
 
 def make_folder(folder: str) -> None:
-    """Create a folder and its parents; UserError when it cannot be written."""
+    """Create a folder and its parents. Raises UserError, with the reason, when it cannot be written."""
     try:
         folder.encode()
     except UnicodeEncodeError as error:
@@ -204,7 +204,16 @@ def make_folder(folder: str) -> None:
             stream.write(b"")
         filesystem.delete_file(probe)
 
-    _explained("write to the output folder", folder, make)
+    filesystem, inner = resolve(folder)
+    is_local = isinstance(filesystem, fs.LocalFileSystem)
+    try:
+        patiently(folder, lambda: make(filesystem, inner))
+    except OSError as error:
+        above = next((place for place in (Path(inner), *Path(inner).parents) if place.exists() and not place.is_dir()), None)
+        reason = f"{error}"
+        if is_local:
+            reason = f"{above} is a file" if above else os.strerror(error.errno or 0)
+        raise UserError(f"cannot write to the output folder {folder}: {reason}") from error
 
 
 def write_bytes(path: str, data: bytes | memoryview) -> None:

@@ -17,7 +17,7 @@ from conftest import ROOT
 from PIL import Image
 
 from lpclip.config import EncodeJob, EvaluateJob, PredictJob, SelftrainJob, UserError, to_dict
-from lpclip.jobs.cli import main, users_mistake
+from lpclip.jobs.cli import entry, main, users_mistake
 
 
 def parse(flags: str, config_type: type, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
@@ -181,6 +181,36 @@ def test_output_that_nothing_reads_any_more_ends_a_job_in_one_sentence() -> None
     os.close(writes)
     assert done.stderr.splitlines()[0] == "error: nothing reads the output any more; finished work is kept"
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", ["--help", "selftrain --help"])
+def test_help_that_nothing_reads_to_its_end_is_no_fault(words: str) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(
+        [sys.executable, "-c", "from lpclip.jobs.cli import entry; entry()", *words.split()],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=writes,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [("selftrian", "selftrian, did you mean selftrain? the"), ("bogus", "bogus; the commands are encode, ")],
+)
+def test_a_command_that_there_is_not_is_answered_with_those_that_there_are(
+    word: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lpclip", word])
+    with pytest.raises(SystemExit) as stop:
+        entry()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: lpclip has no command {sentence}")
 
 
 WITH_RAY = """

@@ -86,6 +86,10 @@ def test_strict_jobs_end_with_an_error_when_everything_is_written(
             f"selftrain.py --data {photos} --eval-data {mixed} --classes {NAMES} --views weak,mirror {kept} "
             f"--out {tmp_path}/selftrain"
         ),
+        "tune": (
+            f"tune.py --data {photos} --eval-data {mixed} --classes {NAMES} --views weak,mirror {kept} "
+            f"--space quick --trials 1 --out {tmp_path}/tune"
+        ),
         "evaluate": (
             f"evaluate.py --probe {trained.out}/probe --data {photos} --ood x={mixed} {kept} --out {tmp_path}/evaluate"
         ),

@@ -94,9 +94,18 @@ def test_deleting_takes_a_file_or_a_folder_and_no_more(folder: str):
 
 
 def test_a_folder_that_cannot_be_made_is_refused_by_name(tmp_path: Path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot write to the output folder .*file/below"):
-        files.make_folder(str(tmp_path / "file" / "below"))
+    file = tmp_path / "file"
+    file.write_text("")
+    for folder in (file, file / "below"):
+        with pytest.raises(UserError, match=f"cannot write to the output folder {folder}: {file} is a file$"):
+            files.make_folder(str(folder))
+    with pytest.raises(UserError, match="the name is not UTF-8"):
+        files.make_folder(str(tmp_path / "caf\udce9"))
+
+
+def test_a_folder_of_the_system_is_refused_in_a_sentence():
+    with pytest.raises(UserError, match="cannot write to the output folder /proc/nope: [A-Z]"):
+        files.make_folder("/proc/nope")
 
 
 def test_a_changed_byte_in_a_table_is_a_sentence_with_the_way_out(folder: str):

@@ -167,9 +167,8 @@ def test_bad_pairs_are_counted_and_quarantined(
     columns["image"][6] = b"no image"
     columns["image"][7] = columns["image"][7][:200]
     pq.write_table(pa.table(columns), tmp_path / "bad.parquet")
-    found = run(
-        f"pretrain.py --data {tmp_path}/bad.parquet --out {tmp_path}/out {SMALL} --epochs 1", monkeypatch
-    )
+    command = f"pretrain.py --data {tmp_path}/bad.parquet --out {tmp_path}/out {SMALL} --epochs 1"
+    found = run(command, monkeypatch)
     quarantine = pq.read_table(Path(found["pairs"]["store"]) / "quarantine.parquet").to_pylist()
     errors = {row["id"]: (row["stage"], row["error"]) for row in quarantine}
     assert errors.keys() == {f"pair-{i}" for i in (3, 4, 6, 7)}
@@ -179,6 +178,11 @@ def test_bad_pairs_are_counted_and_quarantined(
     output = capsys.readouterr().out
     assert "1 of 7 texts fill the model's context, or are cut to it" in output
     assert re.search(r"^bad +\S+/quarantine.parquet$", output, re.MULTILINE)
+    assert re.fullmatch(
+        rf"--strict: 4 images were quarantined, as listed in {tmp_path}/out/pairs/\S+/quarantine.parquet; "
+        "everything is written",
+        refusal(f"{command} --strict", monkeypatch, capsys),
+    )
 
 
 @pytest.mark.slow

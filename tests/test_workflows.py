@@ -681,12 +681,16 @@ def test_predict_refuses_what_it_cannot_do(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     probe = f"--probe {work}/trained/probe"
+    (tmp_path / "a.parquet").mkdir()
+    (tmp_path / "b.parquet").touch()
     for flags, message in {
         f"--probe {tmp_path} --data {photos} --out {tmp_path}/x.parquet": "holds no probe",
         f"--probe {work}/trained --data {photos} --out {tmp_path}/x.parquet": f"; {work}/trained/probe holds one",
         f"{probe} --data {photos} --out {tmp_path}/labels": "its name must end in .parquet",
         f"{probe} --data {tmp_path}/none --out {tmp_path}/x.parquet": "no such path",
         f"{probe} --data {photos} --out {tmp_path}/x.parquet --top-k 0": "--top-k must be at least 1",
+        f"{probe} --data {photos} --out {tmp_path}/a.parquet": "a.parquet is a folder",
+        f"{probe} --data {photos} --out {tmp_path}/b.parquet/x.parquet": "b.parquet is a file",
     }.items():
         assert message in refusal(f"predict.py {flags}", monkeypatch, capsys)
     shutil.copytree(work / "trained" / "probe", tmp_path / "probe")

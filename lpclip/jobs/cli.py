@@ -31,6 +31,7 @@ from lpclip.config import (
     TuneJob,
     UiJob,
     UserError,
+    did_you_mean,
     to_dict,
 )
 from lpclip.jobs.process import begin_command, leave
@@ -69,15 +70,23 @@ def entry() -> None:
     if words and words[0] in COMMANDS:
         run_command(words[0], prog=f"lpclip {words[0]}", args=words[1:])
         return
-    # No command: tyro shows the list of commands or refuses what was given, and exits.
-    try:
-        tyro.extras.subcommand_cli_from_dict(
-            {**COMMANDS}, prog="lpclip", description=DESCRIPTION, args=words or ["--help"], config=OPTIONS
+    if words and not words[0].startswith("-"):
+        print(
+            f"error: lpclip has no command {words[0]}{did_you_mean(words[0], COMMANDS) or ';'} "
+            f"the commands are {', '.join(COMMANDS)}",
+            file=sys.stderr,
         )
-    except SystemExit as end:
-        if not end.code:
-            print(EPILOG)
-        raise
+        sys.exit(2)
+    # No command: tyro shows the list of commands or refuses what was given, and exits.
+    with _quiet_where_nothing_reads():
+        try:
+            tyro.extras.subcommand_cli_from_dict(
+                {**COMMANDS}, prog="lpclip", description=DESCRIPTION, args=words or ["--help"], config=OPTIONS
+            )
+        except SystemExit as end:
+            if not end.code:
+                print(EPILOG)
+            raise
 
 
 def run_command(name: str, *, prog: str | None = None, args: Sequence[str] | None = None) -> None:
@@ -114,7 +123,8 @@ def main(
     Anything else is a fault of the program: it keeps its traceback and asks to be reported. LPCLIP_TRACEBACK=1 shows
     the tracebacks of UserErrors too.
     """
-    config = tyro.cli(config_type, prog=prog, args=args, config=OPTIONS)
+    with _quiet_where_nothing_reads():
+        config = tyro.cli(config_type, prog=prog, args=args, config=OPTIONS)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A name that the terminal cannot show must not end a job.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -139,6 +149,20 @@ def main(
             raise
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(1)
+
+
+@contextlib.contextmanager
+def _quiet_where_nothing_reads() -> Iterator[None]:
+    """End without a word when the process that reads the help has ended, as `| head` does."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python itself writes what is left once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
 
 
 @contextlib.contextmanager

@@ -6,13 +6,14 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from lpclip import files
-from lpclip.config import PredictJob, check
+from lpclip.config import PredictJob, UserError, check
 from lpclip.features.data import open_data
 from lpclip.features.find_or_encode import Encoding
 from lpclip.features.store import Store, matrix, mean_view
@@ -38,6 +39,11 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
     watch = Stopwatch()
     probe = load_probe(job.probe)
     data = open_data(job.data, config=job.source, split="test", limit=job.limit)
+    if "://" not in job.out:
+        # With --features, a place that cannot be written would be found at the end.
+        files.make_folder(files.split(files.absolute(job.out))[0])
+        if Path(job.out).expanduser().is_dir():
+            raise UserError(f"--out {job.out} is a folder, and a Parquet file is written: name a file in it")
     start_ray()
     encoder, info = describe_probes_encoder(probe, job=job, with_head=False)
     views = base_views(probe.encoder["views"])
