@@ -377,7 +377,7 @@ def driver_killed(trial: Trial) -> Row:
         job.kill()
     before = trial.parts()
     trial.run()
-    return trial.row(before, exits=(KILLED, 0), says="images are there already")
+    return trial.row(before, exits=(KILLED, 0), says="going on after")
 
 
 def encoder_killed(trial: Trial) -> Row:

@@ -40,6 +40,11 @@ def did_you_mean(text: str, known: Iterable[str]) -> str:
     return f", did you mean {near[0]}?" if near else ""
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun, as in `1 image` and `2,000 images`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def readable(name: str) -> str:
     """A class name as it reads in a prompt: `aquarium_fish` becomes "aquarium fish"."""
     return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split())
@@ -314,8 +319,8 @@ class PretrainConfig:
         workers = max(1, self.num_workers)
         if self.batch_size % (self.accumulate * workers):
             raise UserError(
-                f"--batch-size {self.batch_size} cannot be shared by {workers} workers in {self.accumulate} parts "
-                "each: choose a multiple of them"
+                f"--batch-size {self.batch_size} cannot be shared by {counted(workers, 'worker')} in "
+                f"{counted(self.accumulate, 'part')} each: choose a multiple of them"
             )
         if not 0 <= self.share_start <= self.share_end <= 1:
             raise UserError(

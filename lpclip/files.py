@@ -209,7 +209,10 @@ def make_folder(folder: str) -> None:
     try:
         patiently(folder, lambda: make(filesystem, inner))
     except OSError as error:
-        above = next((place for place in (Path(inner), *Path(inner).parents) if place.exists() and not place.is_dir()), None)
+        above = next(
+            (place for place in (Path(inner), *Path(inner).parents) if place.exists() and not place.is_dir()),
+            None,
+        )
         reason = f"{error}"
         if is_local:
             reason = f"{above} is a file" if above else os.strerror(error.errno or 0)

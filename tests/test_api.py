@@ -234,7 +234,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "other encoder": ({"features": unit(np.ones((5, 8)))}, "8 dimensions and the zero-shot head has 16"),
     "views": ({"strong": [planted()[0][1:]]}, "as many rows as the features: 400"),
     "view": ({"strong": [damaged(17, np.nan)]}, "strong views hold a NaN or an infinite value in row 17"),
-    "names": ({"head": replace(planted()[2], class_names=("one",))}, "1 class names and 4 rows of weights"),
+    "names": ({"head": replace(planted()[2], class_names=("one",))}, "1 class name and 4 rows of weights"),
     "weights": (
         {"head": replace(planted()[2], weight=np.ones((4, DIM)))},
         "the head's weights must have rows of",

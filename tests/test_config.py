@@ -25,6 +25,7 @@ from lpclip.config import (
     TuneJob,
     UserError,
     check,
+    counted,
     to_dict,
 )
 from lpclip.jobs.encode import encode_job
@@ -166,3 +167,12 @@ def test_a_misspelt_prior_is_answered_with_the_nearest_name() -> None:
         UserError, match=r"^--prior unifrom is none of .* that can be read, did you mean uniform\?$"
     ):
         load_prior("unifrom", ("cat", "dog"))
+
+
+def test_one_is_no_plural() -> None:
+    assert [counted(count, "image") for count in (0, 1, 2, 1234)] == [
+        "0 images",
+        "1 image",
+        "2 images",
+        "1,234 images",
+    ]

@@ -181,7 +181,7 @@ def test_first_weights_follow_the_seed_alone() -> None:
         ({"epochs": 0}, "--epochs must be at least 1, not 0"),
         (
             {"batch_size": 30, "accumulate": 4},
-            "--batch-size 30 cannot be shared by 1 workers in 4 parts each",
+            "--batch-size 30 cannot be shared by 1 worker in 4 parts each",
         ),
         ({"batch_size": 30, "num_workers": 4}, "--batch-size 30 cannot be shared by 4 workers"),
         (
@@ -195,7 +195,7 @@ def test_first_weights_follow_the_seed_alone() -> None:
         ({"warmup": 1.0}, "--warmup must be at least 0 and below 1, not 1"),
         ({"weight_decay": -0.1}, "--weight-decay must be at least 0, not -0.1"),
         ({"num_workers": -1}, "--num-workers must be at least 0, not -1"),
-        ({"batch_size": 200}, "100 pairs are fewer than one batch: choose a smaller --batch-size than 200"),
+        ({"batch_size": 200}, "100 pairs, fewer than one batch: choose a smaller --batch-size than 200"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(options: dict[str, Any], told: str) -> None:

@@ -215,7 +215,7 @@ class TestFolders:
         sets, notes = published_sets(str(tmp_path))
         assert pairs(sets) == [("fog", 3), ("glass_blur", 1)]
         assert notes == [
-            f"5 folders and .npy files in {tmp_path} are no known corruption or severity and were left out "
+            f"left out of {tmp_path}: 5 names of no known corruption or severity "
             "(my_noise.npy, blur/my_blur, mine, fog/6, frost)"
         ]
 

@@ -79,7 +79,9 @@ def test_strict_jobs_end_with_an_error_when_everything_is_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     kept = f"--features {tmp_path}/features"
-    listed = rf"--strict: 3 images were quarantined, as listed in {tmp_path}/features/mixed-\w+/quarantine.parquet; "
+    listed = (
+        rf"--strict: 3 images in quarantine, as listed in {tmp_path}/features/mixed-\w+/quarantine.parquet; "
+    )
     commands = {
         "encode": f"encode.py --data {mixed} --views weak,mirror {kept} --out {tmp_path}/encode",
         "selftrain": (
@@ -100,7 +102,7 @@ def test_strict_jobs_end_with_an_error_when_everything_is_written(
         assert summary["config"]["strict"]
     predict = f"predict.py --probe {trained.out}/probe --out {tmp_path}/labels.parquet --strict --data"
     assert refusal(f"{predict} {mixed}", monkeypatch, capsys) == (
-        f"--strict: 3 images were quarantined, as listed in {tmp_path}/labels.quarantine.parquet; everything is written"
+        f"--strict: 3 images in quarantine, as listed in {tmp_path}/labels.quarantine.parquet; everything is written"
     )
     assert len(pq.read_table(tmp_path / "labels.parquet")) == 31
     assert run(f"{predict} {photos}", monkeypatch) == {"images": 30, "quarantined": 0}

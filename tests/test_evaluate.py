@@ -618,7 +618,7 @@ def strange(work: Work) -> Path:
         ({"data": "{here}/nowhere"}, "{here}/nowhere: no such path, nor one of the data sets"),
         ({"data": "{lake}/unlabelled.parquet"}, "unlabelled has no labels: there is nothing to measure on it"),
         ({"shift": ("x={lake}/unlabelled.parquet",)}, "x has no labels: there is nothing to measure on it"),
-        ({"ood": ("x={here}/text",)}, "{here}/text: the folder holds 1 files, and no image"),
+        ({"ood": ("x={here}/text",)}, "{here}/text: the folder holds 1 file, and no image"),
         ({"ood": ("x={here}/nowhere",)}, "{here}/nowhere: no such path"),
         ({"corrupted": ("x={photos}",)}, "{photos}: no published corrupted data set; there should be"),
         ({"corrupted": ("x={here}/nowhere",)}, "{here}/nowhere: no such path"),

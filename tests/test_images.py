@@ -189,7 +189,7 @@ class TestFolder:
         source = open_source([f"{tmp_path}/dog", f"{tmp_path}/pets"], config=CONFIG)
         assert source.label_names == ("cat", "cow")
         assert source.notes == (
-            "labels: 2 of 4 images have none, because they lie right in a folder that is named, as dog/1.png does",
+            "labels: none for 2 of 4 images, which lie right in a folder that is named, as dog/1.png does",
         )
         assert open_source(f"{tmp_path}/dog", config=CONFIG).notes == ()
 
@@ -197,7 +197,7 @@ class TestFolder:
         write(tmp_path / "1.png", png(0))
         path = write(tmp_path / "metadata.csv", "file_name,label\n1.png,cat\n")
         assert open_source(str(tmp_path), config=CONFIG).notes == (
-            f"1 files in {tmp_path} are not images and were left out (1 .csv); a list such as metadata.csv is read "
+            f"left out of {tmp_path}: 1 file other than images (1 .csv); a list such as metadata.csv is read "
             "where --data names it",
         )
         assert open_source(str(path), config=CONFIG).label_names == ("cat",)
@@ -510,7 +510,7 @@ class TestPatterns:
             source = open_source(str(data), config=CONFIG)
             assert by_id(source).keys() == {"00000.tar/0"}
         assert open_source(str(tmp_path), config=CONFIG).notes == (
-            f"2 files in {tmp_path} are not tars and were left out (1 .parquet, 1 .json)",
+            f"left out of {tmp_path}: 2 files other than tars (1 .parquet, 1 .json)",
         )
         (tmp_path / "00000.tar").unlink()
         write(tmp_path / "00000" / "0.jpg", png(1))
@@ -524,9 +524,7 @@ class TestPatterns:
             write(tmp_path / "pets" / folder / "1.png", png(1))
         for folder in ("zebra", ".ipynb_checkpoints", "__MACOSX"):
             (tmp_path / "pets" / folder).mkdir()
-        note = (
-            "labels: 1 of the folders in pets have no image (zebra): without --classes, they are no classes",
-        )
+        note = ("labels: 1 folder without an image in pets (zebra): no class, unless --classes names it",)
         for data in (str(tmp_path / "pets"), (tmp_path / "pets").as_uri()):
             source = open_source(data, config=CONFIG)
             assert (source.label_names, source.notes) == (("cat", "dog"), note)
@@ -841,7 +839,7 @@ class TestManifest:
         path = write(tmp_path / "x.csv", "path\n1.jpg\n2.jpg\n3.jpg\n")
         source = open_source(str(path), config=CONFIG)
         assert source.notes == (
-            f"x.csv: 2 of its 3 paths are no files and will be quarantined, such as {tmp_path}/2.jpg",
+            f"x.csv: 2 of its 3 paths will be quarantined for lack of a file, such as {tmp_path}/2.jpg",
         )
         assert len(rows(source)) == 3
 
@@ -934,7 +932,7 @@ class TestBadInput:
     def test_folders(self, tmp_path: Path) -> None:
         assert "holds nothing" in self.message(tmp_path)
         write(tmp_path / "a.txt", "x")
-        assert "1 files, and no image" in self.message(tmp_path)
+        assert "1 file, and no image" in self.message(tmp_path)
         assert "unknown kind of file" in self.message(tmp_path / "a.txt")
         write(tmp_path / "a.jpg", png(0))
         write_parquet(tmp_path / "a.parquet", {"image": [png(0)]})
@@ -955,7 +953,7 @@ class TestBadInput:
         path = write(tmp_path / name, "x")
         assert self.message(path) == f"{path}: unknown kind of file; {remedy}"
         assert self.message(tmp_path) == (
-            f"{tmp_path}: the folder holds 1 files, and no image, Parquet file or tar (1 {path.suffix}): {remedy}"
+            f"{tmp_path}: the folder holds 1 file, and no image, Parquet file or tar (1 {path.suffix}): {remedy}"
         )
 
     def test_a_folder_of_nothing_but_a_list(self, tmp_path: Path) -> None:
@@ -980,12 +978,10 @@ class TestBadInput:
         columns = {"id": ["a", "b", "a", "c"], "image": [png(n) for n in range(4)]}
         path = write_parquet(tmp_path / "x.parquet", columns)
         message = self.message(path)
-        assert "1 ids are there more than once, such as a" in message
+        assert "duplicates of 1 id, such as a" in message
         assert "--id-column ''" in message
         assert len(by_id(open_source(str(path), config=SourceConfig(id_column="")))) == 4
-        assert "1 rows have no id" in self.message(
-            write_parquet(path, {**columns, "id": ["a", None, "b", "c"]})
-        )
+        assert "no id in 1 row" in self.message(write_parquet(path, {**columns, "id": ["a", None, "b", "c"]}))
         write_parquet(tmp_path / "x.parquet", {"id": ["a"], "image": [png(0)]})
         write_parquet(tmp_path / "y.parquet", {"id": ["a"], "image": [png(0)]})
         assert "such as a" in self.message(tmp_path)
@@ -1011,7 +1007,7 @@ class TestBadInput:
         write(tmp_path / "train" / "000bec.jpg", png(0))
         manifest = write(tmp_path / "x.csv", f"path\n{path}\n")
         message = self.message(manifest)
-        assert message.startswith("x.csv: none of the 1 paths in its column 'path' is a file, such as ")
+        assert message.startswith("x.csv: no file is at any path in its column 'path' (1 row), such as ")
         assert message.endswith("a path is relative to the folder of this list, and has its suffix (.jpg)")
         assert len(message) < 600
 

@@ -15,8 +15,9 @@ from conftest import draw, read_unit, write_tar
 
 from lpclip.config import SourceConfig, UserError
 from lpclip.features.data import open_data
+from lpclip.images.listings import merge
 from lpclip.images.open import open_source
-from lpclip.images.source import Source
+from lpclip.images.source import Listing, Source
 
 CONFIG = SourceConfig()
 
@@ -143,7 +144,7 @@ def test_values_that_make_no_one_set_are_refused_in_a_sentence(tmp_path: Path) -
     for values, sentence in (
         (
             (photos, tmp_path / "some.tar"),
-            r"photos and 1 more: these are files of different kinds: \d+ images \(.*, 1 tars \(some.tar\); name",
+            r"photos and 1 more: these are files of different kinds: \d+ images \(.*, 1 tar \(some.tar\); name",
         ),
         ((photos, tmp_path / "list.csv"), "a manifest is read alone: put the lines of all in one file"),
         (
@@ -152,12 +153,14 @@ def test_values_that_make_no_one_set_are_refused_in_a_sentence(tmp_path: Path) -
         ),
         ((photos, tmp_path / "gone"), "gone: no such path"),
         ((photos, tmp_path / "store"), "store is a feature store: it can only be named alone"),
-        ((photos, f"file://{tmp_path}/photos"), "lie on different file systems: name those of one of them"),
-        ((one, two), "1 ids are there more than once"),
-        ((tmp_path / "3.parquet", one), "1 ids are there more than once, such as same; --id-column"),
+        ((one, two), "duplicates of 1 id"),
+        ((tmp_path / "3.parquet", one), "duplicates of 1 id, such as same; --id-column"),
     ):
         with pytest.raises(UserError, match=sentence):
             open_data([str(value) for value in values], config=CONFIG, split="train")
+    assert opened(photos, f"file://{photos}").num_rows == opened(photos).num_rows
+    with pytest.raises(UserError, match="lie on different file systems: name those of one of them"):
+        merge([Listing("a", str(tmp_path), []), Listing("b", "s3://bucket/b", [])])
     with pytest.raises(UserError, match="the files disagree on the names of the classes"):
         opened(one, two, config=SourceConfig(id_column=""))
 

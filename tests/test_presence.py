@@ -154,7 +154,7 @@ def test_a_training_leaves_out_names_without_images_and_its_probe_knows_them() -
 def test_where_all_names_stay_the_reason_is_told() -> None:
     _, found = head()
     reasons = {
-        "39 images are too few to tell, 40 are needed": ((1, 4, 7), 13, 1),
+        "39 images cannot tell, 40 are needed": ((1, 4, 7), 13, 1),
         "zero-shot is sure of too few images to tell": ((1, 4, 7), 60, 20),
         "none seems to be without images": (range(NUM_CLASSES), 60, 1),
         "10 seem to have images, and so few others do little harm": (range(10), 60, 1),

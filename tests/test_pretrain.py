@@ -179,7 +179,7 @@ def test_bad_pairs_are_counted_and_quarantined(
     assert "1 of 7 texts fill the model's context, or are cut to it" in output
     assert re.search(r"^bad +\S+/quarantine.parquet$", output, re.MULTILINE)
     assert re.fullmatch(
-        rf"--strict: 4 images were quarantined, as listed in {tmp_path}/out/pairs/\S+/quarantine.parquet; "
+        rf"--strict: 4 images in quarantine, as listed in {tmp_path}/out/pairs/\S+/quarantine.parquet; "
         "everything is written",
         refusal(f"{command} --strict", monkeypatch, capsys),
     )
@@ -242,7 +242,7 @@ def test_training_begins_with_a_checkpoint(
         ("--encoder tiny-vit-33", "unknown encoder 'tiny-vit-33': did you mean tiny-vit-32"),
         ("--encoder none.json", "--encoder none.json: not a JSON file that can be read"),
         ("--encoder coca_ViT-B-32", "coca_ViT-B-32 is trained on captions that it writes"),
-        ("--batch-size 128", "96 pairs are fewer than one batch: choose a smaller --batch-size than 128"),
+        ("--batch-size 128", "96 pairs, fewer than one batch: choose a smaller --batch-size than 128"),
         ("--text-column words", "no column 'words'; there are id, image, caption"),
         ("--caption-templates simple", "has no names of classes to make texts of"),
     ],

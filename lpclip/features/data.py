@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from lpclip import files
-from lpclip.config import SourceConfig, UserError
+from lpclip.config import SourceConfig, UserError, counted
 from lpclip.features.store import Store
 from lpclip.images.open import open_source
 from lpclip.images.source import Source
@@ -72,13 +72,13 @@ class Data:
         if not isinstance(self.origin, Source):
             return f"{self.name} (feature store)"
         rows = self.origin.num_rows
-        count = f"{rows:,}" if rows is not None else "an unknown number of"
+        count = counted(rows, "image") if rows is not None else "an unknown number of images"
         count_names = len(self.origin.label_names or ())
-        names = f" ({count_names} name{'s' * (count_names != 1)})" if count_names else ""
+        names = f" ({counted(count_names, 'name')})" if count_names else ""
         kind = f"labels from {self.origin.labels_from}{names}" if self.has_labels else "no labels"
         if self.origin.has_texts:
             kind = "with texts"
-        return f"{self.name}: {count} images ({self.origin.kind}, {kind})"
+        return f"{self.name}: {count} ({self.origin.kind}, {kind})"
 
 
 def _short(name: str) -> str:

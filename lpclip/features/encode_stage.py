@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from lpclip.config import Decode, Device, EncoderConfig, SourceConfig, UserError
+from lpclip.config import Decode, Device, EncoderConfig, SourceConfig, UserError, counted
 from lpclip.encoders.head import EncoderInfo, refuse_another
 from lpclip.encoders.on_cpu import load_tower
 from lpclip.features.decode_stage import JPEG_COLUMNS, pixel_array
@@ -163,8 +163,10 @@ class ActorPlan:
     """Threads of an actor on a CPU; None on a GPU."""
 
     def __str__(self) -> str:
-        place = "1 GPU each" if self.gpus_per_actor else f"{self.num_threads} CPU threads each"
-        return f"{self.num_actors} encoder actor{'s' * (self.num_actors != 1)}, {place}"
+        place = (
+            "1 GPU each" if self.gpus_per_actor else f"{counted(self.num_threads or 0, 'CPU thread')} each"
+        )
+        return f"{counted(self.num_actors, 'encoder actor')}, {place}"
 
 
 def plan_actors(num_actors: int | None, device: Device = "auto") -> ActorPlan:

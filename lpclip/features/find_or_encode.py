@@ -18,7 +18,7 @@ from typing import Any
 import ray
 
 from lpclip import files
-from lpclip.config import Decode, Device, EncodeConfig, EncoderConfig, UserError
+from lpclip.config import Decode, Device, EncodeConfig, EncoderConfig, UserError, counted
 from lpclip.encoders.head import EncoderInfo
 from lpclip.features.commit_stage import commit
 from lpclip.features.data import Data
@@ -80,7 +80,7 @@ class Encoding:
             # Engines, and what decodes JPEGs, give the same features up to rounding.
             data.origin.require({key: identity[key] for key in identity if key not in ROUNDING})
             rows = data.origin.manifest.num_rows
-            print(f"features of {data.name}: {rows:,} images, as given", flush=True)
+            print(f"features of {data.name}: {counted(rows, 'image')}, as given", flush=True)
             return Encoded(store=data.origin, seconds=0.0, reused=True, rate=None)
         path = files.join(files.absolute(self.folder), f"{data.name}-{fingerprint(identity)[:12]}")
         store = Store.find(path)
@@ -120,7 +120,7 @@ class Encoding:
             found |= dict.fromkeys(missing, now)
         else:
             where = data.origin.path if isinstance(data.origin, Store) else self.folder
-            print(f"features of {data.name}: {len(views)} views found in {where}", flush=True)
+            print(f"features of {data.name}: {counted(len(views), 'view')} found in {where}", flush=True)
         return Views({view: found[view] for view in views})
 
     def _find_views(self, data: Data, views: tuple[View, ...]) -> dict[View, Encoded]:

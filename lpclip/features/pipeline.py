@@ -22,7 +22,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as NodeAffinity
 
 from lpclip import files
-from lpclip.config import UserError
+from lpclip.config import UserError, counted
 from lpclip.features.decode_stage import PIXEL_BYTES, decode_unit, table_bytes
 from lpclip.features.losses import LOSSES, MAX_LOSSES, Losses
 from lpclip.features.pulse import PULSE_SECONDS, Pulse, PulseTaker
@@ -66,7 +66,7 @@ def fill_store(
     progress = Progress(what, total=source.num_rows, done=sum(done.values()))
     taker = PulseTaker(progress, tell) if tell else None
     if done and todo:
-        print(f"going on: {progress.done:,} images are there already", flush=True)
+        print(f"going on after {counted(progress.done, 'image')}", flush=True)
     worked_now, losses = bool(todo), Losses()
     bad: Counter[int] = Counter()
     known: dict[str, Facts] = {}

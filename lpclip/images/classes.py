@@ -13,12 +13,32 @@ from pathlib import Path
 
 import numpy as np
 
-from lpclip.config import ClassConfig, UserError, readable
+from lpclip.config import ClassConfig, UserError, counted, readable
 from lpclip.files import decode_text
 from lpclip.images.columns import whole_number
 
 SYNSET = re.compile(r"(n\d{8})\s+(?=\S)")
 """WordNet's id before a name."""
+NAME_HEADERS = (
+    *(
+        "name",
+        "names",
+        "class",
+        "classes",
+        "class_name",
+        "classname",
+        "category",
+        "label",
+        "labels",
+        "label_name",
+    ),
+    *("display_name", "displayname", "description", "words"),
+)
+LABEL_HEADERS = (
+    *("label", "label_name", "labelname", "label_id", "id", "index", "idx", "class", "class_id", "classid"),
+    *("category_id", "mid", "synset", "wnid"),
+)
+"""Words over the columns of class files, which are no class."""
 
 
 def resolve_classes(config: ClassConfig, *, label_names: tuple[str, ...] | None) -> ClassList:
@@ -90,7 +110,7 @@ def map_labels(
         if are_numbers and classes.labels is None:
             way = f"numbers count from 0, so these are 0 to {len(classes.names) - 1}; map other numbers"
         raise UserError(
-            f"{len(missing)} label{'s' * many} of {data} {'are' if many else 'is'} not in the class list "
+            f"{counted(len(missing), 'label')} of {data} {'are' if many else 'is'} not in the class list "
             f"({', '.join(missing[:5])}); the classes are "
             f"{', '.join(classes.names[:5])}{', ...' if len(classes.names) > 5 else ''}: {way} in a --classes file "
             "with lines label<TAB>name"
@@ -183,12 +203,13 @@ def read_classes(spec: str) -> ClassList:
     """Class names, comma-separated or from a text file with lines of `name` or of `label<TAB>name`.
 
     The tab may be a blank where all labels are WordNet's ids, as in ImageNet's LOC_synset_mapping.txt, and a comma in a
-    .csv. A .json is a list of names, or an object with the name of each label. Raises UserError when the file cannot be
-    read or mixes the two forms, and as ClassList does.
+    .csv. A first line that says what the columns are is no class. A .json is a list of names, or an object with the
+    name of each label. Raises UserError when the file cannot be read or mixes the two forms, and as ClassList does.
     """
     if not names_a_file(spec):
         return ClassList(names=tuple(name.strip() for name in spec.split(",")) if spec.strip() else ())
     rows = _class_rows(spec)
+    rows = rows[_has_header(rows, is_csv=spec.lower().endswith(".csv")) :]
     widths = {len(row) for row in rows}
     if widths == {2}:
         labels, names = zip(*rows, strict=True)
@@ -212,6 +233,14 @@ def _class_rows(path: str) -> list[Sequence[str]]:
     if all(map(SYNSET.match, lines)):
         lines = [SYNSET.sub(r"\1\t", line) for line in lines]
     return [line.split("\t") for line in lines]
+
+
+def _has_header(rows: Sequence[Sequence[str]], *, is_csv: bool) -> bool:
+    """True when the first of these rows says what the columns are; a single column has that in a .csv alone."""
+    words = [word.strip().lower().replace(" ", "_") for word in rows[0]] if rows else []
+    if len(words) == 1:
+        return is_csv and words[0] in NAME_HEADERS
+    return len(words) == 2 and words[0] in LABEL_HEADERS and words[1] in NAME_HEADERS
 
 
 def _json_rows(text: str, *, path: str) -> list[Sequence[str]]:

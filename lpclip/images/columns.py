@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lpclip.config import UserError
+from lpclip.config import UserError, counted
 from lpclip.images.names import escaped_bytes
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "bytes", "uri", "url", "path", "filepath", "file_name")
@@ -79,14 +79,16 @@ def utf_8(column: pa.ChunkedArray) -> pa.ChunkedArray:
 def refuse_duplicates(ids: pa.Array | pa.ChunkedArray, *, what: str) -> None:
     """Raise UserError with examples when two ids are equal, or one is null."""
     if ids.null_count:
-        raise UserError(f"{what}: {ids.null_count} rows have no id; --id-column '' numbers the rows instead")
+        raise UserError(
+            f"{what}: no id in {counted(ids.null_count, 'row')}; --id-column '' numbers the rows instead"
+        )
     if pc.count_distinct(ids).as_py() == len(ids):
         return
     counts = pc.value_counts(ids)
     counts = counts.filter(pc.greater(counts.field("counts"), 1))
     examples = ", ".join(counts.field("values")[:3].to_pylist())
     raise UserError(
-        f"{what}: {len(counts)} ids are there more than once, such as {examples}; --id-column names another "
+        f"{what}: duplicates of {counted(len(counts), 'id')}, such as {examples}; --id-column names another "
         "column, and --id-column '' numbers the rows instead"
     )
 

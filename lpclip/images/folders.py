@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lpclip.config import SourceConfig, UserError
+from lpclip.config import SourceConfig, UserError, counted
 from lpclip.images.columns import Texts
 from lpclip.images.fetch import fetch_all, scheme
 from lpclip.images.names import unescaped
@@ -134,8 +134,8 @@ def _without_images(listing: Listing, names: Sequence[str]) -> tuple[str, ...]:
         return ()
     listed = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
     return (
-        f"labels: {len(empty)} of the folders in {listing.name} have no image ({listed}): without --classes, they are "
-        "no classes",
+        f"labels: {counted(len(empty), 'folder')} without an image in {listing.name} ({listed}): no class, unless "
+        "--classes names it",
     )
 
 
@@ -145,8 +145,8 @@ def _unlabelled(images: Sequence[File], names: Sequence[str]) -> tuple[str, ...]
     if not alone or not names:
         return ()
     return (
-        f"labels: {len(alone):,} of {len(images):,} images have none, because they lie right in a folder that is "
-        f"named, as {alone[0]} does",
+        f"labels: none for {len(alone):,} of {len(images):,} images, which lie right in a folder that is named, as "
+        f"{alone[0]} does",
     )
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.json
 
-from lpclip.config import SourceConfig, UserError
+from lpclip.config import SourceConfig, UserError, counted
 from lpclip.files import RemoteFile, not_utf_8, open_input, refuse_utf_16, split, split_options
 from lpclip.images.columns import (
     ID_COLUMNS,
@@ -151,11 +151,11 @@ def _missing(local: Sequence[File], *, column: str, root: str, name: str, num_ro
     example = f"such as {under(root, missing[0])[:300]}"
     if len(missing) == num_rows:
         raise UserError(
-            f"{name}: none of the {num_rows:,} paths in its column {column!r} is a file, {example}: a path is "
-            "relative to the folder of this list, and has its suffix (.jpg)"
+            f"{name}: no file is at any path in its column {column!r} ({counted(num_rows, 'row')}), {example}: a path "
+            "is relative to the folder of this list, and has its suffix (.jpg)"
         )
     return (
-        f"{name}: {len(missing):,} of its {num_rows:,} paths are no files and will be quarantined, {example}",
+        f"{name}: {len(missing):,} of its {num_rows:,} paths will be quarantined for lack of a file, {example}",
     )
 
 

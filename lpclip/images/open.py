@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from lpclip.config import SourceConfig, UserError
+from lpclip.config import SourceConfig, UserError, counted
 from lpclip.images.columns import Texts
 from lpclip.images.folders import is_text_file, open_folder
 from lpclip.images.listings import is_pattern, list_path, list_pattern, merge
@@ -30,7 +30,7 @@ SPLIT = re.compile(
     r"(?:^|[/_.-])(?P<word>train(?:ing)?|test(?:ing)?|val(?:id|idation)?|dev)(?=[/_.-]|\d|$)", re.IGNORECASE
 )
 """A split's name in a path."""
-WORDS = {"folder": "images", "parquet": "Parquet", "webdataset": "tars", "manifest": "manifests"}
+WORDS = {"folder": "image", "parquet": "Parquet file", "webdataset": "tar", "manifest": "manifest"}
 SUFFIXES = {
     "folder": IMAGE_SUFFIXES,
     "parquet": (".parquet", ".pq"),
@@ -108,7 +108,7 @@ def open_source(
         own = [file.path for file in value.listing.files if is_read(file)]
         if not own:
             raise UserError(
-                f"{value.text}: holds no {WORDS[kind]}, as what is named beside it does: leave it out"
+                f"{value.text}: holds no {WORDS[kind]}s, as what is named beside it does: leave it out"
             )
         if not value.is_pattern:
             _refuse_splits(value.text, kind, own)
@@ -120,7 +120,7 @@ def open_source(
     skipped = [file.path for file in listing.files if file not in kept]
     if not skipped:
         return source
-    note = f"{len(skipped)} files in {told} are not {WORDS[kind]} and were left out ({_suffixes(skipped)})"
+    note = f"left out of {told}: {counted(len(skipped), 'file')} other than {WORDS[kind]}s ({_suffixes(skipped)})"
     lists = [path for path in skipped if _kind(path) == "manifest"]
     if lists:
         note += f"; a list such as {lists[0]} is read where --data names it"
@@ -224,8 +224,8 @@ def _kind_of_folder(values: Sequence[_Value], listing: Listing, config: SourceCo
         paths = [file.path for file in listing.files]
         remedy = _remedy(paths)
         raise UserError(
-            f"{told}: the folder holds {len(paths)} files, and no image, Parquet file or tar ({_suffixes(paths)})"
-            + (f": {remedy}" if remedy else "")
+            f"{told}: the folder holds {counted(len(paths), 'file')}, and no image, Parquet file or tar "
+            f"({_suffixes(paths)})" + (f": {remedy}" if remedy else "")
         )
     if len(kinds) > 1 and "parquet" in kinds:
         # Downloaders write what they know of the images beside them.
@@ -234,7 +234,9 @@ def _kind_of_folder(values: Sequence[_Value], listing: Listing, config: SourceCo
             kinds.remove("parquet")
     if len(kinds) > 1:
         there = {kind: [f.path for f in listing.files if _kind(f.path) == kind] for kind in kinds}
-        listed = ", ".join(f"{len(paths):,} {WORDS[kind]} ({paths[0]})" for kind, paths in there.items())
+        listed = ", ".join(
+            f"{counted(len(paths), WORDS[kind])} ({paths[0]})" for kind, paths in there.items()
+        )
         advice = "name those of one kind"
         if len(values) == 1:
             suffix = Path(there[max(kinds, key=lambda kind: len(there[kind]))][0]).suffix

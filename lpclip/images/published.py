@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
-from lpclip.config import SourceConfig, UserError
+from lpclip.config import SourceConfig, UserError, counted
 from lpclip.files import locate, open_input
 from lpclip.images.arrays import ArrayReader, inspect_array
 from lpclip.images.fetch import reason, under
@@ -106,7 +106,7 @@ def published_sets(path: str) -> tuple[list[Published], list[str]]:
         return published, []
     examples = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
     return published, [
-        f"{len(left_out)} folders and .npy files in {path} are no known corruption or severity and were left out "
+        f"left out of {path}: {counted(len(left_out), 'name')} of no known corruption or severity "
         f"({examples})"
     ]
 
@@ -158,7 +158,7 @@ def _open_array(item: Published, *, config: SourceConfig, limit: int | None) -> 
     num_rows, height, width, _ = array.shape
     if min(array.shape) < 1 or num_rows % len(SEVERITIES):
         raise UserError(
-            f"{uri}: {num_rows} rows of {width}x{height} pixels are not five severities of images"
+            f"{uri}: {counted(num_rows, 'row')} of {width}x{height} pixels are not five severities of images"
         )
     count, row_bytes = num_rows // len(SEVERITIES), height * width * 3
     labels_file, labels = _labels(under(item.root, LABELS), num_rows=num_rows)
@@ -193,7 +193,7 @@ def _labels(uri: str, *, num_rows: int) -> tuple[File, np.ndarray]:
     if array.dtype.kind not in "iu" or len(array.shape) != 1:
         raise UserError(f"{uri}: {array.dtype} {array.shape}, where a list of integers should be")
     if array.shape[0] != num_rows:
-        raise UserError(f"{uri}: {array.shape[0]} labels, but the images are {num_rows}")
+        raise UserError(f"{uri}: {counted(array.shape[0], 'label')}, but the images are {num_rows}")
     try:
         with open_input(uri) as file:
             data = file.read_at(num_rows * array.dtype.itemsize, array.offset)

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from lpclip.config import SourceConfig
+from lpclip.config import SourceConfig, counted
 from lpclip.files import open_input
 from lpclip.images.columns import Texts, whole_number
 from lpclip.images.fetch import reason, under
@@ -265,7 +265,9 @@ def open_webdataset(
     notes = []
     if limit is not None:
         units = list(_first_images(listing, reader, limit))
-        notes.append(f"--limit takes the first {limit} images of {listing.name}, in the order of the tars")
+        notes.append(
+            f"--limit takes the first {counted(limit, 'image')} of {listing.name}, in the order of the tars"
+        )
     words = _first_labels(listing) if reader.has_labels else []
     names = [word for word in words if word and whole_number(word) is None]
     if names:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lpclip import files
-from lpclip.config import PredictJob, SelftrainJob, UiJob, flags
+from lpclip.config import PredictJob, SelftrainJob, UiJob, counted, flags
 from lpclip.encoders.head import EncoderInfo, Head
 from lpclip.features.data import Data
 from lpclip.features.stored_views import Encoded
@@ -112,9 +112,9 @@ def print_training(job: SelftrainJob, classes: ClassList, head: Head, *, present
     """The plan of the rounds."""
     t = job.training
     print_classes(classes.names, present)
-    workers = f"{t.num_workers} Ray Train workers" if t.num_workers else "in this process"
+    workers = counted(t.num_workers, "Ray Train worker") if t.num_workers else "in this process"
     print(
-        f"training  {t.solver}, at most {t.rounds} rounds, temperature {head.temperature:.4g}, "
+        f"training  {t.solver}, at most {counted(t.rounds, 'round')}, temperature {head.temperature:.4g}, "
         f"threshold {t.threshold:g}, prior {t.prior}, {workers}",
         flush=True,
     )
@@ -123,7 +123,9 @@ def print_training(job: SelftrainJob, classes: ClassList, head: Head, *, present
 def print_zero_shot(accuracy: float | None, *, images: int, data: str) -> None:
     """Print zero-shot's accuracy as a first number, where there are labelled images."""
     if accuracy is not None:
-        print(f"zero-shot: {accuracy:.1%} of {images:,} labelled images of {data} are right", flush=True)
+        print(
+            f"zero-shot: right on {accuracy:.1%} of {counted(images, 'labelled image')} of {data}", flush=True
+        )
 
 
 def encoded_row(data: Data, encoded: Encoded) -> dict[str, Any]:
@@ -141,7 +143,7 @@ def encoded_row(data: Data, encoded: Encoded) -> dict[str, Any]:
 
 def measured_on(where: dict[str, Any]) -> str:
     """The images that were evaluated on, in a few words, from the `evaluated_on` of a summary."""
-    text = f"{where['data']}, {where['images']:,} labelled images, {where['setting']}"
+    text = f"{where['data']}, {counted(where['images'], 'labelled image')}, {where['setting']}"
     if where["setting"] == "inductive" and where["shared"]:
         text += f" but for {where['shared']:,} that are among the unlabelled images too"
     return text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from lpclip import files
-from lpclip.config import SourceConfig, UserError
+from lpclip.config import SourceConfig, UserError, counted
 from lpclip.features.data import Data
 from lpclip.features.store import Manifest, Store
 
@@ -46,8 +46,7 @@ def refuse_listed(lists: Mapping[str, int]) -> None:
     if total:
         paths = ", ".join(path for path, count in lists.items() if count)
         raise UserError(
-            f"--strict: {total:,} image{'s were' if total > 1 else ' was'} quarantined, as listed in {paths}; "
-            "everything is written"
+            f"--strict: {counted(total, 'image')} in quarantine, as listed in {paths}; everything is written"
         )
 
 

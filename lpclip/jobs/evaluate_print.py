@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from lpclip.config import counted
 from lpclip.encoders.head import EncoderInfo
 from lpclip.evaluation.results import Result, RetrievalResult, worse_than_zero_shot
 from lpclip.features.data import Data
@@ -24,7 +25,7 @@ def print_evaluation_plan(
         if data.source is not None and data.source.num_rows:
             num_bytes = 2 * info.identity["dim"] * num_views * data.source.num_rows
             size = f", {num_views * data.source.num_rows:,} features, {num_bytes / 1e6:,.0f} MB"
-        print(f"{kind:<9} {data.describe()}: {num_views} views{size}")
+        print(f"{kind:<9} {data.describe()}: {counted(num_views, 'view')}{size}")
         # Sets of published corruptions are dozens, and of foreign images no labels are read.
         if kind in ("clean", "shift"):
             print_examples(data)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from lpclip import files
-from lpclip.config import PredictJob, UserError, check
+from lpclip.config import PredictJob, UserError, check, counted
 from lpclip.features.data import open_data
 from lpclip.features.find_or_encode import Encoding
 from lpclip.features.store import Store, matrix, mean_view
@@ -83,7 +83,7 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
     print(told)
     images, quarantined = counts.total(), store.manifest.num_quarantined
     listed = f", listed in {shown(quarantine)}" if quarantine else ""
-    print(f"{images:,} images labelled: {shown(job.out)}; {quarantined:,} quarantined{listed}")
+    print(f"{counted(images, 'image')} labelled: {shown(job.out)}; {quarantined:,} quarantined{listed}")
     if kept:
         print_mlflow(kept)
     if quarantine and job.source.strict:

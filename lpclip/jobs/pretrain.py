@@ -14,6 +14,7 @@ from lpclip.config import (
     PretrainConfig,
     PretrainJob,
     SelftrainJob,
+    counted,
     digest,
     to_dict,
 )
@@ -238,8 +239,8 @@ def _count_cut_texts(pairs: PairStore, trainable: Trainable) -> _CutTexts:
 
 def _print_plan(job: PretrainJob, source: Source, trainable: Trainable, out: str) -> None:
     t, size = job.training, trainable.preprocess.size
-    count = f"{source.num_rows:,}" if source.num_rows is not None else "an unknown number of"
-    print(f"data      {source.name}: {count} pairs ({source.kind})")
+    count = counted(source.num_rows, "pair") if source.num_rows is not None else "an unknown number of pairs"
+    print(f"data      {source.name}: {count} ({source.kind})")
     begin = f"from {job.model.pretrained}" if job.model.pretrained else "from scratch"
     number = sum(p.numel() for p in trainable.model.parameters()) / 1e6
     locked = f", {job.model.lock} tower locked" if job.model.lock != "none" else ""
@@ -248,14 +249,14 @@ def _print_plan(job: PretrainJob, source: Source, trainable: Trainable, out: str
         print(
             f"pairs     about {source.num_rows * size * size * 3 / 1e6:,.0f} MB of pixels when all are read"
         )
-        steps = f"{num_steps(t, num_pairs=source.num_rows):,} steps"
+        steps = counted(num_steps(t, num_pairs=source.num_rows), "step")
     else:
         steps = "an unknown number of steps"
     method = f"psd (reconstructed), {t.share_start:g} to {t.share_end:g} distilled"
-    workers = f"{t.num_workers} Ray Train workers" if t.num_workers else "in this process"
+    workers = counted(t.num_workers, "Ray Train worker") if t.num_workers else "in this process"
     print(
-        f"training  {method if t.method == 'psd' else 'infonce'}, {t.epochs} epochs of batches of {t.batch_size}: "
-        f"{steps} at most, {workers}"
+        f"training  {method if t.method == 'psd' else 'infonce'}, {counted(t.epochs, 'epoch')} of batches of "
+        f"{t.batch_size}: {steps} at most, {workers}"
     )
     print(f"output    {shown(out)}")
     for note in source.notes:

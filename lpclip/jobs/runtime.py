@@ -17,7 +17,7 @@ import filelock
 
 import lpclip
 from lpclip import files
-from lpclip.config import UserError
+from lpclip.config import UserError, counted
 from lpclip.jobs.process import job_began, ray_log
 
 RAY_LOG = "ray.log"
@@ -108,10 +108,11 @@ def check_workers(num_workers: int) -> None:
     count = int(there.get(name, 0))
     if num_workers <= count:
         return
-    here = f"each takes a {name}, and {{}} {count} {name}{'s' * (count != 1)}"
+    here = f"each takes a {name}, and {{}} {counted(count, name)}"
     if not os.environ.get("RAY_ADDRESS") and len(ray.nodes()) == 1:
         raise UserError(f"--num-workers {num_workers}: {here.format('this machine has')}")
-    text = f"{num_workers} Ray Train workers wait until the cluster has grown: {here.format('there are')}"
+    waiting = counted(num_workers, "Ray Train worker")
+    text = f"{waiting} must wait until the cluster has grown: {here.format('there are')}"
     print(text, file=sys.stderr, flush=True)
 
 

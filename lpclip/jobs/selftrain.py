@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from lpclip import files
-from lpclip.config import SelftrainJob, UserError, config_identity
+from lpclip.config import SelftrainJob, UserError, config_identity, counted
 from lpclip.encoders.head import EncoderInfo, Head, make_head, take_names
 from lpclip.encoders.prompts import templates
 from lpclip.evaluation.judge import accuracy, evaluate, probe_curves
@@ -194,7 +194,7 @@ def _run_rounds(
     )
     if count:
         print(
-            f"rounds: at first, the {count} nearest neighbours of each of {manifest.num_rows:,} images are found",
+            f"rounds: first, each of {manifest.num_rows:,} images gets its {counted(count, 'nearest neighbour')}",
             flush=True,
         )
     rounds = run_rounds(work, storage=files.join(out, "ray"), tell=partial(print, flush=True))

@@ -20,6 +20,7 @@ from lpclip.config import (
     TuneJob,
     UserError,
     config_identity,
+    counted,
     to_dict,
 )
 from lpclip.encoders.head import EncoderInfo, Head, make_head, take_names
@@ -344,7 +345,7 @@ class _Sweep:
 
     def _tell(self, record: TrialRecord) -> None:
         last = record.rounds[-1] if record.rounds else {}
-        text = f"{record.status}, {len(record.rounds)} rounds in {record.seconds:.1f} s"
+        text = f"{record.status}, {counted(len(record.rounds), 'round')} in {record.seconds:.1f} s"
         if record.error:
             text += f": {record.error}"
         elif "criterion" in last:
@@ -388,7 +389,9 @@ class _Sweep:
         candidates |= {name: read_classifier(self._folder, name) for name in order}
         whole = {name: self._whole(one) for name, one in candidates.items()} | {ZERO_SHOT_KEY: zero_shot}
         own = ", the default recipe" if DEFAULT in finished else ""
-        print(f"choosing among {len(finished) - len(own[:1])} trials{own} and zero-shot", flush=True)
+        print(
+            f"choosing among {counted(len(finished) - len(own[:1]), 'trial')}{own} and zero-shot", flush=True
+        )
         worth = {
             name: {c: measure(material.task.yardstick, candidate, criterion=c) for c in CRITERIA}
             for name, candidate in candidates.items()

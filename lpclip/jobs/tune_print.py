@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lpclip.config import TuneJob
+from lpclip.config import TuneJob, counted
 from lpclip.jobs import tracking
 from lpclip.jobs.console import measured_on, print_places
 from lpclip.report.sweep_page import status_line, trials_table, verdict
@@ -18,8 +18,8 @@ def print_sweep_plan(job: TuneJob, space: SearchSpace, *, count: int, concurrent
     print(f"space     {job.space}: {', '.join(space.searched)}{fixed}")
     scheduler = "no trial is stopped early" if job.scheduler == "none" else f"{job.scheduler} stops the worst"
     print(
-        f"sweep     {count} trials and the default recipe, {concurrent} at a time, {job.search} search, {scheduler}; "
-        f"the winner is chosen by {job.criterion}, without labels (docs/tuning.md)",
+        f"sweep     {counted(count, 'trial')} and the default recipe, {concurrent} at a time, {job.search} search, "
+        f"{scheduler}; the winner is chosen by {job.criterion}, without labels (docs/tuning.md)",
         flush=True,
     )
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpclip.config import UserError
+from lpclip.config import UserError, counted
 
 BLOCK_ROWS = 16_384
 # Rounding a unit vector to float16 changes its norm by less than a thousandth.
@@ -103,8 +103,8 @@ def check_head(head: ZeroShotHead) -> Tensor:
     weight = check_features(head.weight, name="the head's weights").astype(np.float32)
     if len(weight) < 2 or len(head.class_names) != len(weight):
         raise UserError(
-            f"the head has {len(head.class_names)} class names and {len(weight)} rows of weights: a classifier needs "
-            "as many of the one as of the other, and at least two"
+            f"the head has {counted(len(head.class_names), 'class name')} and {counted(len(weight), 'row')} of "
+            "weights: a classifier needs as many of the one as of the other, and at least two"
         )
     if not 0 < head.temperature < np.inf:
         raise UserError(f"the head's temperature must be above 0, not {head.temperature}")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lpclip.config import PretrainConfig, UserError
+from lpclip.config import PretrainConfig, UserError, counted
 from lpclip.method.contrastive_loss import Loss, choose_distilled, contrastive_loss, distilled_share, gather
 
 MAX_SCALE = 100.0
@@ -49,7 +49,8 @@ def check_num_pairs(config: PretrainConfig, *, num_pairs: int) -> None:
     """Raise UserError for fewer pairs than one batch."""
     if num_pairs < config.batch_size:
         raise UserError(
-            f"{num_pairs} pairs are fewer than one batch: choose a smaller --batch-size than {config.batch_size}"
+            f"{counted(num_pairs, 'pair')}, fewer than one batch: choose a smaller --batch-size than "
+            f"{config.batch_size}"
         )
 
 

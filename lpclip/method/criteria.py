@@ -14,7 +14,7 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_mutual_info_score
 
-from lpclip.config import Criterion, UserError
+from lpclip.config import Criterion, UserError, counted
 from lpclip.method.agreement import agreement
 from lpclip.method.linear import Linear
 
@@ -59,7 +59,7 @@ def make_yardstick(
     """
     rows = features[:SAMPLE_ROWS]
     if len(rows) < 2:
-        raise UserError(f"{len(rows)} images are too few to choose between trials")
+        raise UserError(f"too few to choose between trials: {counted(len(rows), 'image')}")
     seen = torch.from_numpy(rows).float()
     centred = seen - seen.mean(dim=0)
     size = min(COMPONENTS, *centred.shape)

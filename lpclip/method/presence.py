@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpclip.config import UserError, did_you_mean, readable
+from lpclip.config import UserError, counted, did_you_mean, readable
 from lpclip.method.linear import Linear
 
 # A row is sure where zero-shot gives a name more than this.
@@ -75,7 +75,9 @@ def present_classes(zero_shot: Tensor, *, label: Callable[[np.ndarray], np.ndarr
     num_rows, num_classes = zero_shot.shape
     places, why = np.arange(num_classes), "none seems to be without images"
     if num_rows < ENOUGH_ROWS:
-        return Presence(places=places, why=f"{num_rows} images are too few to tell, {ENOUGH_ROWS} are needed")
+        return Presence(
+            places=places, why=f"{counted(num_rows, 'image')} cannot tell, {ENOUGH_ROWS} are needed"
+        )
     for _ in range(STEPS):
         sure = (torch.softmax(zero_shot[:, places], dim=1) > SURE).sum(dim=0).numpy()
         spoken_for = sure > SURE_SHARE * sure.mean()

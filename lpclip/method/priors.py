@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpclip.config import UserError
+from lpclip.config import UserError, counted
 
 # Factors stay within this ratio of the prior's own. Where it fits they need about 3; where it does not they would
 # grow without bound, round after round, for classes that have no image.
@@ -99,7 +99,9 @@ def read_prior(spec: str, class_names: tuple[str, ...], *, text: str | None = No
             )
         weights = [weights[names.index(name)] for name in class_names]
     if len(weights) != len(class_names):
-        raise UserError(f"--prior {spec} has {len(weights)} weights for {len(class_names)} classes")
+        raise UserError(
+            f"--prior {spec} has {counted(len(weights), 'weight')} for {len(class_names)} classes"
+        )
     if not all(math.isfinite(w) and w > 0 for w in weights):
         raise UserError(f"--prior {spec}: weights must be positive numbers")
     shares = torch.tensor(weights, dtype=torch.float64)

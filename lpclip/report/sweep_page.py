@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from lpclip.config import counted
 from lpclip.report.page import Picture, Section, render_page
 from lpclip.report.style import COLOURS, INK, grid, headline, new_figure, shortened
 
@@ -76,7 +77,7 @@ def trials_table(summary: Summary, *, limit: int = 10) -> list[dict[str, Any]]:
 def status_line(summary: Summary) -> str:
     """A line with the numbers of finished, stopped and failed trials, and why the first three failed."""
     trials = summary["trials"]
-    parts = [f"{len(_finished(summary))} of {len(trials)} trial{'s' * (len(trials) != 1)} finished"]
+    parts = [f"{len(_finished(summary))} of {counted(len(trials), 'trial')} finished"]
     stopped = sum(trial["status"] == "stopped" for trial in trials)
     if stopped:
         parts.append(f"{stopped} stopped early")
@@ -201,9 +202,8 @@ def _measured_on(summary: Summary) -> str:
     }
     setting = about.get("setting") or ""
     but = f" but for {about['shared']:,}" if setting == "inductive" and about.get("shared") else ""
-    return (
-        f"Accuracies are of the {about['images']:,} images of {about['data']}{trained.get(setting, '')}{but}."
-    )
+    images = counted(about["images"], "image")
+    return f"Accuracies are of the {images} of {about['data']}{trained.get(setting, '')}{but}."
 
 
 def _criterion_section(summary: Summary) -> Section:

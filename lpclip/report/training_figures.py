@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
+from lpclip.config import counted
 from lpclip.evaluation.evidence import Reliability
 from lpclip.report.style import (
     COLOURS,
@@ -50,7 +51,9 @@ def confusion_matrix_figure(matrix: ArrayLike, class_names: Sequence[str]) -> Fi
         _pooled(shares), cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1), interpolation="nearest"
     )
     accuracy = np.trace(counts) / counts.sum() if counts.sum() else 0.0
-    axes.set_title(f"Confusion matrix\n{accuracy:.1%} of {int(counts.sum()):,} images right", loc="left")
+    axes.set_title(
+        f"Confusion matrix\n{accuracy:.1%} of {counted(int(counts.sum()), 'image')} right", loc="left"
+    )
     suffix = "" if num_classes <= MAX_TICK_LABELS else f" ({num_classes:,})"
     axes.set_xlabel(f"predicted class{suffix}")
     axes.set_ylabel(f"true class{suffix}")
