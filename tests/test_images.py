@@ -936,7 +936,9 @@ class TestBadInput:
         assert "unknown kind of file" in self.message(tmp_path / "a.txt")
         write(tmp_path / "a.jpg", png(0))
         write_parquet(tmp_path / "a.parquet", {"image": [png(0)]})
-        assert "different kinds: 1 images (a.jpg), 1 Parquet (a.parquet); move the" in self.message(tmp_path)
+        assert "different kinds: 1 image (a.jpg), 1 Parquet file (a.parquet); move the" in self.message(
+            tmp_path
+        )
 
     @pytest.mark.parametrize(
         ("name", "remedy"),

@@ -144,7 +144,7 @@ def test_values_that_make_no_one_set_are_refused_in_a_sentence(tmp_path: Path) -
     for values, sentence in (
         (
             (photos, tmp_path / "some.tar"),
-            r"photos and 1 more: these are files of different kinds: \d+ images \(.*, 1 tar \(some.tar\); name",
+            r"photos and 1 more: these are files of different kinds: \d+ images? \(.*, 1 tar \(some.tar\); name",
         ),
         ((photos, tmp_path / "list.csv"), "a manifest is read alone: put the lines of all in one file"),
         (
