@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import stat
 import urllib.parse
 import uuid
 from collections import deque
@@ -108,24 +109,25 @@ def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def each(function: Callable[[S], T], items: Iterable[S], *, folder: str) -> Iterator[T]:
-    """Results in the order of the items, which are about files in `folder`: by many threads where it is remote.
-
-    At most READERS results are made ahead.
-    """
+    """Results in the order of the items, which are about files in `folder`: by many threads where it is remote."""
     if isinstance(resolve(folder)[0], fs.LocalFileSystem):
-        yield from map(function, items)
-        return
-    ahead: deque[Future[T]] = deque()
-    threads = ThreadPoolExecutor(READERS)
+        return map(function, items)
+    return ahead(function, items, threads=READERS)
+
+
+def ahead(function: Callable[[S], T], items: Iterable[S], *, threads: int) -> Iterator[T]:
+    """Results in the order of the items, made by so many threads; as many are made ahead."""
+    waiting: deque[Future[T]] = deque()
+    pool = ThreadPoolExecutor(threads)
     try:
         for item in items:
-            ahead.append(threads.submit(function, item))
-            if len(ahead) > READERS:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
-        threads.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
 def split_options(uri: str) -> tuple[str, str]:
@@ -358,14 +360,24 @@ def open_input(path: str) -> pa.NativeFile | RemoteFile:
     """A file to be read at any place. Raises what the file system raises, StoreAwayError when it does not answer."""
     filesystem, inner = locate(absolute(path))
     if isinstance(filesystem, fs.LocalFileSystem):
+        _refuse_special_file(inner)
         return filesystem.open_input_file(_named(inner))
     return RemoteFile(path, filesystem, inner)
+
+
+def _refuse_special_file(path: str) -> None:
+    """Raise OSError for a FIFO, a socket or a device: to read one may wait for ever, or never end."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(f"{path} is a FIFO, a socket or a device, and no file")
 
 
 def read_bytes(path: str) -> bytes:
     """A whole file; FileNotFoundError when it is not there."""
 
     def read(filesystem: fs.FileSystem, inner: str) -> bytes:
+        if isinstance(filesystem, fs.LocalFileSystem):
+            _refuse_special_file(inner)
         with filesystem.open_input_file(inner) as stream:
             return stream.read()
 

@@ -124,5 +124,23 @@ def is_text(dtype: pa.DataType) -> bool:
     return pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype)
 
 
+def without_views(table: pa.Table) -> pa.Table:
+    """The table with string and binary views, which Arrow cannot do much with, in their plain layouts."""
+    schema = pa.schema([field.with_type(_plain_type(field.type)) for field in table.schema])
+    return table if schema.types == table.schema.types else table.cast(schema)
+
+
+def _plain_type(dtype: pa.DataType) -> pa.DataType:
+    if pa.types.is_string_view(dtype):
+        return pa.large_string()
+    if pa.types.is_binary_view(dtype):
+        return pa.large_binary()
+    if pa.types.is_struct(dtype):
+        return pa.struct([field.with_type(_plain_type(field.type)) for field in dtype])
+    if pa.types.is_list(dtype):
+        return pa.list_(_plain_type(dtype.value_type))
+    return dtype
+
+
 def _is_list(dtype: pa.DataType) -> bool:
     return pa.types.is_list(dtype) or pa.types.is_large_list(dtype) or pa.types.is_fixed_size_list(dtype)

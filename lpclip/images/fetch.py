@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import os
 import re
+import socket
 import string
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from http.client import HTTPMessage
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 import pyarrow as pa
 
@@ -23,6 +26,8 @@ from lpclip.config import StoreAwayError, UserError
 from lpclip.images.names import unescaped
 
 RETRY_SECONDS = (0.2, 0.8)
+# Files that one process fetches at a time, and holds until they are taken.
+FETCHERS = 8
 # Servers such as Wikimedia's answer no program that hides behind its library's name.
 HEADERS = {"User-Agent": "lpclip"}
 # Client errors that mean "try later": request timeout and too many requests.
@@ -90,10 +95,10 @@ def refuse_scheme(uri: str, schemes: Sequence[str]) -> None:
 
 def fetch_all(
     uris: Sequence[str], *, root: str, max_bytes: int, schemes: Sequence[str], timeout: float
-) -> list[bytes | Exception]:
+) -> Iterator[bytes | Exception]:
     """The bytes of files below root or at URIs, in order; an exception stands for each file that cannot be read.
 
-    In place of a path, an image may be there itself, in base64.
+    In place of a path, an image may be there itself, in base64. At most FETCHERS files are in memory ahead.
 
     Only URIs of these schemes are followed, even when an http server redirects to another. `timeout` is in seconds and
     limits one attempt over http(s). Raises StoreAwayError when another file system is busy or away for minutes. An http
@@ -118,8 +123,7 @@ def fetch_all(
         except (OSError, ValueError, pa.ArrowException) as error:
             return error
 
-    with ThreadPoolExecutor(max_workers=8) as threads:
-        return list(threads.map(fetch, uris))
+    return files.ahead(fetch, uris, threads=FETCHERS)
 
 
 def _retry(read: Callable[[], T]) -> T:
@@ -174,17 +178,76 @@ def _quoted(uri: str) -> str:
     return urllib.parse.quote(parts._replace(netloc=host).geturl(), safe=string.punctuation)
 
 
+class _Deadline:
+    """Ends the connections of one request after some seconds: a server that sends a little now and then never would."""
+
+    def __init__(self, seconds: float) -> None:
+        self.is_over = False
+        self._sockets: list[socket.socket] = []
+        self._timer = threading.Timer(seconds, self._end)
+
+    def _end(self) -> None:
+        self.is_over = True
+        for item in self._sockets:
+            with contextlib.suppress(OSError):
+                item.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> _Deadline:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def connection(self, kind: type[http.client.HTTPConnection], *args: Any, **kwargs: Any) -> Any:
+        """A connection of this kind, as http.client makes it, that the deadline ends."""
+        made = kind(*args, **kwargs)
+        connect = made.connect
+
+        def watched() -> None:
+            connect()
+            self._sockets.append(made.sock)
+            if self.is_over:
+                self._end()
+
+        made.connect = watched  # type: ignore[method-assign]
+        return made
+
+
+class _Http(urllib.request.HTTPHandler):
+    def __init__(self, deadline: _Deadline) -> None:
+        super().__init__()
+        self._connection = partial(deadline.connection, http.client.HTTPConnection)
+
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self._connection, req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def __init__(self, deadline: _Deadline) -> None:
+        super().__init__()
+        self._connection = partial(deadline.connection, http.client.HTTPSConnection)
+
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self._connection, req)
+
+
 def _get_once(uri: str, *, max_bytes: int, schemes: Sequence[str], timeout: float) -> bytes:
-    deadline = time.monotonic() + timeout
-    opener = urllib.request.build_opener(_Redirects(schemes))
-    with opener.open(urllib.request.Request(_quoted(uri), headers=HEADERS), timeout=timeout) as response:
-        size = response.length
-        data = bytearray()
-        # The answer is read piece by piece: one read of everything would wait forever for a slow server.
-        while len(data) != size and len(data) <= max_bytes and (part := response.read1(1 << 16)):
-            data += part
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"timed out after {len(data)} bytes")
+    request = urllib.request.Request(_quoted(uri), headers=HEADERS)
+    data = bytearray()
+    with _Deadline(timeout) as deadline:
+        opener = urllib.request.build_opener(_Redirects(schemes), _Http(deadline), _Https(deadline))
+        try:
+            with opener.open(request, timeout=timeout) as response:
+                size = response.length
+                while len(data) != size and len(data) <= max_bytes and (part := response.read1(1 << 16)):
+                    data += part
+        except (OSError, http.client.HTTPException) as error:
+            if not deadline.is_over:
+                raise
+            raise TimeoutError(f"timed out after {len(data)} bytes") from error
+        if deadline.is_over:
+            raise TimeoutError(f"timed out after {len(data)} bytes")
     if len(data) > max_bytes:
         raise UserError(f"more than {max_bytes} bytes")
     if size is not None and len(data) < size:

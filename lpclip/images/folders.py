@@ -27,8 +27,6 @@ from lpclip.images.source import (
     make_row,
 )
 
-FETCH_ROWS = 32
-
 
 @dataclass(frozen=True, kw_only=True)
 class FilesReader(Reader):
@@ -49,17 +47,15 @@ class FilesReader(Reader):
         paths = work["paths"]
         ids, labels = work.get("ids") or paths, work.get("labels") or [None] * len(paths)
         texts = work.get("texts") or [[]] * len(paths)
-        for start in range(0, len(paths), FETCH_ROWS):
-            part = slice(start, start + FETCH_ROWS)
-            rows = zip(ids[part], self._fetch(paths[part]), labels[part], strict=True)
-            if "text_paths" in work:
-                beside = work["text_paths"][part]
-                read = iter(self._fetch([path for path in beside if path]))
-                for row, path in zip(rows, beside, strict=True):
-                    yield make_pair(*row, [next(read)] if path else [])
-            else:
-                for row, own in zip(rows, texts[part], strict=True):
-                    yield make_row(*row, own)
+        rows = zip(ids, self._fetch(paths), labels, strict=True)
+        if "text_paths" in work:
+            beside = work["text_paths"]
+            read = self._fetch([path for path in beside if path])
+            for row, path in zip(rows, beside, strict=True):
+                yield make_pair(*row, [next(read)] if path else [])
+        else:
+            for row, own in zip(rows, texts, strict=True):
+                yield make_row(*row, own)
 
     def listed(self, unit: str) -> list[tuple[str, int | None]]:
         """Id and label of each file."""
@@ -67,7 +63,7 @@ class FilesReader(Reader):
         ids = work.get("ids") or work["paths"]
         return list(zip(ids, work.get("labels") or [None] * len(ids), strict=True))
 
-    def _fetch(self, paths: list[str]) -> list[bytes | Exception]:
+    def _fetch(self, paths: list[str]) -> Iterator[bytes | Exception]:
         return fetch_all(
             paths, root=self.root, max_bytes=self.max_bytes, schemes=self.schemes, timeout=self.timeout
         )

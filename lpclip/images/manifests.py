@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import json
 import os
 import re
 import stat
@@ -12,10 +14,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.json
 
 from lpclip.config import SourceConfig, UserError, counted
-from lpclip.files import RemoteFile, not_utf_8, open_input, refuse_utf_16, split, split_options
+from lpclip.files import not_utf_8, open_input, refuse_utf_16, split, split_options
 from lpclip.images.columns import (
     ID_COLUMNS,
     IMAGE_COLUMNS,
@@ -30,6 +31,7 @@ from lpclip.images.columns import (
 )
 from lpclip.images.fetch import embedded, followed, reason, scheme, under
 from lpclip.images.folders import FilesReader, file_units
+from lpclip.images.names import escaped
 from lpclip.images.source import (
     IMAGE_SUFFIXES,
     File,
@@ -43,11 +45,11 @@ from lpclip.images.source import (
 
 # The header of a table is within these.
 HEAD_BYTES = 1 << 16
+# The longest row of a table, about.
+CELL_BYTES = 16 << 20
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 SEPARATOR_HINT = re.compile(rb'(\xef\xbb\xbf)?"?sep=.?"?', re.IGNORECASE)
 """A line that tells spreadsheets what separates the columns, before the header."""
-BYTE = re.compile(rb"\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\u[dD][cC]([89a-fA-F][0-9a-fA-F])")
-"""A byte of a name that is not UTF-8, as Python writes it in JSON; what only looks like one comes first."""
 # Labels are int32 from here on.
 MAX_LABEL = 2**31 - 1
 
@@ -168,11 +170,12 @@ def _read_manifest(uri: str) -> tuple[pa.Table, tuple[str, ...]]:
             file.seek(0)
             refuse_utf_16(head, path=uri)
             if path.endswith((".jsonl", ".ndjson")):
-                return _read_json_lines(file), ()
+                return _read_lines(file, uri=uri), ()
             lines = head.splitlines()
             num_hints = sum(map(bool, map(SEPARATOR_HINT.fullmatch, lines[:1])))
             separator, notes = _separator(split(split_options(uri)[0])[1], lines[num_hints:])
-            parse, start = pa.csv.ParseOptions(delimiter=separator), pa.csv.ReadOptions(skip_rows=num_hints)
+            parse = pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True)
+            start = pa.csv.ReadOptions(skip_rows=num_hints, block_size=CELL_BYTES)
             names = pa.csv.open_csv(file, start, parse).schema.names
             file.seek(0)
             # All columns are read as text: as a number, the id 00012 would become 12.
@@ -184,18 +187,42 @@ def _read_manifest(uri: str) -> tuple[pa.Table, tuple[str, ...]]:
         raise UserError(f"{uri}: the manifest cannot be read ({reason(error)})") from error
 
 
-def _read_json_lines(file: RemoteFile | pa.NativeFile) -> pa.Table:
+def _read_lines(file: Any, *, uri: str) -> pa.Table:
+    """A table of the JSON objects in the lines. Numbers stay the text that they are: no id is rounded.
+
+    Raises UserError when a line is no object, or a column holds values of different kinds.
+    """
+    columns: dict[str, list[Any]] = {}
+    num_rows = 0
+    for number, line in enumerate(io.BufferedReader(file), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{uri}: line {number} cannot be read as JSON ({reason(error)})") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{uri}: line {number} is no JSON object, which is written in braces")
+        for name in row:
+            columns.setdefault(name, [None] * num_rows)
+        for name, values in columns.items():
+            values.append(row.get(name))
+        num_rows += 1
+    return pa.table({_encodable(name): _column(values, name, uri=uri) for name, values in columns.items()})
+
+
+def _column(values: list[Any], name: str, *, uri: str) -> pa.Array:
     try:
-        table = pa.json.read_json(file)
-    except pa.ArrowInvalid as error:
-        if "surrogate" not in str(error):
-            raise
-        # So Python writes the names of files that are not UTF-8.
-        file.seek(0)
-        text = BYTE.sub(lambda found: rb"\\x" + found[1].lower() if found[1] else found[0], file.read())
-        table = pa.json.read_json(pa.BufferReader(text))
-    table.validate(full=True)  # the reader takes any bytes for text
-    return table
+        return pa.array(values)
+    except UnicodeEncodeError:
+        return pa.array([_encodable(value) if isinstance(value, str) else value for value in values])
+    except pa.ArrowException as error:
+        raise UserError(f"{uri}: column {name!r} holds values of different kinds: {reason(error)}") from error
+
+
+def _encodable(text: str) -> str:
+    """A text of JSON as UTF-8 can have it: Python writes names that are not UTF-8 as halves of characters."""
+    return escaped(text).encode(errors="backslashreplace").decode()
 
 
 def _separator(name: str, lines: Sequence[bytes]) -> tuple[str, tuple[str, ...]]:

@@ -25,6 +25,7 @@ from lpclip.images.columns import (
     refuse_duplicates,
     text_column,
     utf_8,
+    without_views,
 )
 from lpclip.images.fetch import followed, reason, under
 from lpclip.images.parquet_reader import ParquetReader, label_indices, row_id
@@ -212,17 +213,29 @@ def _labels_there(
         raise UserError(
             f"{listing.name}: column {column!r} is no column of labels: {reason(error)}"
         ) from error
-    return different((labels if chosen is None else labels.take(pa.array(chosen))).unique().to_pylist())
+    there = different((labels if chosen is None else labels.take(pa.array(chosen))).unique().to_pylist())
+    if names and there and there[-1] >= len(names):
+        raise UserError(
+            f"{listing.name}: column {column!r} has the label {there[-1]}, and names for the labels 0 to "
+            f"{len(names) - 1} alone"
+        )
+    return there
 
 
 def _names_in_metadata(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
     """Class names from the metadata `classes` (a JSON list), or from Hugging Face's ClassLabel."""
     metadata = schema.metadata or {}
-    if b"classes" in metadata:
-        return tuple(json.loads(metadata[b"classes"]))
-    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    names = features.get(column, {}).get("names")
-    return tuple(names) if names else None
+    try:
+        if b"classes" in metadata:
+            names = json.loads(metadata[b"classes"])
+        else:
+            features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+            names = features[column]["names"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    return tuple(names) or None
 
 
 def _footer(root: str, path: str) -> pq.FileMetaData:
@@ -236,7 +249,7 @@ def _footer(root: str, path: str) -> pq.FileMetaData:
 def _read_column(listing: Listing, column: str) -> pa.ChunkedArray:
     def read(path: str) -> pa.ChunkedArray:
         with open_input(under(listing.root, path)) as file:
-            return pq.ParquetFile(file).read(columns=[column])[column]
+            return without_views(pq.ParquetFile(file).read(columns=[column]))[column]
 
     parts = _each([file.path for file in listing.files], read)
     return pa.chunked_array([chunk for part in parts for chunk in part.chunks], parts[0].type)

@@ -13,9 +13,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lpclip.files import open_input, split
-from lpclip.images.columns import as_texts, is_text, utf_8
+from lpclip.images.columns import as_texts, is_text, utf_8, without_views
 from lpclip.images.fetch import fetch_all, reason, under
 from lpclip.images.source import UNIT_ROWS, Reader, Row, make_row
+
+PIECE_BYTES = 32 << 20
+"""Bytes of images that are taken from a file at a time, about: it is not all of a unit where images are large."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +54,8 @@ class ParquetReader(Reader):
             labels: list[int | None] = [None] * len(ids)
             if columns:
                 with open_input(under(self.root, span["file"])) as file:
-                    table = (
-                        pq.ParquetFile(file).read_row_group(span["group"], columns=columns).take(list(kept))
-                    )
+                    table = pq.ParquetFile(file).read_row_group(span["group"], columns=columns)
+                table = without_views(table).take(list(kept))
                 ids = utf_8(table[self.id_column]).to_pylist() if self.id_column else ids
                 labels = self._labels(table)
             found += zip(ids, labels, strict=True)
@@ -62,24 +64,28 @@ class ParquetReader(Reader):
     def _span_rows(
         self, *, file: str, group: int, first: int, start: int, stop: int, rows: list[int] | None = None
     ) -> Iterator[Row]:
-        kept = rows or list(range(start, stop))
-        ids = [row_id(file, first + row) for row in kept]
-        try:
-            table = self._read(file, group, start, stop)
-            table = table.take([row - start for row in kept])
-            if self.id_column:
-                ids = utf_8(table[self.id_column]).to_pylist()
-            labels = self._labels(table)
-            texts = self._texts(table)
-        except (OSError, pa.ArrowException) as error:
-            yield from (Row(name, None, error=f"Parquet: {reason(error)}") for name in ids)
-            return
         folder, _ = split(under(self.root, file))
-        images = self._images(table[self.image_column], folder)
-        for name, image, label, own in zip(ids, images, labels, texts, strict=True):
-            yield make_row(name, image, label, own)
+        kept = rows or list(range(start, stop))
+        pieces = self._pieces(file, group, start, stop)
+        while kept:
+            ids = [row_id(file, first + row) for row in kept]
+            try:
+                begin, table = next(pieces)
+                here = [row - begin for row in kept if row < begin + len(table)]
+                table = table.take(here)
+                if self.id_column:
+                    ids[: len(here)] = utf_8(table[self.id_column]).to_pylist()
+                labels = self._labels(table)
+                texts = self._texts(table)
+            except (OSError, pa.ArrowException) as error:
+                yield from (Row(name, None, error=f"Parquet: {reason(error)}") for name in ids)
+                return
+            images = self._images(table[self.image_column], folder)
+            yield from map(make_row, ids[: len(here)], images, labels, texts)
+            kept = kept[len(here) :]
 
-    def _read(self, file: str, group: int, start: int, stop: int) -> pa.Table:
+    def _pieces(self, file: str, group: int, start: int, stop: int) -> Iterator[tuple[int, pa.Table]]:
+        """Some rows at a time, with the number of the first of them in the group."""
         wanted = (self.id_column, self.image_column, self.label_column, self.text_column)
         columns = [name for name in wanted if name]
         cursor = getattr(_open, "cursor", None)
@@ -87,11 +93,10 @@ class ParquetReader(Reader):
         if cursor is None or cursor.key != key or cursor.position > start:
             cursor = _Cursor(key)
         _open.cursor = None  # A cursor that fails is not used again.
-        table = cursor.read(start, stop)
+        yield from cursor.read(start, stop)
         _open.cursor = cursor
-        return table
 
-    def _images(self, column: pa.ChunkedArray, folder: str) -> list[bytes | Exception]:
+    def _images(self, column: pa.ChunkedArray, folder: str) -> Iterator[bytes | Exception]:
         dtype = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
         values = (utf_8(column) if is_text(dtype) else column).to_pylist()
         # Hugging Face's struct holds the bytes, or the path of a file that does.
@@ -102,12 +107,10 @@ class ParquetReader(Reader):
             "schemes": self.schemes,
             "timeout": self.timeout,
         }
-        fetched = iter(fetch_all(uris, root=folder, **limits) if uris else [])
+        fetched = fetch_all(uris, root=folder, **limits)
         missing = ValueError("no image in this row")
-        return [
-            next(fetched) if isinstance(value, str) else missing if value is None else value
-            for value in values
-        ]
+        for value in values:
+            yield next(fetched) if isinstance(value, str) else missing if value is None else value
 
     def _labels(self, table: pa.Table) -> list[int | None]:
         if not self.label_column:
@@ -142,7 +145,7 @@ class _Cursor:
     """A row group that is read from its start on.
 
     Each worker keeps one open from unit to unit. So it streams a file of one large row group once, and does not read
-    all of it for every unit.
+    all of it for every unit. Large images are read a few at a time.
     """
 
     def __init__(self, key: tuple[str, str, int, list[str]]) -> None:
@@ -150,23 +153,36 @@ class _Cursor:
         parquet = pq.ParquetFile(open_input(under(root, file)), buffer_size=1 << 20, pre_buffer=False)
         self.key = key
         self.position = 0
-        self.schema = pa.schema([parquet.schema_arrow.field(name) for name in columns])
         self._batches = parquet.iter_batches(
-            UNIT_ROWS, row_groups=[group], columns=columns, use_threads=False
+            _rows_at_once(parquet.metadata.row_group(group)),
+            row_groups=[group],
+            columns=columns,
+            use_threads=False,
         )
 
-    def read(self, start: int, stop: int) -> pa.Table:
-        """Rows from start to before stop of the group. They must come after those read before."""
-        parts = []
+    def read(self, start: int, stop: int) -> Iterator[tuple[int, pa.Table]]:
+        """Rows from start to before stop of the group, as tables, each with the number of its first row.
+
+        They must come after those read before.
+        """
+        columns = self.key[-1]
         while self.position < stop:
             batch = next(self._batches, None)
             if batch is None:
                 raise OSError("the file has fewer rows than it had at the start")
-            if self.position >= start:
-                parts.append(batch)
+            begin = self.position
             self.position += len(batch)
+            if begin >= start:
+                yield begin, without_views(pa.Table.from_batches([batch]).select(columns))
         assert self.position == stop, "units and batches have the same bounds"
-        return pa.Table.from_batches(parts).select(self.schema.names)
+
+
+def _rows_at_once(group: pq.RowGroupMetaData) -> int:
+    """A divisor of UNIT_ROWS: so many rows of this size make about PIECE_BYTES."""
+    rows = UNIT_ROWS
+    while rows > 1 and rows * group.total_byte_size > PIECE_BYTES * group.num_rows:
+        rows //= 2
+    return rows
 
 
 _open = threading.local()

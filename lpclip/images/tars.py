@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import gzip
 import io
 import json
+import lzma
 import re
 import tarfile
 import zlib
@@ -22,7 +25,7 @@ from lpclip.images.fetch import reason, under
 from lpclip.images.names import escaped
 from lpclip.images.source import IMAGE_SUFFIXES, Listing, Reader, Row, Source, make_identity, make_pair
 
-TAR_ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error)
+TAR_ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError)
 MAX_MEMBERS = 32
 """Most members of one sample that are in memory at once."""
 ROWS_VERSION = 2
@@ -197,6 +200,8 @@ def samples(
 
 def read_member(tar: tarfile.TarFile, info: tarfile.TarInfo, *, max_bytes: int) -> bytes | ValueError:
     """A member's bytes, or the reason not to read them."""
+    if info.issparse():
+        return ValueError("a sparse file, of which parts are left out")
     if info.size > max_bytes:
         return ValueError(f"{info.size} bytes, more than {max_bytes}")
     file = tar.extractfile(info)
@@ -223,7 +228,38 @@ def open_tar(root: str, file: str) -> tarfile.TarFile:
     """A tar below root, compressed or not, opened to be read from start to end."""
     # tarfile asks for ten kilobytes at a time: a store would be sent a request for each.
     stream = io.BufferedReader(open_input(under(root, file)), BUFFER_BYTES)
-    return tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo)
+    unpacked: Any = _Unpacked(stream)
+    return tarfile.open(fileobj=unpacked, mode="r|", tarinfo=_StrictTarInfo)
+
+
+UNPACKERS: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": lambda stream: gzip.GzipFile(fileobj=stream),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ": lzma.LZMAFile,
+    b"\x5d\0\0": lzma.LZMAFile,
+}
+"""What unpacks a compressed tar, by how it begins."""
+MAX_RATIO, FREE_BYTES = 100, 1 << 30
+"""A tar may unpack to so many times its size. No tar of less than FREE_BYTES is a bomb."""
+
+
+class _Unpacked:
+    """A tar's own bytes, for tarfile. Raises ReadError where a compressed tar is a bomb."""
+
+    def __init__(self, packed: io.BufferedReader) -> None:
+        self._packed = packed
+        start = packed.peek(8)
+        found = (unpack for magic, unpack in UNPACKERS.items() if start.startswith(magic))
+        self._stream = next(found, lambda stream: stream)(packed)
+        self._num_bytes = 0
+
+    def read(self, size: int) -> bytes:
+        """The next bytes."""
+        data = self._stream.read(size)
+        self._num_bytes += len(data)
+        if self._num_bytes > max(FREE_BYTES, MAX_RATIO * self._packed.tell()):
+            raise tarfile.ReadError(f"unpacks to more than {MAX_RATIO} times its size")
+        return data
 
 
 HEADER_TYPES = (

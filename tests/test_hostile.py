@@ -1,0 +1,259 @@
+"""A bad or hostile file, row or member costs itself: not the job, not the memory, not the other rows, not an hour."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import PEAK
+from PIL import Image
+
+from lpclip.config import SourceConfig, UserError
+from lpclip.images import tars
+from lpclip.images.fetch import fetch_all
+from lpclip.images.open import open_source
+
+
+def png(colour: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (colour, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def read(path: Path) -> dict[str, str | None]:
+    """The reason of each row, None for a good one, by its id."""
+    source = open_source(str(path), config=SourceConfig())
+    found: dict[str, str | None] = {}
+    for unit in source.units:
+        for table in source.reader.tables(unit):
+            new = dict(zip(table["id"].to_pylist(), table["error"].to_pylist(), strict=True))
+            assert len(new) == len(table)
+            assert not new.keys() & found.keys()
+            found |= new
+    return found
+
+
+def labels(path: Path) -> dict[str, str | None]:
+    return open_source(str(path), config=SourceConfig()).examples(10)
+
+
+class TestFiles:
+    def test_what_is_no_file_is_not_read(self, tmp_path: Path) -> None:
+        folder = tmp_path / "photos"
+        folder.mkdir()
+        (folder / "good.png").write_bytes(png(1))
+        os.mkfifo(folder / "fifo.png")
+        (folder / "endless.png").symlink_to("/dev/zero")
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(os.path.relpath(folder / "socket.png"))
+            (tmp_path / "list.csv").write_text(
+                "path\n" + "\n".join(f"photos/{name}" for name in os.listdir(folder))
+            )
+            for path in (folder, tmp_path / "list.csv"):
+                found = {os.path.basename(name): error for name, error in read(path).items()}
+                assert found.pop("good.png") is None
+                assert found.keys() == {"fifo.png", "endless.png", "socket.png"}
+                assert all(
+                    "is a FIFO, a socket or a device, and no file" in str(error) for error in found.values()
+                )
+
+    def test_a_server_that_sends_its_headers_slowly_is_left(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setattr("lpclip.images.fetch.RETRY_SECONDS", ())
+        with socket.create_server(("127.0.0.1", 0)) as server:
+
+            def dribble() -> None:
+                connection, _ = server.accept()
+                try:
+                    connection.sendall(b"HTTP/1.1 200 OK\r\n")
+                    for number in range(60):
+                        connection.sendall(f"X-{number}: 0\r\n".encode())
+                        time.sleep(0.2)
+                except OSError:
+                    connection.close()
+
+            Thread(target=dribble, daemon=True).start()
+            begin = time.monotonic()
+            uri = f"http://127.0.0.1:{server.getsockname()[1]}/1.png"
+            (found,) = fetch_all([uri], root="", max_bytes=1000, schemes=("http",), timeout=0.5)
+            assert isinstance(found, TimeoutError), found
+            assert time.monotonic() - begin < 5
+
+
+class TestManifests:
+    def test_a_line_break_in_a_cell_ends_no_row(self, tmp_path: Path) -> None:
+        # Tables are read in blocks of a megabyte or more; this one has twenty.
+        text = "a caption\nof two lines, " * 40
+        rows = [f'{row},{row}.png,"{text}"' for row in range(20_000)]
+        path = tmp_path / "list.csv"
+        path.write_text("\n".join(["id,path,text", *rows]))
+        for row in range(3):
+            (tmp_path / f"{row}.png").write_bytes(png(row))
+        source = open_source(str(path), config=SourceConfig())
+        assert source.num_rows == 20_000
+        assert source.examples(2).keys() == {"0", "19999"}
+
+    def test_values_of_json_stay_as_they_are_written(self, tmp_path: Path) -> None:
+        ids: list[Any] = [2**64 - 1, 2**64 - 2, "2020-01-01", "2020-01-02T10:00:00Z", 0.10, "\ud800"]
+        path = tmp_path / "list.jsonl"
+        path.write_text(
+            "\n".join(json.dumps({"id": name, "path": "1.png", "label": 3}) for name in ids) + "\n\n"
+        )
+        (tmp_path / "1.png").write_bytes(png(1))
+        assert labels(path) == {
+            "18446744073709551615": "3",
+            "18446744073709551614": "3",
+            "2020-01-01": "3",
+            "2020-01-02T10:00:00Z": "3",
+            "0.1": "3",
+            "\\ud800": "3",
+        }
+
+    @pytest.mark.parametrize(
+        ("lines", "expected"),
+        [
+            ('{"path": "1.png"}\n{"path": ', "line 2 cannot be read as JSON"),
+            ('{"path": "1.png"}\n[1]', "line 2 is no JSON object"),
+            ("[" * 100_000, "line 1 cannot be read as JSON"),
+            ('{"path": "1.png"}\n{"path": ["1.png"]}', "column 'path' holds values of different kinds"),
+        ],
+    )
+    def test_what_is_no_row_is_named(self, lines: str, expected: str, tmp_path: Path) -> None:
+        path = tmp_path / "list.jsonl"
+        path.write_text(lines)
+        with pytest.raises(UserError, match=f"list.jsonl: {expected}"):
+            open_source(str(path), config=SourceConfig())
+
+
+class TestParquet:
+    @pytest.mark.parametrize(
+        "metadata",
+        [
+            {"classes": "5"},
+            {"classes": "{"},
+            {"classes": "[1, 2]"},
+            {"classes": "[" * 100_000},
+            {"huggingface": "[]"},
+            {"huggingface": b"\xff"},
+            {"huggingface": '{"info": null}'},
+            {"huggingface": '{"info": {"features": {"label": {"names": 5}}}}'},
+        ],
+    )
+    def test_metadata_that_are_no_names_are_none(self, metadata: dict[str, Any], tmp_path: Path) -> None:
+        table = pa.table({"image": [png(0), png(1)], "label": [0, 1]}).replace_schema_metadata(metadata)
+        pq.write_table(table, tmp_path / "a.parquet")
+        assert labels(tmp_path / "a.parquet") == {"a.parquet:0": "0", "a.parquet:1": "1"}
+
+    def test_a_label_without_a_name_is_refused(self, tmp_path: Path) -> None:
+        table = pa.table({"image": [png(0)], "label": [2]}).replace_schema_metadata(
+            {"classes": '["cat", "dog"]'}
+        )
+        pq.write_table(table, tmp_path / "a.parquet")
+        with pytest.raises(
+            UserError, match="column 'label' has the label 2, and names for the labels 0 to 1 alone"
+        ):
+            open_source(str(tmp_path / "a.parquet"), config=SourceConfig())
+
+    def test_views_are_read_like_other_strings_and_bytes(self, tmp_path: Path) -> None:
+        struct = pa.struct([("bytes", pa.binary_view()), ("path", pa.string_view())])
+        images = {"image": pa.array([png(0), png(1)], pa.binary_view())}
+        structs = {
+            "image": pa.array([{"bytes": png(0), "path": None}, {"bytes": png(1), "path": "x"}], struct)
+        }
+        for number, column in enumerate((images, structs)):
+            words = {
+                "id": pa.array(["a", "b"], pa.string_view()),
+                "label": pa.array(["x", "y"], pa.string_view()),
+            }
+            path = tmp_path / f"{number}.parquet"
+            pq.write_table(pa.table(words | column), path)
+            assert read(path) == {"a": None, "b": None}
+            assert labels(path) == {"a": "x", "b": "y"}
+
+
+def sparse(path: Path, kind: str) -> None:
+    (path.parent / "hole.png").write_bytes(b"")
+    os.truncate(path.parent / "hole.png", 1 << 30)
+    command = ["tar", "--sparse", f"--format={kind}", "-cf", str(path), "-C", str(path.parent), "hole.png"]
+    subprocess.run(command, check=True)
+
+
+class TestTars:
+    @pytest.mark.parametrize("kind", ["gnu", "posix"])
+    def test_sparse_members_are_not_filled(self, kind: str, tmp_path: Path) -> None:
+        sparse(tmp_path / "a.tar", kind)
+        found = read(tmp_path / "a.tar")
+        assert found == {"a.tar/hole": "a sparse file, of which parts are left out"}
+
+    @pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz", "w"])
+    def test_a_tar_that_unpacks_to_very_much_is_left(
+        self, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tars, "FREE_BYTES", 1 << 20)
+        path = tmp_path / "a.tar"
+        with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+            for name, data in (("good.png", png(1)), *((f"{i}.png", bytes(1 << 20)) for i in range(10))):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        found = read(path)
+        assert found["a.tar/good"] is None
+        if mode == "w":
+            assert len(found) == 11
+        else:
+            assert found.get("a.tar/(rest)") == "tar: unpacks to more than 100 times its size"
+
+
+MEASURE = """
+import sys
+from lpclip.config import SourceConfig
+from lpclip.images.open import open_source
+
+source = open_source(sys.argv[1], config=SourceConfig())
+before, rows = peak(), 0
+for unit in source.units:
+    for table in source.reader.tables(unit):
+        rows += len(table)
+print(rows, (peak() - before) / 1e6)
+"""
+
+
+def write_parquet(path: Path) -> None:
+    pages = {"write_batch_size": 1, "data_page_size": 1 << 20, "use_dictionary": False}
+    pq.write_table(pa.table({"image": [bytes(20 << 20)] * 32}), path, **pages)
+
+
+def write_list(path: Path) -> None:
+    (path.parent / "0.png").write_bytes(np.random.default_rng(0).bytes(30 << 20))
+    for row in range(1, 64):
+        os.link(path.parent / "0.png", path.parent / f"{row}.png")
+    path.write_text("path\n" + "\n".join(f"{row}.png" for row in range(64)))
+
+
+@pytest.mark.parametrize(("name", "write"), [("a.parquet", write_parquet), ("a.csv", write_list)])
+def test_large_images_are_in_memory_a_few_at_a_time(
+    name: str, write: Callable[[Path], None], tmp_path: Path
+) -> None:
+    write(tmp_path / name)
+    command = [sys.executable, "-c", PEAK + MEASURE, str(tmp_path / name)]
+    rows, megabytes = map(
+        float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    )
+    # A table takes 128 MB and one image more, twice for a moment, beside what is read ahead.
+    # All of a unit would take 2,500 or 1,600 MB.
+    assert rows == {"a.parquet": 32, "a.csv": 64}[name]
+    assert megabytes < {"a.parquet": 900, "a.csv": 1250}[name]
