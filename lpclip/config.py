@@ -109,8 +109,9 @@ class SourceConfig:
     uri, url, path, filepath and file_name that exists."""
     label_column: str | None = None
     """Column with labels. Self-training does not read them: they are for evaluation, for --supervised, and for the
-    captions of `lpclip pretrain`. By default it is the first of label, labels and cls that exists. An empty name
-    says that there are no labels, in folders and tars too."""
+    captions of `lpclip pretrain`. By default it is the first of label, labels and cls that exists. In a manifest,
+    comma-separated names are the classes, of which each row has a 1 in one. An empty name says that there are no
+    labels, in folders and tars too."""
     max_bad_fraction: float = 0.5
     """The job stops if more than this share of the images cannot be read."""
     strict: bool = False

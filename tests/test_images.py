@@ -193,6 +193,17 @@ class TestFolder:
         )
         assert open_source(f"{tmp_path}/dog", config=CONFIG).notes == ()
 
+    def test_folders_that_a_shell_named_one_by_one_are_no_labels_and_a_note_says_so(
+        self, tmp_path: Path
+    ) -> None:
+        for name in ("pets/cat/1.png", "pets/dog/1.png"):
+            write(tmp_path / name, png(0))
+        source = open_source([f"{tmp_path}/pets/dog", f"{tmp_path}/pets/cat"], config=CONFIG)
+        assert not source.has_labels
+        (note,) = source.notes
+        assert "if these (cat, dog) are the labels" in note
+        assert open_source(note.split()[-1], config=CONFIG).label_names == ("cat", "dog")
+
     def test_a_list_beside_the_images_is_told_of(self, tmp_path: Path) -> None:
         write(tmp_path / "1.png", png(0))
         path = write(tmp_path / "metadata.csv", "file_name,label\n1.png,cat\n")
@@ -630,6 +641,20 @@ class TestWebDataset:
         ]
         assert read[4]["image"] == png(5)
 
+    def test_archives_in_a_tar_are_told_of_with_what_to_do(self, tmp_path: Path) -> None:
+        inner = write_tar(tmp_path / "00000.tar", [("1.png", png(1))]).read_bytes()
+        path = write_tar(tmp_path / "x.tar", [("shards/00000.tar", inner), ("shards/00001.tar.gz", b"")])
+        source = open_source(str(path), config=CONFIG)
+        (note,) = source.notes
+        assert note.startswith("x.tar begins with an archive, shards/00000.tar: unpack it")
+        assert [(row["id"], row["error"]) for row in rows(source)] == [
+            (
+                f"x.tar/shards/0000{n}",
+                f"an archive in a tar ({what}): unpack x.tar, and name the folder with what is in it",
+            )
+            for n, what in enumerate(("tar", "tar.gz"))
+        ]
+
     @pytest.mark.parametrize("count", [8, MAX_MEMBERS, 3 * MAX_MEMBERS + 5])
     def test_names_with_dots_are_images_of_their_own(self, tmp_path: Path, count: int) -> None:
         members = [
@@ -798,6 +823,34 @@ class TestManifest:
         assert (row.id, row.image, row.label, row.texts) == ("1.jpg", png(1), 0, (lines[1][1],))
         expected = (f"{name}: its columns are separated by {told}, and read like that",) if told else ()
         assert source.notes == expected
+
+    @pytest.mark.parametrize("name", ["x.csv", "x.jsonl"])
+    def test_a_column_for_each_class_is_told_of_and_read_where_it_is_named(
+        self, tmp_path: Path, name: str
+    ) -> None:
+        rows_ = [("1.jpg", 30, 1, 0), ("2.jpg", 1, 0, 1)]
+        for file, *_ in rows_:
+            write(tmp_path / file, png(1))
+        text = {
+            "x.csv": "image,age,MEL,NV\n1.jpg,30,1.0,0.0\n2.jpg,1,0.0,1.0\n",
+            "x.jsonl": "".join(
+                json.dumps(dict(zip(("image", "age", "MEL", "NV"), row, strict=True))) + "\n" for row in rows_
+            ),
+        }[name]
+        path = write(tmp_path / name, text)
+        source = open_source(str(path), config=CONFIG)
+        (note,) = source.notes
+        assert not source.has_labels
+        columns = re.search("--label-column (\\S+)", note)[1]
+        source = open_source(str(path), config=SourceConfig(label_column=columns))
+        assert (source.labels_from, source.label_names) == ("the columns MEL, NV", ("MEL", "NV"))
+        assert [row["label"] for row in rows(source)] == [0, 1]
+        write(path, text.replace("1.0,0.0", "1.0,1.0").replace('"NV": 0', '"NV": 1'))
+        assert open_source(str(path), config=CONFIG).notes == ()
+        source = open_source(str(path), config=SourceConfig(label_column=columns))
+        assert [row["label"] for row in rows(source)] == [None, 1]
+        none = open_source(str(path), config=SourceConfig(label_column=""))
+        assert (none.has_labels, none.notes) == (False, ())
 
     @pytest.mark.parametrize("hint", ["sep=;\n", "\ufeffsep=;\r\n", '"sep=;"\n'])
     def test_a_line_for_spreadsheets_is_no_header(self, tmp_path: Path, hint: str) -> None:

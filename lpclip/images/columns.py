@@ -119,6 +119,39 @@ def whole_number(text: str) -> int | None:
     return int(text.partition(".")[0]) if re.fullmatch(r"-?\d{1,18}(\.0*)?", text) else None
 
 
+def marked_columns(wanted: str | None, names: Sequence[str]) -> tuple[str, ...]:
+    """The columns, one for each class, that `--label-column cat,dog` names; none where it names a single column."""
+    found = tuple(part.strip() for part in (wanted or "").split(","))
+    return found if len(found) > 1 and wanted not in names and {*found} <= {*names} else ()
+
+
+def marked_labels(table: pa.Table, columns: Sequence[str]) -> list[int | None]:
+    """The place of the one of these columns that has a 1, for each row; None for rows with none or several."""
+    cells = [_marks(table[name]) for name in columns]
+    places = [[place for place, mark in enumerate(row) if mark == 1] for row in zip(*cells, strict=True)]
+    return [found[0] if len(found) == 1 else None for found in places]
+
+
+def note_on_marks(table: pa.Table, *, what: str) -> tuple[str, ...]:
+    """A note on columns of 0 and 1 of which each row has a single 1, as published labels are written."""
+    columns = [name for name in table.column_names if {*_marks(table[name][:100])} <= {0, 1}]
+    columns = [name for name in columns if {*_marks(table[name].unique())} <= {0, 1}]
+    if len(columns) < 2 or None in marked_labels(table, columns):
+        return ()
+    return (
+        f"labels: none, but each row of {what} has a 1 in one of {counted(len(columns), 'column')}: --label-column "
+        f"{','.join(columns)} takes these as the classes",
+    )
+
+
+def _marks(column: pa.ChunkedArray | pa.Array) -> list[int | None]:
+    """The whole numbers of a column of numbers, or of numbers as text; None for everything else."""
+    dtype = column.type
+    if not (is_text(dtype) or pa.types.is_integer(dtype) or pa.types.is_floating(dtype)):
+        return [None] * len(column)
+    return [whole_number((cell or "").strip()) for cell in column.cast(pa.string()).to_pylist()]
+
+
 def is_text(dtype: pa.DataType) -> bool:
     """True when Arrow's type holds strings, in any of its layouts."""
     return pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype)

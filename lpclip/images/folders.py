@@ -113,7 +113,12 @@ def open_folder(listing: Listing, *, config: SourceConfig, limit: int | None, te
         config=config,
         labels_there=different(work["labels"] or ()),
         left_out=beyond_limit(len(images), len(chosen)),
-        notes=(*_without_images(listing, names), *_unlabelled(images, names), *_flattened(images)),
+        notes=(
+            *_without_images(listing, names),
+            *_unlabelled(images, names),
+            *_named_alone(listing.root, tops, names),
+            *_flattened(images),
+        ),
     )
 
 
@@ -143,6 +148,18 @@ def _unlabelled(images: Sequence[File], names: Sequence[str]) -> tuple[str, ...]
     return (
         f"labels: none for {len(alone):,} of {len(images):,} images, which lie right in a folder that is named, as "
         f"{alone[0]} does",
+    )
+
+
+def _named_alone(root: str, tops: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """A note on several folders that are named one by one, as a shell does for `photos/*`, and are no labels so."""
+    folders = [top.rstrip("/") for top in tops if top]
+    if names or len(folders) < 2:
+        return ()
+    listed = ", ".join(folders[:3]) + (", ..." if len(folders) > 3 else "")
+    return (
+        f"labels: none, as a folder that is named is no label itself; if these ({listed}) are the labels, name the "
+        f"folder above them, {root}",
     )
 
 

@@ -24,6 +24,9 @@ from lpclip.images.columns import (
     Texts,
     as_strings,
     as_texts,
+    marked_columns,
+    marked_labels,
+    note_on_marks,
     pick_column,
     refuse_duplicates,
     text_column,
@@ -66,7 +69,9 @@ def open_manifest(
     names = table.column_names
     image_column, image_array = _path_column(table, config.image_column, what=file.path)
     id_column = pick_column(config.id_column, ID_COLUMNS, names, what=file.path)
-    label_column = pick_column(config.label_column, LABEL_COLUMNS, names, what=file.path)
+    marked = marked_columns(config.label_column, names)
+    wanted = "" if marked else config.label_column
+    label_column = pick_column(wanted, LABEL_COLUMNS, names, what=file.path)
     paths = image_array.fill_null("").to_pylist()
     id_array = as_strings(table[id_column], name=id_column, what=file.path) if id_column else image_array
     if config.id_column != "":
@@ -77,6 +82,10 @@ def open_manifest(
     texts_from = text_column(texts, table.schema, what=file.path)
     own_texts = as_texts(table[texts_from]) if texts_from else None
     labels, label_names = _labels(table, label_column, what=file.path)
+    if marked:
+        label_column, labels, label_names = ", ".join(marked), marked_labels(table, marked), marked
+    elif labels is None and config.label_column is None:
+        notes += note_on_marks(table.drop_columns([image_column]), what=file.path)
     schemes = followed(config.schemes, root=listing.root)
     notes += _refused(paths, schemes, listing.root, file.path)
     chosen = choose(ids, limit)
@@ -103,7 +112,7 @@ def open_manifest(
         ),
         units=file_units(work, [0] * len(chosen)),
         num_rows=len(chosen),
-        labels_from=f"the column {label_column}" if labels is not None else None,
+        labels_from=f"the column{'s' * bool(marked)} {label_column}" if labels is not None else None,
         label_names=label_names,
         identity=identity,
         config=config,

@@ -31,6 +31,8 @@ MAX_MEMBERS = 32
 ROWS_VERSION = 2
 """Version of the rows that a tar has: features of other rows are never taken for these."""
 BUFFER_BYTES = 4 << 20
+ARCHIVES = ("tar", "tgz", "zip", "gz")
+"""Suffixes of archives, which are not looked into where they lie in a tar."""
 MAX_LABEL_BYTES = 1 << 10
 MAX_HEADER_BYTES = 1 << 20
 """Most bytes of a member's name and other properties: tarfile reads them whole, and they could fill the memory."""
@@ -99,7 +101,10 @@ class TarReader(Reader):
             images = [member for member in sample.members if is_image(member.extension, self.image_extension)]
             if not images and f"{file}/{sample.key}" not in seen:
                 there = ", ".join(member.extension for member in sample.members)
-                yield False, Row(f"{file}/{sample.key}", None, error=f"no image in {there}")
+                reason = f"no image in {there}"
+                if all(member.suffix in ARCHIVES for member in sample.members):
+                    reason = f"an archive in a tar ({there}): unpack {file}, and name the folder with what is in it"
+                yield False, Row(f"{file}/{sample.key}", None, error=reason)
             # `1.jpg` is the picture of sample 1, and `1.seg.png` beside it is not another picture.
             whole = next((member for member in images if "." not in member.extension), None)
             first = None if sample.is_cut else whole
@@ -304,7 +309,13 @@ def open_webdataset(
         notes.append(
             f"--limit takes the first {counted(limit, 'image')} of {listing.name}, in the order of the tars"
         )
-    words = _first_labels(listing) if reader.has_labels else []
+    first = _first_sample(listing)
+    if first and all(member.suffix in ARCHIVES for member in first):
+        notes.append(
+            f"{listing.files[0].path} begins with an archive, {first[0].stem}.{first[0].suffix}: unpack it and name "
+            "the folder with what is in it, if all are archives"
+        )
+    words = [_word(member.data) for member in first if member.suffix == "cls"] if reader.has_labels else []
     names = [word for word in words if word and whole_number(word) is None]
     if names:
         notes.append(
@@ -346,8 +357,8 @@ def _first_images(listing: Listing, reader: TarReader, limit: int) -> Iterator[d
             return
 
 
-def _first_labels(listing: Listing) -> list[str]:
-    """The labels in the .cls files of the first sample, as text."""
+def _first_sample(listing: Listing) -> list[Member]:
+    """The members of the first sample; of its files, .cls ones alone are read."""
     with contextlib.suppress(*TAR_ERRORS), open_tar(listing.root, listing.files[0].path) as tar:
 
         def read(info: tarfile.TarInfo, extension: str) -> bytes | Exception:
@@ -355,5 +366,5 @@ def _first_labels(listing: Listing) -> list[str]:
             return read_member(tar, info, max_bytes=MAX_LABEL_BYTES) if is_label else b""
 
         first = next(samples(tar, read=read), None)
-        return [_word(member.data) for member in first.members if member.suffix == "cls"] if first else []
+        return first.members if first else []
     return []
