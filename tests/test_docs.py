@@ -1,4 +1,4 @@
-"""The pages: their links lead somewhere, and their commands are ones that this version takes."""
+"""The pages: links lead somewhere, commands are ones that this version takes, and layouts are read as they say."""
 
 from __future__ import annotations
 
@@ -6,13 +6,22 @@ import re
 import shlex
 import tomllib
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tyro
 import yaml
+from conftest import draw, write_tar
 
 from lpclip import config
+from lpclip.config import counted
+from lpclip.features.data import Data, open_data
+from lpclip.images.classes import ClassList
 from lpclip.jobs.cli import OPTIONS
+from lpclip.jobs.inputs import class_indices, open_inputs, open_pairs
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -40,6 +49,82 @@ def _commands(page: Path) -> list[list[str]]:
                 elif job := re.fullmatch(r"(?:.*/)?jobs/(\w+)\.py", word):
                     found.append([job[1], *words[place + 1 :]])
     return found
+
+
+LAYOUTS = [
+    block.splitlines()
+    for language, block in FENCE.findall((ROOT / "docs/data.md").read_text())
+    if language == "text" and "\nlpclip " in block
+]
+
+
+def _cell(text: str) -> Any:
+    """A value of a Parquet column."""
+    if text in ("bytes", "struct"):
+        return draw(0, 0) if text == "bytes" else {"bytes": draw(0, 0), "path": None}
+    return int(text) if text.isdecimal() else text
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".tar":
+        members = [word.partition("=") for word in text.split()]
+        images = {
+            name: value.replace("_", " ").encode() if equal else draw(0, 0) for name, equal, value in members
+        }
+        write_tar(path, images)
+    elif path.suffix == ".parquet":
+        rows = [dict(word.split("=") for word in row.split()) for row in text.split(" | ")]
+        columns = {name: [_cell(row[name]) for row in rows] for name in rows[0]}
+        pq.write_table(pa.table(columns), path)
+    elif text:
+        path.write_text(text.replace(" | ", "\n").replace("\\t", "\t") + "\n")
+    else:
+        path.write_bytes(draw(0, 0))
+
+
+def _read(data: Data, classes: ClassList | None) -> str:
+    """What is read, in words: every image is there, and no row has an error."""
+    assert data.source is not None
+    rows = [row for unit in data.source.units for row in data.source.reader.rows(unit)]
+    assert [row.error for row in rows if row.image is None] == []
+    count = counted(len(rows), "image")
+    if data.source.has_texts:
+        assert all(row.texts for row in rows)
+        return f"{count}, with texts"
+    raw = np.array([-1 if row.label is None else row.label for row in rows], np.int32)
+    found = class_indices(raw, data=data, classes=classes) if classes else raw
+    names = [classes.names[place] for place in sorted({*found.tolist()} - {-1})] if classes else []
+    return f"{count}, labels {', '.join(names)}" if names else f"{count}, no labels"
+
+
+@pytest.mark.parametrize("lines", LAYOUTS, ids=lambda lines: lines[-2])
+def test_layouts_are_read_as_the_page_says(
+    lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *files, command, expected = lines
+    for name, _, text in (line.partition("  ") for line in files):
+        _write(tmp_path / name, text)
+    monkeypatch.chdir(tmp_path)
+    _, kind, *args = shlex.split(command)
+    job = tyro.cli(getattr(config, f"{kind.capitalize()}Job"), args=args, config=OPTIONS)
+    if isinstance(job, config.SelftrainJob):
+        inputs = open_inputs(job)
+        found = _read(inputs.data, inputs.classes)
+        if inputs.test is not None:
+            found += f"; evaluated on {_read(inputs.test, inputs.classes)}"
+    elif isinstance(job, config.PretrainJob):
+        pairs = open_pairs(
+            job.data,
+            config=job.source,
+            caption_templates=job.caption_templates,
+            split="train",
+            limit=job.limit,
+        )
+        found = _read(Data(pairs), None)
+    else:
+        found = _read(open_data(job.data, config=job.source, split="test"), None)
+    assert found == expected
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
