@@ -37,11 +37,12 @@ from lpclip.features.describe import describe_encoder
 from lpclip.features.device_passes import DevicePasses
 from lpclip.features.encode_stage import EncodeStage, plan_actors
 from lpclip.features.find_or_encode import Encoding
+from lpclip.features.pipeline import units_at_once
 from lpclip.features.store import Manifest, Store, matrix
 from lpclip.features.store_writer import StoreWriter
 from lpclip.features.zero_shot_labels import ZeroShotLabels, pseudo_label
 from lpclip.images.open import open_source
-from lpclip.images.views import View, parse_views
+from lpclip.images.views import WEAK, View, parse_views
 from lpclip.jobs.cli import users_mistake
 
 pytestmark = pytest.mark.usefixtures("cluster", "lite_map")
@@ -156,6 +157,32 @@ def test_a_table_is_cut_where_its_pixels_would_be_too_many(
     assert pa.concat_tables(pieces) == whole
 
 
+def test_a_task_decodes_several_units_as_several_tasks_do(tars: Path, info: EncoderInfo) -> None:
+    source = open_source(str(tars), config=SourceConfig())
+
+    def decode(*units: int) -> list[pa.Table]:
+        table = pa.table({"unit": units, "spec": [source.units[unit] for unit in units]})
+        options: dict[str, Any] = {"reader": source.reader, "limits": source.config, "seed": 0}
+        return list(decode_unit(table, views=(WEAK,), preprocess=info.preprocess, **options))
+
+    assert decode(0, 2) == decode(0) + decode(2)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cpus", "units", "expected"),
+    [
+        (0, 1024, 390_625, 1),  # encoders on CPUs are slow
+        (1, 16, 390_625, 1),
+        (8, 128, 390_625, 4),
+        (64, 1024, 390_625, 28),
+        (64, 1024, 40_960, 10),
+        (64, 1024, 5005, 1),  # four tasks for each CPU
+    ],
+)
+def test_many_gpus_take_several_units_at_once(gpus: int, cpus: int, units: int, expected: int) -> None:
+    assert units_at_once(units, num_gpus=gpus, num_cpus=cpus) == expected
+
+
 def table_of_pixels(pixels: dict[str, np.ndarray], errors: list[str | None]) -> pa.Table:
     """What a decode task hands on: a row an image, its pixels (N, S, S, 3) by view."""
     dtype = pa.binary(next(iter(pixels.values()))[0].size)
@@ -263,6 +290,28 @@ def test_batches_run_on_from_view_to_view(info: EncoderInfo, batch_size: int) ->
         features = matrix(found, view, 1280)
         assert (features[1] == 0).all()
         np.testing.assert_allclose(features[[0, 2]], expected[[0, 2]], atol=4e-3)
+
+
+def test_a_gpu_is_given_a_large_table_in_pieces(info: EncoderInfo) -> None:
+    stage = EncodeStage(LITE, info, parse_views("weak,mirror"), 4, None)
+    dim, size = info.identity["dim"], info.preprocess.size
+    given: list[int] = []
+
+    def passes(pixels: Mapping[View, np.ndarray], views: Sequence[View]) -> np.ndarray:
+        images = pixels[WEAK]
+        given.append(len(images))
+        found = np.zeros((2 * len(images), dim), np.float16)
+        found[range(len(found)), [int(image[0, 0, 0]) for image in images] * 2] = 1
+        return found
+
+    stage.passes = passes
+    pixels = np.arange(9, dtype=np.uint8).repeat(size * size * 3).reshape(9, size, size, 3)
+    table = table_of_pixels({"weak": pixels}, [None] * 9)
+    found = stage(pa.concat_tables([table.slice(0, 6), table.slice(6)]))
+    assert given == [4, 4, 1]
+    assert found["id"].to_pylist() == table["id"].to_pylist()
+    assert matrix(found, "mirror", dim).argmax(axis=1).tolist() == list(range(9))
+    assert len(stage(table.slice(0, 0))) == 0
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])

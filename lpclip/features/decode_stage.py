@@ -1,4 +1,4 @@
-"""A unit of a source to tables of uint8 pixels at the encoder's input size, or of JPEGs that a GPU will decode.
+"""Units of a source to tables of uint8 pixels at the encoder's input size, or of JPEGs that a GPU will decode.
 
 Without torch: the processes that decode stay small and start fast.
 """
@@ -6,7 +6,7 @@ Without torch: the processes that decode stay small and start fast.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import pairwise
 
@@ -38,30 +38,36 @@ def decode_unit(
     seed: int,
     leave_jpegs: bool = False,
 ) -> Iterator[pa.Table]:
-    """Decode a unit to tables with a row an image: id, label, error, place in the unit, digest, a pixel column a view.
+    """Decode units to tables with a row an image: id, label, error, place in the unit, digest, a pixel column a view.
 
-    `units` has one row: the unit's number and what the reader needs to know of it. A reader of texts adds a column of
-    them. With `leave_jpegs`, for the weak view alone, ordinary JPEGs stay as they are, in the columns jpeg,
+    `units` has a row for each: the unit's number and what the reader needs to know of it. A reader of texts adds a
+    column of them. With `leave_jpegs`, for the weak view alone, ordinary JPEGs stay as they are, in the columns jpeg,
     orientation and area, and have no pixels.
     """
-    unit, spec, start = units["unit"][0].as_py(), units["spec"][0].as_py(), 0
-    step = rows_at_once(views, preprocess)
-    held: pa.Table | None = None
     assert not leave_jpegs or views == (WEAK,), views
     decode = partial(
         _decode_rows,
-        unit=unit,
         limits=limits,
         views=views,
         preprocess=preprocess,
         seed=seed,
         leave_jpegs=leave_jpegs,
     )
-    for rows in _pieces(reader.tables(spec), step, num_bytes=PIXEL_BYTES if leave_jpegs else None):
+    step, num_bytes = rows_at_once(views, preprocess), PIXEL_BYTES if leave_jpegs else None
+    for unit, spec in zip(units["unit"].to_pylist(), units["spec"].to_pylist(), strict=True):
+        yield from _marked_last(
+            decode(rows, unit=unit, start=start)
+            for start, rows in _pieces(reader.tables(spec), step, num_bytes=num_bytes)
+        )
+
+
+def _marked_last(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The tables of a unit, the last row of them marked as the last."""
+    held: pa.Table | None = None
+    for table in tables:
         if held is not None:
             yield held
-        held = decode(rows, start=start)
-        start += len(rows)
+        held = table
     if held is None:
         return
     last = pa.array([False] * (len(held) - 1) + [True])
@@ -73,24 +79,29 @@ def rows_at_once(views: tuple[View, ...], preprocess: Preprocess) -> int:
     return max(1, PIXEL_BYTES // (len(views) * preprocess.size**2 * 3))
 
 
-def table_bytes(views: tuple[View, ...], preprocess: Preprocess) -> int:
-    """Bytes of a whole table of pixels."""
-    return min(UNIT_ROWS, rows_at_once(views, preprocess)) * len(views) * preprocess.size**2 * 3
+def table_bytes(views: tuple[View, ...], preprocess: Preprocess, *, units_at_once: int = 1) -> int:
+    """Bytes of a whole table of pixels, as Ray Data puts those of a task's units together."""
+    rows = min(units_at_once * UNIT_ROWS, min(units_at_once, 2) * rows_at_once(views, preprocess))
+    return rows * len(views) * preprocess.size**2 * 3
 
 
-def _pieces(tables: Iterator[pa.Table], step: int, *, num_bytes: int | None) -> Iterator[pa.Table]:
-    """Slices of at most `step` rows, and of about `num_bytes` of encoded images, if that is given."""
+def _pieces(
+    tables: Iterator[pa.Table], step: int, *, num_bytes: int | None
+) -> Iterator[tuple[int, pa.Table]]:
+    """Slices of at most `step` rows, and of about `num_bytes` of encoded images, if that is given; and their places."""
+    place = 0
     for table in tables:
         for start in range(0, len(table), step):
             piece = table.slice(start, step)
             if num_bytes is None:
-                yield piece
+                yield place + start, piece
                 continue
             lengths = pc.fill_null(pc.binary_length(piece["image"]), 0).to_numpy()
             group = np.cumsum(lengths, dtype=np.int64) // num_bytes
             ends = [*np.flatnonzero(np.diff(group)) + 1, len(piece)]
             for first, end in pairwise([0, *ends]):
-                yield piece.slice(first, end - first)
+                yield place + start + first, piece.slice(first, end - first)
+        place += len(table)
 
 
 def _decode_rows(

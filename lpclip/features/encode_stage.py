@@ -12,11 +12,11 @@ import ray
 from lpclip.config import Decode, Device, EncoderConfig, SourceConfig, UserError, counted
 from lpclip.encoders.head import EncoderInfo, refuse_another
 from lpclip.encoders.on_cpu import load_tower
-from lpclip.features.decode_stage import JPEG_COLUMNS, pixel_array
+from lpclip.features.decode_stage import JPEG_COLUMNS, pixel_array, rows_at_once
 from lpclip.features.describe import uses_gpus
 from lpclip.features.passes import CpuPasses
 from lpclip.features.store import has_unit_norm
-from lpclip.images.pixels import DECODING_VERSION, REDUCING_GAP, preprocess_identity
+from lpclip.images.pixels import DECODING_VERSION, REDUCING_GAP, Preprocess, preprocess_identity
 from lpclip.images.source import Source
 from lpclip.images.views import STRONG_VERSION, WEAK, View, pixel_views
 
@@ -75,6 +75,7 @@ class EncodeStage:
     ) -> None:
         """`num_threads` on a CPU, or None on a GPU. `jpegs` are the limits where JPEGs are decoded here."""
         self.info, self.views = info, views
+        self.rows = batch_rows(batch_size, views, info.preprocess) if num_threads is None else None
         self.refusal: UserError | None = None
         try:
             self.passes = self._passes(config, batch_size, num_threads, jpegs)
@@ -106,8 +107,14 @@ class EncodeStage:
         return DevicePasses(encoder, batch_size=batch_size, device=device, decoder=decoder)
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        """Features in place of pixels. On a GPU, some rows of the table at a time."""
         if self.refusal is not None:
             raise self.refusal
+        step = self.rows or max(1, len(table))
+        pieces = [table.slice(start, step) for start in range(0, len(table), step)]
+        return pa.concat_tables([self._encode(piece) for piece in pieces or [table]])
+
+    def _encode(self, table: pa.Table) -> pa.Table:
         is_good = table["error"].is_null().to_numpy()
         # A filter copies all pixels.
         good = table if is_good.all() else table.filter(table["error"].is_null())
@@ -139,6 +146,11 @@ class EncodeStage:
 
         images = Undecoded.of(table, size=size)
         return {WEAK: images}, images.errors
+
+
+def batch_rows(batch_size: int, views: tuple[View, ...], preprocess: Preprocess) -> int:
+    """Images that an encoder on a GPU is given at a time."""
+    return min(batch_size, rows_at_once(pixel_views(views), preprocess))
 
 
 def _refuse(table: pa.Table, bad: dict[int, tuple[str, str]]) -> pa.Table:

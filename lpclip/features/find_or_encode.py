@@ -22,9 +22,15 @@ from lpclip.config import Decode, Device, EncodeConfig, EncoderConfig, UserError
 from lpclip.encoders.head import EncoderInfo
 from lpclip.features.commit_stage import commit
 from lpclip.features.data import Data
-from lpclip.features.decode_stage import rows_at_once
-from lpclip.features.encode_stage import TORCH_ENV, ActorPlan, EncodeStage, plan_actors, store_identity
-from lpclip.features.pipeline import check_quarantine, decode_units, fill_store
+from lpclip.features.encode_stage import (
+    TORCH_ENV,
+    ActorPlan,
+    EncodeStage,
+    batch_rows,
+    plan_actors,
+    store_identity,
+)
+from lpclip.features.pipeline import check_quarantine, decode_units, fill_store, units_at_once
 from lpclip.features.pulse import Pulse
 from lpclip.features.stalls import CPU_LIMITS, LIMITS
 from lpclip.features.store import Store, fingerprint
@@ -171,6 +177,11 @@ class Encoding:
 
         def stages(todo: list[int], name: str) -> ray.data.Dataset:
             plan = self.plan()
+            group = units_at_once(
+                len(todo),
+                num_gpus=plan.num_actors if plan.gpus_per_actor else 0,
+                num_cpus=ray.cluster_resources().get("CPU", 0),
+            )
             decoded = decode_units(
                 source,
                 todo,
@@ -179,10 +190,11 @@ class Encoding:
                 seed=self.seed,
                 num_consumers=plan.num_actors,
                 leave_jpegs=self.decode == "gpu",
+                # A unit of which nobody knows the number of rows is a tar, and large by itself.
+                at_once=group if source.num_rows is not None else 1,
             )
-            # Ray Data insists on a number of rows where GPUs are asked for. It puts tables of small units together
-            # to reach it.
-            rows = min(self.batch_size, rows_at_once(pixels, info.preprocess))
+            # Ray Data insists on a number of rows where GPUs are asked for. It puts tables together to reach it.
+            rows = group * batch_rows(self.batch_size, views, info.preprocess)
             at_once: dict[str, Any] = {}
             if plan.gpus_per_actor:
                 # While a thread waits for the GPU, another prepares the next table.

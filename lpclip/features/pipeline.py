@@ -36,11 +36,16 @@ from lpclip.progress import Progress, watched
 
 # So many tables of pixels may wait for each consumer, beside the one that each CPU is decoding.
 TABLES_AHEAD = 4
+# One thread of the driver plans all tasks, and a task costs it the same whatever its size. With a unit in a task for
+# every two GPUs, many GPUs ask for few more tasks a second than two.
+GPUS_A_UNIT = 2
+# Four tables of pixels, in one view of 224 pixels; more would wait in shared memory for each GPU than they save.
+MOST_AT_ONCE = 28
 # Ray Data keeps half of its memory limit for each stage's own needs, and shares the rest. With this factor, all CPUs
 # decode: with less, Ray would hold decoding back long before the tables fill the limit.
 SHARING = 2.5
-# A decoding process takes at most three tables of pixels and the interpreter, except for huge images.
-DECODE_MEMORY = 4 * PIXEL_BYTES
+# A decoding process takes the memory of at most three tables of pixels and the interpreter, except for huge images.
+DECODE_TABLES = 4
 
 
 def fill_store(
@@ -114,10 +119,12 @@ def decode_units(
     seed: int,
     num_consumers: int,
     leave_jpegs: bool = False,
+    at_once: int = 1,
 ) -> ray.data.Dataset:
     """The first stage: units of a source to tables of uint8 pixels, one column a view, or as `decode_unit` says.
 
-    All CPUs that are free decode, until some tables wait for each of the next stage's `num_consumers`.
+    All CPUs that are free decode, until some tables wait for each of the next stage's `num_consumers`. A task decodes
+    `at_once` units, one after the other.
     """
     decode = partial(
         decode_unit,
@@ -128,8 +135,14 @@ def decode_units(
         seed=seed,
         leave_jpegs=leave_jpegs,
     )
-    units = ray.data.from_blocks([pa.table({"unit": [i], "spec": [source.units[i]]}) for i in todo])
-    limit = _memory_limit(num_consumers, table_bytes(views, preprocess))
+    groups = [todo[start : start + at_once] for start in range(0, len(todo), at_once)]
+    units = ray.data.from_blocks(
+        [pa.table({"unit": group, "spec": [source.units[i] for i in group]}) for group in groups]
+    )
+    limit = _memory_limit(num_consumers, table_bytes(views, preprocess, units_at_once=at_once))
+    # A table of several units may be larger: it costs the scheduling thread as much as a task.
+    table_limit = PIXEL_BYTES * min(at_once, 2)
+    units.context.target_max_block_size = table_limit
     units.context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
         object_store_memory=limit
     )
@@ -139,9 +152,15 @@ def decode_units(
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=1,
-        memory=DECODE_MEMORY,
+        memory=DECODE_TABLES * table_limit,
         max_retries=MAX_LOSSES - 1,
     )
+
+
+def units_at_once(num_units: int, *, num_gpus: int, num_cpus: float) -> int:
+    """Units of a task, so that many encoders are planned for as cheaply as few, and all CPUs work."""
+    fair_share = int(num_units / (4 * max(1, num_cpus)))
+    return max(1, min(num_gpus // GPUS_A_UNIT, fair_share, MOST_AT_ONCE))
 
 
 def _memory_limit(num_consumers: int, num_bytes: int) -> float | None:
