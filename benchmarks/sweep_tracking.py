@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -96,7 +97,12 @@ def mlflow_server(folder: Path) -> Iterator[str]:
                     time.sleep(0.2)
             yield address
         finally:
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
             server.terminate()
+            server.wait()
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            print(f"the server took {spent:.0f} s of processor time, its start with it", flush=True)
 
 
 def sweep(

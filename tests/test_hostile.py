@@ -25,7 +25,9 @@ from PIL import Image
 from lpclip.config import SourceConfig, UserError
 from lpclip.images import tars
 from lpclip.images.fetch import fetch_all
+from lpclip.images.jpegs import ordinary_jpeg
 from lpclip.images.open import open_source
+from lpclip.images.pixels import decode_image
 
 
 def png(colour: int) -> bytes:
@@ -216,6 +218,34 @@ class TestTars:
             assert len(found) == 11
         else:
             assert found.get("a.tar/(rest)") == "tar: unpacks to more than 100 times its size"
+
+    def test_a_label_that_is_too_large_costs_its_row(self, tmp_path: Path) -> None:
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            for name, data in (
+                ("1.png", png(1)),
+                ("1.cls", b"99999999999"),
+                ("2.png", png(2)),
+                ("2.cls", b"7"),
+            ):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        found = read(tmp_path / "a.tar")
+        assert found == {"a.tar/1": "the label 99999999999 is above 2147483647", "a.tar/2": None}
+
+
+class TestImages:
+    def test_a_jpeg_of_very_many_scans_is_not_decoded(self) -> None:
+        buffer = io.BytesIO()
+        Image.new("RGB", (400, 400)).save(buffer, "JPEG", progressive=True)
+        data = buffer.getvalue()
+        last = data[data.rindex(b"\xff\xda") : -2]
+        limits = {"max_pixels": 10**8, "max_bytes": 10**8}
+        assert decode_image(data, **limits).size == (400, 400)
+        with pytest.raises(UserError, match="a JPEG of more than 100 scans"):
+            decode_image(data[:-2] + 5000 * last + data[-2:], **limits)
+        assert ordinary_jpeg(data, **limits) is not None
+        assert ordinary_jpeg(data[:-2] + 5000 * last + data[-2:], **limits) is None
 
 
 MEASURE = """

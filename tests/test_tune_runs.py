@@ -101,6 +101,27 @@ def test_a_run_is_there_while_its_trial_runs_and_ends_with_its_outcome(uri: str)
         assert sweep.found(runs, "c").data.tags["error"] == "its process died"
 
 
+def test_rounds_that_follow_each_other_fast_travel_together(uri: str) -> None:
+    with tracking.track(TrackingConfig(), name="sweep", params={}) as parent:
+        sweep = Sweep(uri, parent)
+        with sweep.runs() as runs:
+            runs.began("a", {"threshold": 0.5})
+            assert eventually(lambda: "a" in runs.runs)
+            sent = []
+            client = runs.runs["a"]._client
+            log_batch = client.log_batch
+            runs.runs["a"]._client.log_batch = lambda run, **batch: (
+                sent.append(batch),
+                log_batch(run, **batch),
+            )
+            for number in (1, 2, 2, 3, 4, 5):
+                runs.went_on("a", {"round": float(number), "coverage": number / 10})
+            runs.ended(record("a", "finished", 6))
+        history = sweep.client.get_metric_history(runs.runs["a"].run_id, "rounds/coverage")
+        assert [entry.step for entry in history] == [1, 2, 3, 4, 5, 6]
+        assert [len(batch["metrics"]) for batch in sent if "metrics" in batch][:2] == [1, 4]
+
+
 def test_the_sweep_does_not_wait_for_a_slow_server(uri: str) -> None:
     with tracking.track(TrackingConfig(), name="sweep", params={}) as parent:
         sweep = Sweep(uri, parent)

@@ -16,6 +16,8 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "bytes", "uri", "url", "path", "filepath
 ID_COLUMNS = ("id",)
 LABEL_COLUMNS = ("label", "labels", "cls")
 TEXT_COLUMNS = ("text", "texts", "caption", "captions", "txt", "title")
+MAX_LABEL = 2**31 - 1
+"""Labels are int32."""
 
 
 @dataclass(frozen=True, kw_only=True)

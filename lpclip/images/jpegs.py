@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from PIL import ExifTags, Image
 
 from lpclip.images.colours import is_in_srgb
-from lpclip.images.pixels import JPEG_END, JPEG_START
+from lpclip.images.pixels import JPEG_END, JPEG_SCAN, JPEG_START, MAX_SCANS
 from lpclip.images.render import MAX_ASPECT
 
 MAX_AREA = 1 << 24
@@ -31,6 +31,8 @@ class JpegHeader:
 def ordinary_jpeg(data: bytes, *, max_pixels: int, max_bytes: int) -> JpegHeader | None:
     """The header of a complete grey or colour JPEG within the limits; None for all else, which Pillow decides about."""
     if not data.startswith(JPEG_START) or not data.endswith(JPEG_END) or len(data) > max_bytes:
+        return None
+    if data.count(JPEG_SCAN) > MAX_SCANS:
         return None
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:

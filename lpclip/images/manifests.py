@@ -21,6 +21,7 @@ from lpclip.images.columns import (
     ID_COLUMNS,
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
+    MAX_LABEL,
     Texts,
     as_strings,
     as_texts,
@@ -53,8 +54,6 @@ CELL_BYTES = 16 << 20
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 SEPARATOR_HINT = re.compile(rb'(\xef\xbb\xbf)?"?sep=.?"?', re.IGNORECASE)
 """A line that tells spreadsheets what separates the columns, before the header."""
-# Labels are int32 from here on.
-MAX_LABEL = 2**31 - 1
 
 
 def open_manifest(

@@ -36,7 +36,9 @@ REDUCING_GAP = 3
 DECODING_VERSION = 4
 """Version of `decode_image`: features of pixels that were decoded in another way are never taken for these."""
 
-PNG_START, JPEG_START, JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xd9"
+PNG_START, JPEG_START, JPEG_SCAN, JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
+MAX_SCANS = 100
+"""Each scan of a progressive JPEG goes over all of its pixels, and may be a few bytes long. Encoders write ten."""
 
 JPEG2000_SIZES, JPEG2000_BITS = b"\xff\x4f\xff\x51", 42
 """How the pixels of a JPEG 2000 begin, and where each three bytes for a channel begin, with its bits less one."""
@@ -89,6 +91,8 @@ def decode_image(data: bytes, *, max_pixels: int, max_bytes: int, size: int | No
         raise UserError("empty")
     if len(data) > max_bytes:
         raise UserError(f"{len(data)} bytes, more than {max_bytes}")
+    if data.startswith(JPEG_START) and data.count(JPEG_SCAN) > MAX_SCANS:
+        raise UserError(f"a JPEG of more than {MAX_SCANS} scans")
     decode = partial(_decode, max_pixels=max_pixels, size=size)
     try:
         try:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from lpclip.config import SourceConfig, counted
 from lpclip.files import open_input
-from lpclip.images.columns import Texts, whole_number
+from lpclip.images.columns import MAX_LABEL, Texts, whole_number
 from lpclip.images.fetch import reason, under
 from lpclip.images.names import escaped
 from lpclip.images.source import IMAGE_SUFFIXES, Listing, Reader, Row, Source, make_identity, make_pair
@@ -117,6 +117,9 @@ class TarReader(Reader):
                 else:
                     seen.add(name)
                     label = class_label(sample.beside(image, "cls")) if self.has_labels else None
+                    if label is not None and label > MAX_LABEL:
+                        yield True, Row(name, None, error=f"the label {label} is above {MAX_LABEL}")
+                        continue
                     text = sample.beside(image, "txt") if self.has_texts else None
                     yield True, make_pair(name, image.data, label, [] if text is None else [text])
 

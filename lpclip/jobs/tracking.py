@@ -20,7 +20,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
@@ -102,10 +102,11 @@ class Run:
         None is left out. NaN and infinities are left out with a warning: MLflow's databases change them.
         Characters that MLflow refuses in names become underscores.
         """
-        numbers = {metric_name(key): float(value) for key, value in metrics.items() if value is not None}
-        for key in [key for key, value in numbers.items() if not math.isfinite(value)]:
-            warn(f"{key} at step {step} is {numbers.pop(key)}, which MLflow cannot keep")
-        self._attempt("metrics", lambda: self._log_new(numbers, step, time.time() if at is None else at))
+        self.log_steps([(step, time.time() if at is None else at, metrics)])
+
+    def log_steps(self, steps: Sequence[tuple[int, float, Mapping[str, float | None]]]) -> None:
+        """Log the numbers of several steps, each with its time, with one request, as `log` does those of one."""
+        self._attempt("metrics", lambda: self._log_new(steps))
 
     def set_tags(self, tags: dict[str, Any]) -> None:
         """Set tags; a tag that is there is replaced."""
@@ -161,14 +162,21 @@ class Run:
         self._client.set_registered_model_alias(name, alias, version.version)
         return str(version.version)
 
-    def _log_new(self, numbers: dict[str, float], step: int, at: float) -> None:
+    def _log_new(self, steps: Sequence[tuple[int, float, Mapping[str, float | None]]]) -> None:
         from mlflow.entities import Metric
 
-        new = {key: value for key, value in numbers.items() if step not in self._logged_steps(key)}
-        metrics = [Metric(key, value, int(1000 * at), step) for key, value in new.items()]
-        for start in range(0, len(metrics), 1000):
-            self._client.log_batch(self.run_id, metrics=metrics[start : start + 1000], synchronous=True)
-        for key in new:
+        new: dict[tuple[str, int], Metric] = {}
+        for step, at, metrics in steps:
+            numbers = {metric_name(key): float(value) for key, value in metrics.items() if value is not None}
+            for key, value in numbers.items():
+                if not math.isfinite(value):
+                    warn(f"{key} at step {step} is {value}, which MLflow cannot keep")
+                elif step not in self._logged_steps(key):
+                    new.setdefault((key, step), Metric(key, value, int(1000 * at), step))
+        batch = list(new.values())
+        for start in range(0, len(batch), 1000):
+            self._client.log_batch(self.run_id, metrics=batch[start : start + 1000], synchronous=True)
+        for key, step in new:
             self._steps[key].add(step)
             self._ended_at = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 
@@ -13,6 +13,8 @@ from lpclip.jobs.tracking import Run, warn
 from lpclip.training.search_space import Parameters
 from lpclip.training.trials import Listener, Status, TrialRecord
 
+SECONDS_APART = 1.0
+"""A trial's rounds are sent so far apart: a server spends more on each request than a short round takes."""
 OUTCOMES: dict[Status, str] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
@@ -34,6 +36,8 @@ class TrialRuns(Listener):
         self.runs: dict[str, Run] = {}
         self._track, self._results, self._tell = track, results, tell
         self._open: dict[str, AbstractContextManager[Run]] = {}
+        self._waiting: dict[str, list[tuple[float, Mapping[str, float]]]] = {}
+        self._told_at: dict[str, float] = {}
         self._beside = Beside()
 
     def __enter__(self) -> TrialRuns:
@@ -53,8 +57,12 @@ class TrialRuns(Listener):
         self._beside.later(self._begin, name, parameters)
 
     def went_on(self, name: str, metrics: Mapping[str, float]) -> None:
-        """A trial has finished a round."""
-        self._beside.later(self._log, name, dict(metrics), time.time())
+        """A trial has finished a round. Rounds that follow each other fast travel together."""
+        now = time.time()
+        self._waiting.setdefault(name, []).append((now, dict(metrics)))
+        if now - self._told_at.get(name, 0) >= SECONDS_APART:
+            self._told_at[name] = now
+            self._beside.later(self._log, name, self._waiting.pop(name))
 
     def ended(self, record: TrialRecord) -> None:
         """A trial is over, now or in an earlier run of the sweep."""
@@ -63,6 +71,7 @@ class TrialRuns(Listener):
 
     def keep(self, record: TrialRecord) -> None:
         """See that the run of a trial is whole, without telling of it."""
+        self._beside.later(self._log, record.name, self._waiting.pop(record.name, []))
         self._beside.later(self._end, record)
 
     def _begin(self, name: str, parameters: Parameters) -> None:
@@ -76,10 +85,14 @@ class TrialRuns(Listener):
         else:
             self._open[name] = context
 
-    def _log(self, name: str, metrics: Mapping[str, float], at: float) -> None:
-        if name in self._open:
+    def _log(self, name: str, rounds: Sequence[tuple[float, Mapping[str, float]]]) -> None:
+        if name not in self._open:
+            return
+        steps = []
+        for at, metrics in rounds:
             named = {f"rounds/{key}": value for key, value in metrics.items() if key != "round"}
-            self.runs[name].log(named, step=int(metrics["round"]), at=at)
+            steps.append((int(metrics["round"]), at, named))
+        self.runs[name].log_steps(steps)
 
     def _end(self, record: TrialRecord) -> None:
         self._begin(record.name, record.parameters)
@@ -87,8 +100,7 @@ class TrialRuns(Listener):
             return
         run = self.runs[record.name]
         run.set_tags({"status": record.status, **({"error": record.error} if record.error else {})})
-        for metrics in record.rounds:
-            self._log(record.name, metrics, time.time())
+        self._log(record.name, [(time.time(), metrics) for metrics in record.rounds])
         run.log({"speed/seconds_total": record.seconds, **self._results(record)})
         run.outcome = OUTCOMES[record.status]
         self._open.pop(record.name).__exit__(None, None, None)
