@@ -23,12 +23,8 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from lpclip.config import UserError
+from lpclip.credentials import holds_secret
 from lpclip.patience import patiently
-
-# Whoever may read logs, summaries and MLflow's pages must not find keys there.
-_SECRETS = re.compile(
-    r"(?:^|=)\w+://([^/?#]*:(?!\d+/)[^?#]*@|.*[?&]\w*(secret|password|token|key)\w*=)", re.IGNORECASE
-)
 
 # Requests that one process has in flight: a remote store answers a thousand as fast as one.
 READERS = 64
@@ -45,8 +41,8 @@ def cache_folder() -> Path:
 
 
 def refuse_secrets(path: str, *, what: str = "a URI") -> None:
-    """UserError, which does not repeat it, when a URI holds a password or a secret key."""
-    if _SECRETS.search(path):
+    """UserError, which does not repeat it, when a URI holds a password, a key or a signature."""
+    if holds_secret(path):
         raise UserError(
             f"{what} holds a password or a secret key, which logs and summaries would keep: leave it out of the URI "
             "and give it in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://)"

@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from lpclip import files
 from lpclip.config import StoreAwayError, UserError
+from lpclip.credentials import redact
 from lpclip.images.names import unescaped
 
 RETRY_SECONDS = (0.2, 0.8)
@@ -143,8 +144,8 @@ def _retry(read: Callable[[], T]) -> T:
 
 
 def reason(error: Exception) -> str:
-    """An error's text on one line, cut to a length that fits into a table."""
-    return " ".join(f"{error or type(error).__name__}".split())[:300]
+    """An error's text on one line, without secrets, cut to a length that fits into a table."""
+    return redact(" ".join(f"{error or type(error).__name__}".split()))[:300]
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -174,6 +175,8 @@ def _get(uri: str, *, max_bytes: int, schemes: Sequence[str], timeout: float) ->
 def _quoted(uri: str) -> str:
     """A URI as servers take it: browsers show, and lists hold, blanks and letters of any language."""
     parts = urllib.parse.urlsplit(uri)
+    if "@" in parts.netloc:
+        raise UserError("a URI with a user name or password, which is sent to no server")
     host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
     return urllib.parse.quote(parts._replace(netloc=host).geturl(), safe=string.punctuation)
 

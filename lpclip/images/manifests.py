@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from lpclip.config import SourceConfig, UserError, counted
+from lpclip.credentials import redact
 from lpclip.files import not_utf_8, open_input, refuse_utf_16, split, split_options
 from lpclip.images.columns import (
     ID_COLUMNS,
@@ -72,7 +73,10 @@ def open_manifest(
     wanted = "" if marked else config.label_column
     label_column = pick_column(wanted, LABEL_COLUMNS, names, what=file.path)
     paths = image_array.fill_null("").to_pylist()
-    id_array = as_strings(table[id_column], name=id_column, what=file.path) if id_column else image_array
+    if id_column:
+        id_array = as_strings(table[id_column], name=id_column, what=file.path)
+    else:
+        id_array = pa.chunked_array([_without_secrets(image_array.to_pylist())], pa.string())
     if config.id_column != "":
         refuse_duplicates(id_array, what=file.path)
         ids = id_array.to_pylist()
@@ -119,6 +123,18 @@ def open_manifest(
         left_out=beyond_limit(len(ids), len(chosen)),
         notes=notes,
     )
+
+
+def _without_secrets(paths: Sequence[str | None]) -> list[str | None]:
+    """Paths and URIs as ids, which are stored and shown. Links that differ in their secrets alone are counted."""
+    ids: dict[str | None, str | None] = {None: None}
+    counts: Counter[str] = Counter()
+    for path in paths:
+        if path is not None and path not in ids:
+            name = redact(path)
+            counts[name] += 1
+            ids[path] = name if counts[name] == 1 else f"{name}#{counts[name]}"
+    return [ids[path] for path in paths]
 
 
 def _path_column(table: pa.Table, wanted: str | None, *, what: str) -> tuple[str, pa.ChunkedArray]:

@@ -31,6 +31,7 @@ from pyarrow import fs
 import lpclip
 from lpclip import files
 from lpclip.config import TrackingConfig, UserError, digest
+from lpclip.credentials import redact
 from lpclip.patience import patiently
 
 if TYPE_CHECKING:
@@ -329,11 +330,6 @@ def charts(server: str, experiment_id: str, *, parent: str | None = None) -> str
     return (
         f"{redact(server).rstrip('/')}/#/experiments/{experiment_id}/runs?{urlencode(query, quote_via=quote)}"
     )
-
-
-def redact(text: str) -> str:
-    """The text with the user names and passwords of its URIs taken out."""
-    return re.sub(r"://[^/\s]*@", "://", text)
 
 
 def metric_name(name: str) -> str:

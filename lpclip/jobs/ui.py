@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 
 from lpclip.config import UiJob, UserError, check
+from lpclip.credentials import redact
 from lpclip.jobs import tracking
 
 # Each experiment shows so many of its latest sweeps and evaluations.
@@ -63,7 +64,7 @@ def _addresses(uri: str, *, server: str) -> str:
                 name = f"  in {client.get_run(parent).info.run_name}"
                 lines.append((name, tracking.charts(server, key, parent=parent)))
     if not lines:
-        raise UserError(f"there are no runs at {tracking.redact(uri)} yet: `make demo`, for one, makes one")
+        raise UserError(f"there are no runs at {redact(uri)} yet: `make demo`, for one, makes one")
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {address}" for name, address in lines)
 
@@ -96,7 +97,7 @@ def _served(uri: str, server: str, *, port: int) -> Iterator[subprocess.Popen[by
                 if process.poll() is not None:
                     log.seek(0)
                     last = log.read().decode(errors="replace").strip().rpartition("\n")[2]
-                    raise UserError(f"MLflow did not start: {tracking.redact(last)}")
+                    raise UserError(f"MLflow did not start: {redact(last)}")
                 time.sleep(0.2)
             yield process
         finally:

@@ -1,0 +1,28 @@
+"""Passwords, keys and signatures in URIs: readers of logs, summaries, ids and MLflow's pages must not find them."""
+
+from __future__ import annotations
+
+import re
+
+# S3's and Google's signed links, Azure's shared access signatures, pyarrow's options, and what web services ask for.
+_NAMES = (
+    r"[\w.-]*(?:secret|passw|token|key|signature|credential)[\w.-]*"
+    r"|sig|pwd|pass|auth|googleaccessid|x-amz-[\w-]+|x-goog-[\w-]+"
+)
+_OPTION = re.compile(rf"(?<=[?&;#])({_NAMES})=[^&;#\s'\"),:]+", re.IGNORECASE)
+# Some keys hold a slash. What follows a port is a path, and so is all behind a host without a colon.
+_USER = re.compile(r"(?<=://)(?:[^/?#\s]*|[^/?#\s]*:(?!\d+/)[^?#\s]*)@")
+# A user name alone is none: abfs:// has the container there.
+_PASSWORD = re.compile(r"://[^/?#\s]*:(?!\d+/)[^?#\s]*@")
+
+
+def holds_secret(text: str) -> bool:
+    """True when a URI in the text holds a password, a secret key, a token or a signature."""
+    return "://" in text and bool(_PASSWORD.search(text) or _OPTION.search(text))
+
+
+def redact(text: str) -> str:
+    """The text without the user names, passwords, keys, tokens and signatures of its URIs."""
+    if "://" not in text:
+        return text
+    return _OPTION.sub(r"\1=...", _USER.sub("", text))

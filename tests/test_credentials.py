@@ -1,0 +1,120 @@
+"""No password, key, token or signature of a URI is shown, stored or logged; all else of it is."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from lpclip.config import SourceConfig, UserError
+from lpclip.credentials import holds_secret, redact
+from lpclip.images.fetch import fetch_all, reason
+from lpclip.images.open import open_source
+
+# Long enough not to be a part of what stays.
+SECRETS = st.text(string.ascii_letters + string.digits + "+%_-~", min_size=12, max_size=40)
+WORDS = st.text(string.ascii_lowercase + string.digits, min_size=1, max_size=8)
+SCHEMES = st.sampled_from(["s3", "https", "http", "abfs", "gs", "postgresql", "fsspec+s3", "mysql+pymysql"])
+NAMES = [
+    *(
+        "X-Amz-Signature",
+        "X-Amz-Credential",
+        "X-Amz-Security-Token",
+        "AWSAccessKeyId",
+        "Signature",
+        "secret_key",
+    ),
+    *(
+        "X-Goog-Signature",
+        "X-Goog-Credential",
+        "GoogleAccessId",
+        "sig",
+        "sas_token",
+        "access_token",
+        "api_key",
+    ),
+    *("apikey", "password", "passwd", "pwd", "client_secret", "account_key", "auth", "session_token"),
+]
+
+
+@st.composite
+def places(draw: st.DrawFn) -> tuple[str, str]:
+    """A scheme with a host, and a path with harmless options."""
+    host = draw(WORDS) + draw(st.sampled_from(["", ":8020", ".example.org", ".example.org:9000"]))
+    path = "/".join(draw(st.lists(WORDS, min_size=1, max_size=3)))
+    options = draw(st.lists(st.sampled_from(["region=us-east-1", "se=2030", "monkey", "page=3"]), max_size=2))
+    return f"{draw(SCHEMES)}://", f"{host}/{path}?{'&'.join(['v=1', *options])}"
+
+
+@given(
+    places(),
+    SECRETS,
+    st.sampled_from(NAMES),
+    st.sampled_from(["{}", "cannot read '{}': refused", "--data={} x"]),
+)
+def test_a_secret_in_an_option_goes_and_the_rest_stays(
+    place: tuple[str, str], secret: str, name: str, sentence: str
+) -> None:
+    uri = "".join(place)
+    text = sentence.format(f"{uri}&{name}={secret}&end=1")
+    assert holds_secret(text)
+    assert redact(text) == sentence.format(f"{uri}&{name}=...&end=1")
+    assert not holds_secret(sentence.format(uri))
+    assert redact(sentence.format(uri)) == sentence.format(uri)
+
+
+@given(places(), WORDS, SECRETS.filter(lambda text: not text.isdigit()), st.sampled_from(["", "/", "/x/"]))
+def test_a_password_goes_with_its_user(place: tuple[str, str], user: str, secret: str, slash: str) -> None:
+    scheme, rest = place
+    text = f"{scheme}{user}:{secret[:6]}{slash}{secret[6:]}@{rest}"
+    if secret[:6].isdigit() and slash:
+        return  # a port, and a path with an @
+    assert holds_secret(text)
+    assert redact(text) == f"{scheme}{rest}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s3://bucket/a@b:c.png",
+        "hdfs://namenode:8020/user@x/y",
+        "file:///a:b@c",
+        "photos/key=1/token=2.jpg?sig=3",
+        "https://example.org/author=me?page=2&author=3#top",
+    ],
+)
+def test_what_only_looks_like_one_stays(text: str) -> None:
+    assert not holds_secret(text)
+    assert redact(text) == text
+
+
+def test_signed_links_are_read_and_their_signatures_are_in_no_id(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    links = [f"https://127.0.0.1:9/{n}.png?X-Amz-Signature=abcdef{n}&v={n}" for n in (1, 2)]
+    path = tmp_path / "list.csv"
+    path.write_text("\n".join(["url", "1.png", *links]))
+    source = open_source(str(path), config=SourceConfig(schemes="https"))
+    ids = [f"https://127.0.0.1:9/{n}.png?X-Amz-Signature=...&v={n}" for n in (1, 2)]
+    assert [name for name, _ in source.reader.listed(source.units[0])] == ["1.png", *ids]
+    assert all(link in source.units[0] for link in links)
+    again = [*links, links[0].replace("abc", "xyz")]
+    path.write_text("\n".join(["url", "1.png", *again]))
+    source = open_source(str(path), config=SourceConfig(schemes="https"))
+    assert [name for name, _ in source.reader.listed(source.units[0])] == ["1.png", *ids, f"{ids[0]}#2"]
+    path.write_text("\n".join(["url", "1.png", *links, links[0]]))
+    with pytest.raises(UserError, match="duplicates of 1 id"):
+        open_source(str(path), config=SourceConfig(schemes="https"))
+
+
+def test_reasons_hold_no_secret() -> None:
+    error = OSError("cannot read https://example.org/1.png?sig=abcdef: refused")
+    assert reason(error) == "cannot read https://example.org/1.png?sig=...: refused"
+    uri = "http://reader:abcdef@127.0.0.1:9/1.png"
+    (found,) = fetch_all([uri], root="", max_bytes=10, schemes=("http",), timeout=1)
+    assert isinstance(found, ValueError)
+    assert "abcdef" not in str(found)
+    assert str(found) == "a URI with a user name or password, which is sent to no server"
