@@ -143,8 +143,9 @@ def test_a_class_file_maps_the_data_s_labels_to_names(tmp_path: Path):
 
 
 def test_a_class_file_maps_numbers_too(tmp_path: Path):
-    (tmp_path / "names.tsv").write_text("7\tdog\n100\tcat\n")
-    assert mapped([100, 7, 7, -1], None, read_classes(str(tmp_path / "names.tsv"))) == [1, 0, 0, -1]
+    # A table of all labels up to the largest would take 17 GB.
+    (tmp_path / "names.tsv").write_text("7\tdog\n2147483647\tcat\n")
+    assert mapped([2**31 - 1, 7, 7, -1], None, read_classes(str(tmp_path / "names.tsv"))) == [1, 0, 0, -1]
 
 
 @pytest.mark.parametrize(
@@ -337,8 +338,10 @@ def test_names_that_all_begin_with_numbers_get_a_note(tmp_path: Path, names: tup
             if is_noted
             else ()
         )
-        captions = with_captions(open_source(data, config=SourceConfig()), templates=("a {}",))
+        captions = with_captions(open_source(data, config=SourceConfig()), templates=("a {}", "{{}, {}"))
         assert captions.notes == source.notes
+        first = min(names)
+        assert captions.identity["captions"][0] == [f"a {first}", f"{{{first}, {first}"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "latin-1"])

@@ -37,7 +37,7 @@ def with_captions(source: Source, *, templates: tuple[str, ...]) -> Source:
         raise UserError(
             f"{source.name} has no names of classes to make texts of: --caption-templates is for labelled images"
         )
-    captions = tuple(tuple(t.format(name) for t in templates) for name in source.label_names)
+    captions = tuple(tuple(t.replace("{}", name) for t in templates) for name in source.label_names)
     return replace(
         source,
         reader=CaptionReader(reader=source.reader, captions=captions),

@@ -115,9 +115,11 @@ def map_labels(
             f"{', '.join(classes.names[:5])}{', ...' if len(classes.names) > 5 else ''}: {way} in a --classes file "
             "with lines label<TAB>name"
         )
-    table = np.full(max(seen, default=0) + 2, -1, np.int64)
-    table[seen] = [places[key] for key in keys]
-    return table[labels]
+    indices, is_known = np.full(len(labels), -1, np.int64), labels >= 0
+    indices[is_known] = np.array([places[key] for key in keys], np.int64)[
+        np.searchsorted(seen, labels[is_known])
+    ]
+    return indices
 
 
 def notes_on_names(names: Sequence[str]) -> tuple[str, ...]:
