@@ -22,14 +22,18 @@ import io
 import itertools
 import json
 import os
+import random
 import resource
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -42,6 +46,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 from encoding import generate, psutil
+from PIL import Image
 from ray.cluster_utils import Cluster
 from ray.util.state import list_actors, list_tasks
 
@@ -56,6 +61,7 @@ NUM_TARS, TAR_IMAGES = 32, 32
 MIDDLE = 4  # committed parts, one a tar, when the fault comes
 WAIT_SECONDS = 240
 FULL_BYTES = 64 << 10  # less than a part has
+MOST_BYTES = 2 << 30
 KILLED = -signal.SIGKILL
 
 Parts = Mapping[Part, int]
@@ -68,7 +74,7 @@ class Options:
     faults: tuple[str, ...] = ()
     """Faults to inject, by their names in the table; all by default."""
     num_images: int = 5000
-    """Images of bad-1% and bad-60%."""
+    """Images of bad-1%, bad-60% and hostile."""
     json: str | None = None
     """File to write the rows to."""
 
@@ -132,6 +138,33 @@ class Lab:
         """As many images as are asked for, in Parquet, without damage."""
         return self._make("whole.parquet", self._num_images, bad=[], views="weak")
 
+    @cached_property
+    def hostile(self) -> Data:
+        """The same images as files of a folder, with hostile ones among them, one for each hundred."""
+        names = {name: f"{name.partition('.')[0]}/{name.partition('/')[2]}.png" for name in self.many.images}
+        path = self.folder / "hostile-files"
+        for name, image in self.many.images.items():
+            place = path / names[name]
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(image)
+        bad = set()
+        for number in range(len(names) // 100):
+            kind = list(HOSTILE)[number % len(HOSTILE)]
+            place = path / "000" / f"{number} {kind}.jpg"
+            make = HOSTILE[kind]
+            if isinstance(make, bytes):
+                place.write_bytes(make)
+            else:
+                make(place)
+            bad.add(str(place.relative_to(path)))
+        return replace(
+            self.many,
+            path=path,
+            images={names[name]: image for name, image in self.many.images.items()} | dict.fromkeys(bad, b""),
+            bad=frozenset(bad),
+            features={names[name]: feature for name, feature in self.many.features.items()},
+        )
+
     def _make(self, name: str, count: int, *, bad: Iterable[slice], views: str) -> Data:
         ids = [f"{i // TAR_IMAGES:03d}.tar/{i % TAR_IMAGES:02d}" for i in range(count)]
         images = {key: generate("small", i) for i, key in enumerate(ids)}
@@ -142,6 +175,56 @@ class Lab:
         trial = Trial(data, self.folder / f"undisturbed-{name}")
         trial.run()
         return replace(data, features=dict(read_features(trial.store)))
+
+
+def _many_scans() -> bytes:
+    """A JPEG of which every pixel would be gone over two thousand times."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (2000, 2000)).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    return data[:-2] + 2000 * data[data.rindex(b"\xff\xda") : -2] + data[-2:]
+
+
+def _png(width: int, height: int) -> bytes:
+    """The start of a PNG that says it is so large."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+
+
+def _sparse(path: Path) -> None:
+    path.write_bytes(b"\xff\xd8")
+    os.truncate(path, 1 << 40)
+
+
+def _socket(path: Path) -> None:
+    folder = os.open(path.parent, os.O_RDONLY)
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(f"/proc/self/fd/{folder}/{path.name}")
+    os.close(folder)
+
+
+HOSTILE: dict[str, bytes | Callable[[Path], None]] = {
+    "empty": b"",
+    "a few bytes": b"\xff\xd8\xff",
+    "noise": random.Random(0).randbytes(100_000),
+    "web page": b"<!doctype html><title>404</title>",
+    "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    "zip": b"PK\x03\x04" + bytes(1000),
+    "PDF": b"%PDF-1.7\n",
+    "HEIC": b"\0\0\0\x18ftypheic" + bytes(100),
+    "many scans": _many_scans(),
+    "a bomb": _png(100_000, 100_000) + bytes(100),
+    "no pixels": _png(0, 0),
+    "only a header": _png(640, 480),
+    "damaged TIFF": b"II*\0\x08\0\0\0\xff\xff" + random.Random(1).randbytes(5000),
+    "terabyte": _sparse,
+    "FIFO": lambda path: os.mkfifo(path),
+    "socket": _socket,
+    "endless": lambda path: path.symlink_to("/dev/zero"),
+    "link to itself": lambda path: path.symlink_to(path.name),
+    "link to nothing": lambda path: path.symlink_to("nowhere"),
+}
+"""Files that no image is in, or that would take all memory or time."""
 
 
 def write_tars(path: Path, images: Mapping[str, bytes]) -> None:
@@ -487,6 +570,21 @@ def few_bad(trial: Trial) -> Row:
     )
 
 
+def hostile(trial: Trial) -> Row:
+    """A hundredth of the files is hostile: the job goes well, in little memory."""
+    most = 0
+    with trial.job() as job:
+        while job.runs:
+            for process in titled(job.below(), "ray::"):
+                with contextlib.suppress(psutil().Error):
+                    most = max(most, process.memory_info().rss)
+            time.sleep(0.2)
+        job.ends()
+    kinds = len(set(pq.read_table(trial.store / "quarantine.parquet")["error"].to_pylist()))
+    note = f"at most {most >> 20} MB in a process, {kinds} different reasons"
+    return trial.row({}, exits=(0,), note=note if most < MOST_BYTES else "")
+
+
 def many_bad(trial: Trial) -> Row:
     """Three in five images are damaged: the job stops, and goes on from there when it is allowed to."""
     trial.run()
@@ -523,6 +621,7 @@ FAULTS: dict[str, tuple[Callable[[Trial], Row], Callable[[Lab], Data]]] = {
         many_bad,
         lambda lab: lab.many.damaged("60.parquet", bad=[slice(i, None, 5) for i in range(3)]),
     ),
+    "hostile": (hostile, lambda lab: lab.hostile),
     "two-gpus": (two_gpus, lambda lab: lab.few),
 }
 
