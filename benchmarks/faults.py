@@ -346,10 +346,13 @@ class Trial:
         wait_for(enough, "the middle of the job")
         return self.parts()
 
-    def row(self, before: Parts, *, exits: tuple[int, ...], says: str = "", note: str = "") -> Row:
+    def row(
+        self, before: Parts, *, exits: tuple[int, ...], says: str = "", note: str = "", in_a_row: int = 1
+    ) -> Row:
         """What has become of the rows, `before` being the parts at the fault.
 
-        The jobs must have ended with these exit codes. One of them must have said `says`, or the fault has a note.
+        The jobs must have ended with these exit codes. One of them must have said `says`, or the fault has a note. So
+        many losses may have been counted `in_a_row`.
         """
         seconds, images = time.monotonic() - self._begin, self.data.images
         encoded = list(read_features(self.store))
@@ -381,7 +384,7 @@ class Trial:
             ),
             f"the exit codes are {exits}": ended == exits,
             f"it says {says!r}" if says else "the fault took effect": bool(said),
-            "one fault is one loss": "(2 of" not in self.told,
+            f"{in_a_row} in a row are counted at most": f"({in_a_row + 1} of" not in self.told,
             "no traceback is printed": "Traceback" not in self.told,
         }
         return replace(row, wrong=tuple(claim for claim, holds in held.items() if not holds))
@@ -481,6 +484,30 @@ def machine_lost(trial: Trial) -> Row:
             kill(next(p for p in map(processes_of, nodes) if titled(p, "ray::MapWorker")))
             job.ends()
     return trial.row(before, exits=(0,), says="was lost, going on")
+
+
+def machines_lost(trial: Trial) -> Row:
+    """Ten times, a node of eight is killed and another one joins: as soon as a part was written, after four seconds."""
+    chance, kills = random.Random(0), 0
+
+    def went_on() -> bool:
+        return not job.runs or len(trial.parts()) > len(parts)
+
+    with cluster(num_cpus=0) as machines:
+        nodes = [machines.add_node(num_cpus=1) for _ in range(8)]
+        with trial.job(address=machines.address) as job:
+            before = parts = trial.reach_the_middle()
+            while job.runs and kills < 10:
+                node = nodes.pop(chance.randrange(len(nodes)))
+                kill(processes_of(node))
+                kills += 1
+                nodes.append(machines.add_node(num_cpus=1))
+                time.sleep(4)
+                wait_for(went_on, "a part")
+                parts = trial.parts()
+            job.ends()
+    note = f"{kills} machines killed, {job.told.count('was lost')} losses told of"
+    return trial.row(before, exits=(0,), note=note, in_a_row=2)
 
 
 def machine_joins(trial: Trial) -> Row:
@@ -612,6 +639,7 @@ FAULTS: dict[str, tuple[Callable[[Trial], Row], Callable[[Lab], Data]]] = {
     "driver-killed": (driver_killed, lambda lab: lab.few),
     "encoder-killed": (encoder_killed, lambda lab: lab.few),
     "machine-lost": (machine_lost, lambda lab: lab.few),
+    "machines-lost": (machines_lost, lambda lab: lab.few),
     "machine-joins": (machine_joins, lambda lab: lab.few),
     "full-disk": (full_disk, lambda lab: lab.few),
     "read-errors-pass": (partial(read_errors, times=1), lambda lab: lab.few),

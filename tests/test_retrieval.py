@@ -280,7 +280,7 @@ def test_again_nothing_is_encoded_and_the_table_comes_last(
     assert {name: entry[name] for name in DIRECTIONS} == {name: before[name] for name in DIRECTIONS}
     output = capsys.readouterr().out
     plan, _, rest = output.partition("features of ")
-    assert "40 images (parquet, with texts): 1 views" in plan
+    assert "40 images (parquet, with texts): 1 view," in plan
     rows = [re.split(r"  +", line) for line in rest.split("\n\n")[1].splitlines()]
     assert rows[0][:5] == ["retrieval", "query", "images", "texts", "quarantined"]
     for row, direction in zip(rows[2:], DIRECTIONS, strict=True):
