@@ -7,9 +7,10 @@ import re
 # S3's and Google's signed links, Azure's shared access signatures, pyarrow's options, and what web services ask for.
 _NAMES = (
     r"[\w.-]*(?:secret|passw|token|key|signature|credential)[\w.-]*"
-    r"|sig|pwd|pass|auth|googleaccessid|x-amz-[\w-]+|x-goog-[\w-]+"
+    r"|sig|sign|hmac|jwt|code|ticket|session|pwd|pass|auth|googleaccessid|x-amz-[\w-]+|x-goog-[\w-]+"
 )
-_OPTION = re.compile(rf"(?<=[?&;#])({_NAMES})=[^&;#\s'\"),:]+", re.IGNORECASE)
+# Sentences go on behind a URI: its last marks are theirs.
+_OPTION = re.compile(rf"(?<=[?&;#])({_NAMES})(=|%3d)[^&;#\s'\"]+?(?=[),:.]*(?:[&;#\s'\"]|$))", re.IGNORECASE)
 # Some keys hold a slash. What follows a port is a path, and so is all behind a host without a colon.
 _USER = re.compile(r"(?<=://)(?:[^/?#\s]*|[^/?#\s]*:(?!\d+/)[^?#\s]*)@")
 # A user name alone is none: abfs:// has the container there.
@@ -25,4 +26,4 @@ def redact(text: str) -> str:
     """The text without the user names, passwords, keys, tokens and signatures of its URIs."""
     if "://" not in text:
         return text
-    return _OPTION.sub(r"\1=...", _USER.sub("", text))
+    return _OPTION.sub(r"\1\2...", _USER.sub("", text))

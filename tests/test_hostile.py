@@ -95,6 +95,15 @@ class TestFiles:
             assert isinstance(found, TimeoutError), found
             assert time.monotonic() - begin < 5
 
+    def test_what_jobs_wrote_is_no_data(self, tmp_path: Path) -> None:
+        for name in ("cat/1.png", "runs/a/figures/1.png", "mlruns/1/artifacts/1.png", "photos/2.png"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(png(1))
+        for name in ("job.json", "summary.json"):
+            (tmp_path / "runs/a" / name).write_text("{}")
+        (tmp_path / "photos/job.json").write_text("{}")
+        assert read(tmp_path) == {"cat/1.png": None, "photos/2.png": None}
+
 
 class TestManifests:
     def test_a_line_break_in_a_cell_ends_no_row(self, tmp_path: Path) -> None:
@@ -108,6 +117,39 @@ class TestManifests:
         source = open_source(str(path), config=SourceConfig())
         assert source.num_rows == 20_000
         assert source.examples(2).keys() == {"0", "19999"}
+
+    @pytest.mark.parametrize("row", ['2.png,"12 inch dog', '2.png,"a","b'])
+    def test_a_quote_that_is_not_closed_swallows_no_rows(self, row: str, tmp_path: Path) -> None:
+        path = tmp_path / "list.csv"
+        path.write_text("\n".join(["path,text", "1.png,a", row, "3.png,c", "4.png,d"]))
+        (tmp_path / "1.png").write_bytes(png(1))
+        with pytest.raises(UserError, match="list.csv: .*(that is not closed|cannot be read)"):
+            open_source(str(path), config=SourceConfig())
+
+    def test_line_breaks_are_told_of(self, tmp_path: Path) -> None:
+        path = tmp_path / "list.csv"
+        path.write_text('path,text\n1.png,"a\nb ""c"""\n')
+        (tmp_path / "1.png").write_bytes(png(1))
+        (note,) = open_source(str(path), config=SourceConfig()).notes
+        assert note.endswith("cells of the column 'text' hold line breaks: a cell in quotes may")
+
+    @pytest.mark.parametrize("word", ["true,false", "True,False", "1.0,0"])
+    def test_a_column_for_each_class_may_say_true(self, word: str, tmp_path: Path) -> None:
+        yes, no = word.split(",")
+        path = tmp_path / "list.csv"
+        path.write_text(f"path,cat,dog\n1.png,{yes},{no}\n2.png,{no},{yes}\n")
+        (tmp_path / "1.png").write_bytes(png(1))
+        source = open_source(str(path), config=SourceConfig(label_column="cat,dog"))
+        assert source.examples(2) == {"1.png": "cat", "2.png": "dog"}
+        path.write_text("path,cat,dog\n1.png,yes,no\n")
+        with pytest.raises(UserError, match="no row has a single 1, or true, in the columns cat, dog"):
+            open_source(str(path), config=SourceConfig(label_column="cat,dog"))
+
+    def test_a_gap_is_no_label(self, tmp_path: Path) -> None:
+        path = tmp_path / "list.csv"
+        path.write_text("path,label\n1.png,cat\n2.png,nan\n3.png,\n4.png,dog\n")
+        (tmp_path / "1.png").write_bytes(png(1))
+        assert labels(path) == {"1.png": "cat", "2.png": None, "3.png": None, "4.png": "dog"}
 
     def test_values_of_json_stay_as_they_are_written(self, tmp_path: Path) -> None:
         ids: list[Any] = [2**64 - 1, 2**64 - 2, "2020-01-01", "2020-01-02T10:00:00Z", 0.10, "\ud800"]
@@ -148,6 +190,7 @@ class TestParquet:
             {"classes": "5"},
             {"classes": "{"},
             {"classes": "[1, 2]"},
+            {"classes": '["\\ud800", "b"]'},
             {"classes": "[" * 100_000},
             {"huggingface": "[]"},
             {"huggingface": b"\xff"},

@@ -231,7 +231,8 @@ def _class_rows(path: str) -> list[Sequence[str]]:
     if suffix in (".yaml", ".yml", ".xml", ".toml"):
         raise UserError(f"{path}: class names are read from text, .csv and .json: write one name a line")
     if suffix == ".csv" and not any("\t" in line for line in lines):
-        return [row or [""] for row in csv.reader(lines, skipinitialspace=True)]
+        mark = "," if any("," in line for line in lines) or not all(";" in line for line in lines) else ";"
+        return [row or [""] for row in csv.reader(lines, delimiter=mark, skipinitialspace=True)]
     if all(map(SYNSET.match, lines)):
         lines = [SYNSET.sub(r"\1\t", line) for line in lines]
     return [line.split("\t") for line in lines]

@@ -147,11 +147,13 @@ def note_on_marks(table: pa.Table, *, what: str) -> tuple[str, ...]:
 
 
 def _marks(column: pa.ChunkedArray | pa.Array) -> list[int | None]:
-    """The whole numbers of a column of numbers, or of numbers as text; None for everything else."""
+    """The whole numbers of a column of numbers, or of numbers as text, true being 1; None for everything else."""
     dtype = column.type
-    if not (is_text(dtype) or pa.types.is_integer(dtype) or pa.types.is_floating(dtype)):
+    is_number = pa.types.is_boolean(dtype) or pa.types.is_integer(dtype) or pa.types.is_floating(dtype)
+    if not (is_text(dtype) or is_number):
         return [None] * len(column)
-    return [whole_number((cell or "").strip()) for cell in column.cast(pa.string()).to_pylist()]
+    cells = ((cell or "").strip().lower() for cell in column.cast(pa.string()).to_pylist())
+    return [{"true": 1, "false": 0}.get(cell, whole_number(cell)) for cell in cells]
 
 
 def is_text(dtype: pa.DataType) -> bool:

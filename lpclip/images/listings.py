@@ -6,7 +6,8 @@ import fnmatch
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from lpclip.patience import patiently
 SYSTEM_FOLDERS = (
     *("@eaDir", "#recycle", "lost+found", "__MACOSX"),
     *("$RECYCLE.BIN", "System Volume Information"),
+    *("mlruns", "mlartifacts"),
 )
-"""Folders of systems, with thumbnails and deleted files: to people who look at their photographs, they are hidden."""
+"""Folders of systems and of MLflow, with thumbnails, deleted files and charts: to people, they are hidden."""
 
 
 def merge(listings: Sequence[Listing]) -> Listing:
@@ -84,7 +86,12 @@ def list_path(data: str) -> tuple[Listing, bool]:
             folders = [place for place in places if is_folder[place] and "/" not in place]
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{data}: cannot be listed ({reason(error)})") from error
-    files = sorted(file for file in files if not any(map(_is_hidden, file.path.split("/"))))
+    outputs = _outputs(file.path for file in files)
+    files = sorted(
+        file
+        for file in files
+        if not any(map(_is_hidden, file.path.split("/"))) and not file.path.startswith(outputs)
+    )
     folder, name = split_uri(uri)
     if is_file:
         # Many files are called train.parquet or test.parquet: the folder's name says which data set it is.
@@ -96,6 +103,13 @@ def list_path(data: str) -> tuple[Listing, bool]:
 
 def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def _outputs(paths: Iterable[str]) -> tuple[str, ...]:
+    """The folders below that jobs of lpclip wrote, each with a / at its end: their pictures are no photographs."""
+    names = {"job.json", "summary.json"}
+    found = Counter(folder for folder, _, name in (path.rpartition("/") for path in paths) if name in names)
+    return tuple(f"{folder}/" for folder, count in found.items() if folder and count == len(names))
 
 
 def is_pattern(data: str) -> bool:

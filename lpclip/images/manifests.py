@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 
 from lpclip.config import SourceConfig, UserError, counted
@@ -73,10 +74,8 @@ def open_manifest(
     wanted = "" if marked else config.label_column
     label_column = pick_column(wanted, LABEL_COLUMNS, names, what=file.path)
     paths = image_array.fill_null("").to_pylist()
-    if id_column:
-        id_array = as_strings(table[id_column], name=id_column, what=file.path)
-    else:
-        id_array = pa.chunked_array([_without_secrets(image_array.to_pylist())], pa.string())
+    id_array = as_strings(table[id_column], name=id_column, what=file.path) if id_column else image_array
+    id_array = pa.chunked_array([_without_secrets(id_array.to_pylist())], pa.string())
     if config.id_column != "":
         refuse_duplicates(id_array, what=file.path)
         ids = id_array.to_pylist()
@@ -87,6 +86,8 @@ def open_manifest(
     labels, label_names = _labels(table, label_column, what=file.path)
     if marked:
         label_column, labels, label_names = ", ".join(marked), marked_labels(table, marked), marked
+        if all(label is None for label in labels):
+            raise UserError(f"{file.path}: no row has a single 1, or true, in the columns {label_column}")
     elif labels is None and config.label_column is None:
         notes += note_on_marks(table.drop_columns([image_column]), what=file.path)
     schemes = followed(config.schemes, root=listing.root)
@@ -204,7 +205,21 @@ def _read_manifest(uri: str) -> tuple[pa.Table, tuple[str, ...]]:
             file.seek(0)
             # All columns are read as text: as a number, the id 00012 would become 12.
             convert = pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
-            return pa.csv.read_csv(file, start, parse, convert), notes
+            table = pa.csv.read_csv(file, start, parse, convert)
+            cells = zip(table.column_names, table.columns, strict=True)
+            broken = [name for name, column in cells if pc.any(pc.match_substring(column, "\n")).as_py()]
+            if not broken:
+                return table, notes
+            file.seek(0)
+            if file.read().count(b'"') % 2:
+                raise UserError(
+                    f'{uri}: a cell of the column {broken[0]!r} begins with a quote (") that is not closed, and '
+                    "swallows the lines below it: write a quote in a cell twice, and the cell in quotes"
+                )
+            return table, (
+                *notes,
+                f"{uri}: cells of the column {broken[0]!r} hold line breaks: a cell in quotes may",
+            )
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         if isinstance(error, UnicodeDecodeError) or "UTF8" in str(error):
             raise not_utf_8(uri) from error
@@ -270,8 +285,10 @@ def _labels(
     if column is None:
         return None, None
     cells = as_strings(table[column], name=column, what=what).to_pylist()
-    words: list[str | None] = [(word or "").strip() or None for word in cells]
-    gaps = [word is None or word.lower() == "nan" for word in words]
+    # Programs write gaps so.
+    stripped = ((word or "").strip() for word in cells)
+    words = [None if word.lower() in ("", "nan") else word for word in stripped]
+    gaps = [word is None for word in words]
     numbers = [whole_number(word or "") for word in words]
     if all(gap or number is not None for number, gap in zip(numbers, gaps, strict=True)):
         labels = [None if number is None or number < 0 else number for number in numbers]

@@ -233,9 +233,13 @@ def _names_in_metadata(schema: pa.Schema, column: str) -> tuple[str, ...] | None
             names = features[column]["names"]
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, str) and _is_utf_8(name) for name in names):
         return None
     return tuple(names) or None
+
+
+def _is_utf_8(text: str) -> bool:
+    return text == text.encode(errors="replace").decode()
 
 
 def _footer(root: str, path: str) -> pq.FileMetaData:
