@@ -362,7 +362,7 @@ def open_input(path: str) -> pa.NativeFile | RemoteFile:
 
 
 def _refuse_special_file(path: str) -> None:
-    """Raise OSError for a FIFO, a socket or a device: to read one may wait for ever, or never end."""
+    """Raise OSError for a FIFO, a socket or a device. Reading one may never end."""
     mode = os.stat(path).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise OSError(f"{path} is a FIFO, a socket or a device, and no file")

@@ -20,19 +20,8 @@ from lpclip.images.columns import whole_number
 SYNSET = re.compile(r"(n\d{8})\s+(?=\S)")
 """WordNet's id before a name."""
 NAME_HEADERS = (
-    *(
-        "name",
-        "names",
-        "class",
-        "classes",
-        "class_name",
-        "classname",
-        "category",
-        "label",
-        "labels",
-        "label_name",
-    ),
-    *("display_name", "displayname", "description", "words"),
+    *("name", "names", "class", "classes", "class_name", "classname", "category"),
+    *("label", "labels", "label_name", "display_name", "displayname", "description", "words"),
 )
 LABEL_HEADERS = (
     *("label", "label_name", "labelname", "label_id", "id", "index", "idx", "class", "class_id", "classid"),

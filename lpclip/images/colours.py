@@ -23,7 +23,7 @@ NEARLY_SRGB = 8
 """A profile that changes no colour by more levels than this, of 256, is taken as sRGB: most profiles are."""
 
 SPACES = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}
-"""What an image of a mode is converted to before its profile is applied; RGB if the mode is none of these."""
+"""The mode that a profile is applied in, by the mode of the image. For all other modes, it is RGB."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lpclip.config import UserError, counted
+from lpclip.credentials import redact
 from lpclip.images.names import escaped_bytes
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "bytes", "uri", "url", "path", "filepath", "file_name")
@@ -88,7 +89,7 @@ def refuse_duplicates(ids: pa.Array | pa.ChunkedArray, *, what: str) -> None:
         return
     counts = pc.value_counts(ids)
     counts = counts.filter(pc.greater(counts.field("counts"), 1))
-    examples = ", ".join(counts.field("values")[:3].to_pylist())
+    examples = ", ".join(map(redact, counts.field("values")[:3].to_pylist()))
     raise UserError(
         f"{what}: duplicates of {counted(len(counts), 'id')}, such as {examples}; --id-column names another "
         "column, and --id-column '' numbers the rows instead"

@@ -74,13 +74,10 @@ def open_manifest(
     wanted = "" if marked else config.label_column
     label_column = pick_column(wanted, LABEL_COLUMNS, names, what=file.path)
     paths = image_array.fill_null("").to_pylist()
-    id_array = as_strings(table[id_column], name=id_column, what=file.path) if id_column else image_array
-    id_array = pa.chunked_array([_without_secrets(id_array.to_pylist())], pa.string())
+    ids = [f"{file.path}:{row}" for row in range(len(paths))]
     if config.id_column != "":
-        refuse_duplicates(id_array, what=file.path)
-        ids = id_array.to_pylist()
-    else:
-        ids = [f"{file.path}:{row}" for row in range(len(paths))]
+        id_array = as_strings(table[id_column], name=id_column, what=file.path) if id_column else image_array
+        ids = _ids(id_array, what=file.path)
     texts_from = text_column(texts, table.schema, what=file.path)
     own_texts = as_texts(table[texts_from]) if texts_from else None
     labels, label_names = _labels(table, label_column, what=file.path)
@@ -126,16 +123,18 @@ def open_manifest(
     )
 
 
-def _without_secrets(paths: Sequence[str | None]) -> list[str | None]:
-    """Paths and URIs as ids, which are stored and shown. Links that differ in their secrets alone are counted."""
-    ids: dict[str | None, str | None] = {None: None}
+def _ids(names: pa.ChunkedArray, *, what: str) -> list[str]:
+    """Ids from names, paths or URIs, without their secrets. Links that differ in these alone get a number.
+
+    Raises UserError when two names are equal or one is missing.
+    """
+    refuse_duplicates(names, what=what)
     counts: Counter[str] = Counter()
-    for path in paths:
-        if path is not None and path not in ids:
-            name = redact(path)
-            counts[name] += 1
-            ids[path] = name if counts[name] == 1 else f"{name}#{counts[name]}"
-    return [ids[path] for path in paths]
+    ids = []
+    for name in map(redact, names.to_pylist()):
+        counts[name] += 1
+        ids.append(name if counts[name] == 1 else f"{name}#{counts[name]}")
+    return ids
 
 
 def _path_column(table: pa.Table, wanted: str | None, *, what: str) -> tuple[str, pa.ChunkedArray]:
