@@ -162,6 +162,16 @@ def exists(path: str) -> bool:
     return info.type != fs.FileType.NotFound
 
 
+def size_and_time(path: str) -> tuple[int | None, int | None]:
+    """Bytes of a file and when it was changed, in nanoseconds; None for what is not there.
+
+    Raises what the file system raises, StoreAwayError when it does not answer.
+    """
+    filesystem, inner = locate(path)
+    info = patiently(path, lambda: filesystem.get_file_info(_named(inner)))
+    return info.size, info.mtime_ns
+
+
 def _named(path: str) -> bytes:
     """A path as the system has it, whose names may be no UTF-8: pyarrow's own way there knows UTF-8 alone."""
     return os.fsencode(path)

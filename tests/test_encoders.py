@@ -28,6 +28,7 @@ from lpclip.config import EncoderConfig, UserError
 from lpclip.encoders import lite
 from lpclip.encoders.encoder import resolve_precision
 from lpclip.encoders.load import load_encoder
+from lpclip.encoders.open_clip import SMALL
 from lpclip.encoders.weights import reachable
 from lpclip.images.pixels import decode_image
 from lpclip.images.render import render, weak_view
@@ -130,6 +131,45 @@ def test_a_torch_file_and_a_training_checkpoint_are_the_same_encoder(checkpoint:
     assert identities[0] == identities[1] == identities[2]
     assert identities[0] == json.loads(json.dumps(identities[0]))
     assert str(checkpoint.parent) not in json.dumps(identities[0])
+
+
+@pytest.mark.parametrize("kind", ["file", "hub"])
+def test_another_configuration_of_one_name_is_another_identity(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants as constants
+
+    from lpclip.encoders import kept
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    config = SMALL["tiny-vit-32"]
+    seen, weights = [], None
+    for commit, quick_gelu in (("a" * 40, False), ("b" * 40, True)):
+        repository = tmp_path / "models--owner--mine"
+        folder = repository / "snapshots" / commit
+        folder.mkdir(parents=True)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / "main").write_text(commit)
+        model = {**config, "quick_gelu": quick_gelu}
+        (folder / "mine.json").write_text(json.dumps(model))
+        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}))
+        if weights is None:
+            open_clip.add_model_config(folder / "mine.json")
+            weights = open_clip.create_model("mine").state_dict()
+        save_file(weights, folder / "open_clip_model.safetensors")
+        name, pretrained = "hf-hub:owner/mine", None
+        if kind == "file":
+            name, pretrained = str(folder / "mine.json"), folder / "open_clip_model.safetensors"
+        encoder = load(name, pretrained)
+        pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8))
+        origin = kept._origin(EncoderConfig(encoder=name, pretrained=pretrained and str(pretrained)))
+        seen.append((encoder.encode_image(pixels), encoder.identity, origin))
+    (features, identity, origin), (others, other, another) = seen
+    assert not torch.equal(features, others)
+    assert identity["weights"] == other["weights"]
+    assert identity != other
+    assert origin != another
 
 
 def test_one_changed_weight_is_another_identity(checkpoint: Path, tmp_path: Path):

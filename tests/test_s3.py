@@ -144,6 +144,36 @@ def test_a_file_is_written_with_one_request(options: str, throttle: Throttle) ->
     assert len(files.read_bytes(path)) == 1_000_000
 
 
+@pytest.mark.parametrize("where", ["beside", "here"])
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_a_change_behind_a_uri_in_a_list_is_seen(
+    where: str, form: str, tmp_path: Path, options: str, throttle: Throttle
+) -> None:
+    folder = f"s3://bucket/{where}-{form}{options}"
+    names = [f"{number}.png" for number in range(3)]
+    for name in names:
+        files.write_bytes(files.join(folder, name), b"old")
+    paths = names if where == "beside" else [files.join(folder, name) for name in names]
+    path = files.join(folder if where == "beside" else str(tmp_path), f"list.{form}")
+    if form == "csv":
+        files.write_bytes(path, "\n".join(["path", *paths]).encode())
+    else:
+        files.write_parquet(path, pa.table({"path": paths}))
+
+    def identity(schemes: str) -> Any:
+        return open_source(path, config=SourceConfig(schemes=schemes)).identity
+
+    before = identity("s3")
+    assert identity("s3") == before
+    files.write_bytes(files.join(folder, names[1]), b"newer")
+    assert identity("s3") != before
+    if where == "here" and form == "parquet":
+        # What is not followed is not asked for either.
+        throttle.methods.clear()
+        identity("https")
+        assert throttle.methods == []
+
+
 def work_in(folder: str, image: bytes) -> list[Callable[[], object]]:
     """All that lpclip does with a bucket, on a folder with a.png, a.parquet and a.tar."""
     table, picture = files.join(folder, "a.parquet"), files.join(folder, "a.png")

@@ -134,6 +134,13 @@ def _origin(config: EncoderConfig) -> list[Any]:
     known: list[Any] = [config.encoder, config.pretrained]
     if config.encoder.endswith(".json"):
         known.append(_hash(Path(config.encoder).expanduser()))
+    if config.encoder.startswith("hf-hub:"):
+        import huggingface_hub
+
+        name = config.encoder.removeprefix("hf-hub:")
+        found = huggingface_hub.try_to_load_from_cache(name, "open_clip_config.json")
+        # The folder of what was downloaded is called like the commit.
+        known.append(Path(found).parent.name if isinstance(found, str) else None)
     if config.pretrained is not None:
         # A file beside a checkpoint, or its path, decides how images are preprocessed.
         path = Path(config.pretrained).absolute()

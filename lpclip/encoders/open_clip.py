@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from open_clip.factory import get_model_config
 from torch import Tensor
 
-from lpclip.config import ModelConfig, UserError
+from lpclip.config import ModelConfig, UserError, digest
 from lpclip.encoders.encoder import ImageNetwork, to_input, weights_digest
 from lpclip.encoders.weights import (
     HUB,
@@ -79,6 +79,11 @@ class OpenClipEncoder:
             "precision": str(dtype).removeprefix("torch."),
             "preprocess": preprocess_identity(self.preprocess),
         }
+        if name.endswith(".json") or name.startswith(HUB):
+            # The names of open_clip's own models say how they compute. Two files may have one name and equal weights.
+            self.identity["model"] = digest(
+                cached_or_online(lambda: get_model_config(self.name), what=self.name)
+            )
         self._model = model.to(self.device)
         self._model.visual.to(dtype=dtype, memory_format=torch.channels_last)
         size = self.preprocess.size

@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -37,6 +35,7 @@ from lpclip.images.columns import (
 )
 from lpclip.images.fetch import embedded, followed, reason, scheme, under
 from lpclip.images.folders import FilesReader, file_units
+from lpclip.images.listed_files import files_at_uris, local_files, note_on_links
 from lpclip.images.names import escaped
 from lpclip.images.source import (
     IMAGE_SUFFIXES,
@@ -90,16 +89,20 @@ def open_manifest(
     schemes = followed(config.schemes, root=listing.root)
     notes += _refused(paths, schemes, listing.root, file.path)
     chosen = choose(ids, limit)
+    to_read = [paths[row] for row in chosen]
     work: dict[str, list[Any] | None] = {
-        "paths": [paths[row] for row in chosen],
+        "paths": to_read,
         "ids": None if ids == paths else [ids[row] for row in chosen],
         "labels": [labels[row] for row in chosen] if labels else None,
         "texts": [own_texts[row] for row in chosen] if own_texts else None,
     }
-    columns = (image_column, id_column, label_column, *filter(None, (texts_from,)))
-    local = _local_files(paths, listing.root)
+    ids_from = "" if config.id_column == "" else id_column
+    columns = (image_column, ids_from, label_column, *filter(None, (texts_from,)))
+    local = local_files(paths, listing.root)
+    remote = files_at_uris(to_read, listing.root, schemes=schemes)
+    notes += note_on_links(to_read, listing.root, schemes=schemes, name=file.path)
     notes += _missing(local, column=image_column, root=listing.root, name=file.path, num_rows=len(paths))
-    identity = make_identity("manifest", [file, *local], config=config, limit=limit, columns=columns)
+    identity = make_identity("manifest", [file, *local, *remote], config=config, limit=limit, columns=columns)
     return Source(
         name=listing.name,
         kind="manifest",
@@ -299,18 +302,3 @@ def _labels(
     names = sorted({word for word in words if word is not None})
     places = {name: place for place, name in enumerate(names)}
     return [None if word is None else places[word] for word in words], tuple(names)
-
-
-def _local_files(paths: Sequence[str], root: str) -> list[File]:
-    """Sizes and times of the files on this machine, so that a change to one of them is seen. Remote files have none."""
-    local = [path for path in paths if "://" not in under(root, path)]
-    return [_local_file(path, under(root, path)) for path in local]
-
-
-def _local_file(path: str, place: str) -> File:
-    """A file without size and time where there is none, or its name cannot be one."""
-    try:
-        status = os.stat(place)
-    except (OSError, ValueError):
-        return File(path, None, None)
-    return File(path, status.st_size if stat.S_ISREG(status.st_mode) else None, status.st_mtime_ns)

@@ -28,6 +28,7 @@ from lpclip.images.columns import (
     without_views,
 )
 from lpclip.images.fetch import followed, reason, under
+from lpclip.images.parquet_paths import files_behind
 from lpclip.images.parquet_reader import ParquetReader, label_indices, row_id
 from lpclip.images.source import (
     UNIT_ROWS,
@@ -56,12 +57,14 @@ def open_parquet(listing: Listing, *, config: SourceConfig, limit: int | None, t
     chosen = None if limit is None else np.array(choose(ids, limit))
     label_names = _label_names(listing, schemas, label_column) if label_column else None
     schemes = followed(config.schemes, root=listing.root)
+    ids_from = "" if config.id_column == "" else id_column
+    behind, notes = files_behind(listing, image_column, chosen=chosen, schemes=schemes)
     identity = make_identity(
         "parquet",
-        listing.files,
+        [*listing.files, *behind],
         config=config,
         limit=limit,
-        columns=(image_column, id_column, label_column, *filter(None, (text_column,))),
+        columns=(image_column, ids_from, label_column, *filter(None, (text_column,))),
     )
     total = sum(map(sum, counts))
     return Source(
@@ -88,6 +91,7 @@ def open_parquet(listing: Listing, *, config: SourceConfig, limit: int | None, t
         config=config,
         left_out={} if chosen is None else beyond_limit(total, len(chosen)),
         labels_there=_labels_there(listing, label_column, label_names, chosen) if label_column else (),
+        notes=notes,
     )
 
 

@@ -303,7 +303,9 @@ def describe_probes_encoder(
     names = probe.class_names if with_head else ()
     templates = tuple(probe.encoder["templates"]) if with_head else ()
     info = describe_encoder(encoder, class_names=names, templates=templates, device=job.device)
-    if info.identity != probe.encoder["identity"]:
+    known = probe.encoder["identity"]
+    # Earlier versions knew less of some encoders.
+    if {key: info.identity.get(key) for key in known} != known:
         raise UserError(
             f"the probe was trained on features of another encoder than {encoder.encoder} as it is now: "
             "the weights, the precision or the preprocessing differ"
