@@ -400,9 +400,13 @@ def decode_text(data: bytes, *, path: str) -> str:
 
 
 def refuse_utf_16(data: bytes, *, path: str) -> None:
-    """Raise UserError when the bytes at the start of a file of text are UTF-16, as spreadsheets write it."""
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
+    """Raise UserError when a file of text begins with UTF-16, as spreadsheets write it, or has bytes of 0."""
+    # In UTF-16, every other byte is a 0 where letters are Latin.
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 4 * data.count(0) > len(data):
         raise not_utf_8(path)
+    if 0 in data:
+        line = data[: data.index(0)].count(b"\n") + 1
+        raise UserError(f"{path} holds a byte of 0 in line {line}, which no text has: it may be damaged")
 
 
 def not_utf_8(path: str) -> UserError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import string
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -114,6 +116,25 @@ def test_signed_links_are_read_and_their_signatures_are_in_no_id(tmp_path: Path)
     with pytest.raises(UserError, match="duplicates of 1 id") as refused:
         open_source(str(path), config=SourceConfig(schemes="https"))
     assert "abcdef" not in str(refused.value)
+
+
+def test_signed_links_are_no_ids_in_parquet(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    links = [f"https://127.0.0.1:9/{n}.png?sig=abcdef{n}&v={n}" for n in (1, 2)]
+    path = tmp_path / "list.parquet"
+    pq.write_table(pa.table({"id": links, "path": ["1.png"] * 2}), path)
+    for limit in (None, 1):
+        source = open_source(str(path), config=SourceConfig(), limit=limit)
+        for unit in source.units:
+            listed = [name for name, _ in source.reader.listed(unit)]
+            assert listed == [row.id for row in source.reader.rows(unit)]
+            assert {*listed} <= {f"https://127.0.0.1:9/{n}.png?sig=...&v={n}" for n in (1, 2)}
+    pq.write_table(pa.table({"id": [links[0], f"{links[0]}&sig=other"], "path": ["1.png"] * 2}), path)
+    open_source(str(path), config=SourceConfig())
+    pq.write_table(pa.table({"id": [links[0], links[0].replace("abc", "xyz")], "path": ["1.png"] * 2}), path)
+    with pytest.raises(UserError, match="duplicates of 1 id") as refused:
+        open_source(str(path), config=SourceConfig())
+    assert "def1" not in str(refused.value)
 
 
 def test_reasons_hold_no_secret() -> None:

@@ -104,6 +104,13 @@ class TestFiles:
         (tmp_path / "photos/job.json").write_text("{}")
         assert read(tmp_path) == {"cat/1.png": None, "photos/2.png": None}
 
+    def test_a_fifo_is_no_data(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "fifo")
+        with pytest.raises(
+            UserError, match="fifo is a FIFO, a socket or a device: save what it gives as a file"
+        ):
+            open_source(str(tmp_path / "fifo"), config=SourceConfig())
+
 
 class TestManifests:
     def test_a_line_break_in_a_cell_ends_no_row(self, tmp_path: Path) -> None:
@@ -181,6 +188,83 @@ class TestManifests:
         path.write_text(lines)
         with pytest.raises(UserError, match=f"list.jsonl: {expected}"):
             open_source(str(path), config=SourceConfig())
+
+    def test_a_row_without_a_path_costs_itself(self, tmp_path: Path) -> None:
+        (tmp_path / "1.png").write_bytes(png(1))
+        (tmp_path / "list.csv").write_text("path,label\n1.png,a\n,b\n ,c\n")
+        (tmp_path / "list.jsonl").write_text('{"path": "1.png"}\n{"path": null}\n{"path": ""}\n')
+        pq.write_table(pa.table({"path": ["1.png", "", " "]}), tmp_path / "list.parquet")
+        for name in ("list.csv", "list.jsonl", "list.parquet"):
+            found = read(tmp_path / name)
+            found.pop("1.png" if name != "list.parquet" else "list.parquet:0")
+            assert found == dict.fromkeys((f"{name}:1", f"{name}:2"), "no path in this row")
+        (tmp_path / "list.csv").write_text("path,id\n1.png,a\n1.png,\n1.png,\n")
+        with pytest.raises(UserError, match="no id in 2 rows; --id-column '' numbers the rows"):
+            open_source(str(tmp_path / "list.csv"), config=SourceConfig())
+
+    def test_a_byte_of_0_is_named(self, tmp_path: Path) -> None:
+        path = tmp_path / "list.csv"
+        path.write_bytes(b"path\n1.png\n2\0.png\n")
+        with pytest.raises(UserError, match="list.csv holds a byte of 0 in line 3, which no text has"):
+            open_source(str(path), config=SourceConfig())
+        path.write_bytes("path\n1.png\n2.png\n".encode("utf-16-le"))
+        with pytest.raises(UserError, match="is not UTF-8 text"):
+            open_source(str(path), config=SourceConfig())
+
+    @pytest.mark.parametrize("name", ["list.csv", "list.jsonl", "list.parquet"])
+    def test_columns_that_differ_in_case_are_not_guessed(self, name: str, tmp_path: Path) -> None:
+        (tmp_path / "1.png").write_bytes(png(1))
+
+        def write(*columns: str) -> None:
+            row = {"path": "1.png", **{column: column for column in columns}}
+            (tmp_path / "list.csv").write_text("\n".join([",".join(row), ",".join(row.values())]))
+            (tmp_path / "list.jsonl").write_text(json.dumps(row))
+            pq.write_table(pa.Table.from_pylist([row]), tmp_path / "list.parquet")
+
+        write("Label", "LABEL")
+        with pytest.raises(UserError, match="the columns LABEL and Label have one name: rename all but one"):
+            open_source(str(tmp_path / name), config=SourceConfig())
+        assert open_source(str(tmp_path / name), config=SourceConfig(label_column="Label")).label_names == (
+            "Label",
+        )
+        write("LABEL", "label", "Label")
+        assert open_source(str(tmp_path / name), config=SourceConfig()).label_names == ("label",)
+
+
+class TestLabels:
+    @pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+    @pytest.mark.parametrize(
+        ("cells", "names", "note"),
+        [
+            (["cat", "", " nan ", "dog "], ("cat", "dog"), None),
+            ([True, False, True, None], ("false", "true"), None),
+            (["0", "1", "cat", ""], ("0", "1", "cat"), "labels: 0 in the column 'label' of "),
+            (["1.5", "2", "1.5", "2"], ("1.5", "2"), "labels: 1.5 in the column 'label' of "),
+            (["cat", "dog2", "3d", "a 1"], ("3d", "a 1", "cat", "dog2"), None),
+        ],
+    )
+    def test_they_are_the_same_in_every_kind_of_list(
+        self, form: str, cells: list[Any], names: tuple[str, ...], note: str | None, tmp_path: Path
+    ) -> None:
+        path = tmp_path / f"list.{form}"
+        rows = [{"path": f"{row}.png", "label": cell} for row, cell in enumerate(cells)]
+        for row in rows:
+            (tmp_path / row["path"]).write_bytes(png(1))
+        if form == "csv":
+            text = [
+                f"{row['path']},{'' if row['label'] is None else str(row['label']).lower()}" for row in rows
+            ]
+            path.write_text("\n".join(["path,label", *text]))
+        elif form == "jsonl":
+            path.write_text("\n".join(map(json.dumps, rows)))
+        else:
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        source = open_source(str(path), config=SourceConfig())
+        assert source.label_names == names
+        words = [None if cell is None else str(cell).strip().lower() for cell in cells]
+        expected = [names.index(word) if word in names else None for word in words]
+        assert [row.label for unit in source.units for row in source.reader.rows(unit)] == expected
+        assert [text[: len(note or "")] for text in source.notes] == ([note] if note else [])
 
 
 class TestParquet:
@@ -276,8 +360,64 @@ class TestTars:
         found = read(tmp_path / "a.tar")
         assert found == {"a.tar/1": "the label 99999999999 is above 2147483647", "a.tar/2": None}
 
+    def test_no_label_is_lost_without_a_word(self, tmp_path: Path) -> None:
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+
+            def add(name: str, data: bytes, *, link: str = "") -> None:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                if link:
+                    info.type, info.linkname = tarfile.LNKTYPE, link
+                tar.addfile(info, io.BytesIO(data))
+
+            add("0.png", png(0))
+            add("1.png", png(1))
+            add("1.cls", b"7")
+            add("2.png", png(2))
+            add("2.cls", b"cat")
+            add("3.png", png(3))
+            add("3.cls", b"", link="1.cls")
+            add("4.png", png(4))
+            add("4.cls", b"nan")
+            add("0.cls", b"3")
+            add("4.json", b"{}")
+        assert read(tmp_path / "a.tar") == {
+            "a.tar/0": None,
+            "a.tar/1": None,
+            "a.tar/2": "the label in its .cls is no whole number: 'cat'",
+            "a.tar/3": "its .cls is a link, which is not followed",
+            "a.tar/4": None,
+            "a.tar/0//2": "its .cls lies apart from its image: the files of a sample must lie side by side",
+        }
+        source = open_source(str(tmp_path / "a.tar"), config=SourceConfig())
+        assert (source.labels_from, source.notes) == ("the .cls files", ())
+        source = open_source(str(tmp_path / "a.tar"), config=SourceConfig(label_column=""))
+        rows = [row for unit in source.units for row in source.reader.rows(unit)]
+        assert [(row.error, row.label) for row in rows] == [(None, None)] * 5
+
+    def test_words_in_all_of_a_tar_cost_no_row(self, tmp_path: Path) -> None:
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            for name, data in (("0.png", png(0)), ("1.png", png(1)), ("1.cls", b"cat"), ("2.png", png(2))):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        (note,) = open_source(str(tmp_path / "a.tar"), config=SourceConfig()).notes
+        assert note.endswith("hold words such as 'cat'; only numbers are labels there")
+        assert read(tmp_path / "a.tar") == dict.fromkeys(("a.tar/0", "a.tar/1", "a.tar/2"))
+
 
 class TestImages:
+    def test_an_image_of_nothing_but_nan_is_not_drawn_black(self) -> None:
+        limits = {"max_pixels": 10**8, "max_bytes": 10**8}
+        for values, is_good in (((np.nan, 0.5), True), ((np.nan, np.nan), False), ((np.inf, -np.inf), False)):
+            buffer = io.BytesIO()
+            Image.fromarray(np.array([values], np.float32)).save(buffer, "TIFF")
+            if is_good:
+                assert decode_image(buffer.getvalue(), **limits).size == (2, 1)
+                continue
+            with pytest.raises(UserError, match="no pixel has a value"):
+                decode_image(buffer.getvalue(), **limits)
+
     def test_a_jpeg_of_very_many_scans_is_not_decoded(self) -> None:
         buffer = io.BytesIO()
         Image.new("RGB", (400, 400)).save(buffer, "JPEG", progressive=True)

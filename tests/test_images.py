@@ -586,7 +586,7 @@ class TestWebDataset:
     def test_samples_are_grouped_by_key(self, tmp_path: Path) -> None:
         members = [
             *[("a/1.cls", b"3"), ("a/1.jpg", png(1)), ("a/1.json", b"{}")],
-            *[("a/2.seg.png", png(2)), ("._2.jpg", b"mac"), ("b/1.webp", png(3)), ("b/1.cls", b"no number")],
+            *[("a/2.seg.png", png(2)), ("._2.jpg", b"mac"), ("b/1.webp", png(3)), ("b/1.cls", b"-1")],
         ]
         for name, mode in (("x.tar", "w"), ("x.tar.gz", "w:gz"), ("x.tgz", "w:gz")):
             path = write_tar(tmp_path / name, members, mode)

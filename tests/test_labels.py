@@ -142,6 +142,43 @@ def test_a_class_file_maps_the_data_s_labels_to_names(tmp_path: Path):
     assert mapped([0, 1, -1], ("n01", "n02"), classes) == [1, 0, -1]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "names", "labels"),
+    [
+        ("a.txt", "# of COCO\ncat\n#\ndog\n", ("cat", "dog"), None),
+        ("a.txt", "#1 fan\n#2 fan\n", ("#1 fan", "#2 fan"), None),
+        ("a.csv", "# id,name\n7,cat\n8,dog\n", ("cat", "dog"), ("7", "8")),
+        ("a.txt", "0 cat\n1 dog\n2  red fox\n", ("cat", "dog", "red fox"), ("0", "1", "2")),
+        ("a.txt", "1. cat\n2. dog\n", ("cat", "dog"), ("1", "2")),
+        ("a.txt", "0: cat\n1: 5 dogs\n", ("cat", "5 dogs"), ("0", "1")),
+        ("a.txt", "3 musketeers\n101 dalmatians\n", ("3 musketeers", "101 dalmatians"), None),
+        ("a.txt", "0 cat\ndog\n", ("0 cat", "dog"), None),
+        ("a.json", '{"0": "cat", "1": "dog"}', ("cat", "dog"), ("0", "1")),
+    ],
+)
+def test_comments_and_numbers_in_class_files(
+    name: str, text: str, names: tuple[str, ...], labels: tuple[str, ...] | None, tmp_path: Path
+):
+    (tmp_path / name).write_text(text)
+    found = read_classes(str(tmp_path / name))
+    assert (found.names, found.labels) == (names, labels)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"0": "cat", "0": "dog"}', "label '0' occurs twice"),
+        ('[["0", "cat"]]', "expected is a JSON list of class names"),
+        ('{"0": {"name": "cat"}}', "expected is a JSON list of class names"),
+        ("[" * 100_000, "the JSON cannot be read"),
+    ],
+)
+def test_json_that_is_no_class_list(text: str, message: str, tmp_path: Path):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_classes(str(tmp_path / "a.json"))
+
+
 def test_a_class_file_maps_numbers_too(tmp_path: Path):
     # A table of all labels up to the largest would take 17 GB.
     (tmp_path / "names.tsv").write_text("7\tdog\n2147483647\tcat\n")

@@ -19,6 +19,8 @@ from lpclip.images.columns import whole_number
 
 SYNSET = re.compile(r"(n\d{8})\s+(?=\S)")
 """WordNet's id before a name."""
+NUMBERED = re.compile(r"(\d+)[:.)]?[ \t]+(?=\S)")
+"""A number before a name."""
 NAME_HEADERS = (
     *("name", "names", "class", "classes", "class_name", "classname", "category"),
     *("label", "labels", "label_name", "display_name", "displayname", "description", "words"),
@@ -193,9 +195,10 @@ class ClassList:
 def read_classes(spec: str) -> ClassList:
     """Class names, comma-separated or from a text file with lines of `name` or of `label<TAB>name`.
 
-    The tab may be a blank where all labels are WordNet's ids, as in ImageNet's LOC_synset_mapping.txt, and a comma in a
-    .csv. A first line that says what the columns are is no class. A .json is a list of names, or an object with the
-    name of each label. Raises UserError when the file cannot be read or mixes the two forms, and as ClassList does.
+    The tab may be a blank where all labels are WordNet's ids, as in ImageNet's LOC_synset_mapping.txt, or numbers from
+    0 or 1 on, and a comma in a .csv. A first line that says what the columns are is no class, nor is a line that begins
+    with # and a blank. A .json is a list of names, or an object with the name of each label. Raises UserError when the
+    file cannot be read or mixes the two forms, and as ClassList does.
     """
     if not names_a_file(spec):
         return ClassList(names=tuple(name.strip() for name in spec.split(",")) if spec.strip() else ())
@@ -217,6 +220,7 @@ def _class_rows(path: str) -> list[Sequence[str]]:
     suffix = Path(path).suffix.lower()
     if suffix == ".json":
         return _json_rows("\n".join(lines), path=path)
+    lines = [line for line in lines if not re.match(r"#(\s|$)", line)]
     if suffix in (".yaml", ".yml", ".xml", ".toml"):
         raise UserError(f"{path}: class names are read from text, .csv and .json: write one name a line")
     if suffix == ".csv" and not any("\t" in line for line in lines):
@@ -224,7 +228,16 @@ def _class_rows(path: str) -> list[Sequence[str]]:
         return [row or [""] for row in csv.reader(lines, delimiter=mark, skipinitialspace=True)]
     if all(map(SYNSET.match, lines)):
         lines = [SYNSET.sub(r"\1\t", line) for line in lines]
+    elif _are_numbered(lines):
+        lines = [NUMBERED.sub(r"\1\t", line, count=1) for line in lines]
     return [line.split("\t") for line in lines]
+
+
+def _are_numbered(lines: Sequence[str]) -> bool:
+    """True when the lines are numbered from 0 or 1 on: `101 dalmatians` alone is a name."""
+    found = [NUMBERED.match(line) for line in lines]
+    numbers = [int(match[1][:18]) for match in found if match]
+    return len(lines) > 1 and numbers in (list(range(len(lines))), list(range(1, len(lines) + 1)))
 
 
 def _has_header(rows: Sequence[Sequence[str]], *, is_csv: bool) -> bool:
@@ -237,12 +250,13 @@ def _has_header(rows: Sequence[Sequence[str]], *, is_csv: bool) -> bool:
 
 def _json_rows(text: str, *, path: str) -> list[Sequence[str]]:
     try:
-        found = json.loads(text)
-    except ValueError as error:
+        # An object becomes a tuple of pairs, of which none is lost where one label has two names.
+        found = json.loads(text, object_pairs_hook=tuple)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: the JSON cannot be read ({error})") from error
     rows: list[Sequence[str]] = []
-    if isinstance(found, dict):
-        rows = list(found.items())
+    if isinstance(found, tuple):
+        rows = list(found)
     elif isinstance(found, list):
         rows = [(name,) for name in found]
     if not rows or not all(isinstance(cell, str) for row in rows for cell in row):

@@ -40,7 +40,7 @@ class Numbers:
 def to_rgb(image: Image.Image, numbers: Numbers) -> Image.Image:
     """Any image as RGB in sRGB: deep grey becomes 8 bits, transparency is laid on white.
 
-    Raises UserError when the image is wholly transparent.
+    Raises UserError when the image is wholly transparent, or no pixel has a value.
     """
     if image.mode.startswith("I;16") or image.mode in ("I", "F") or numbers.dtype:
         image = _to_8_bit(image, numbers)
@@ -122,8 +122,9 @@ def _to_8_bit(image: Image.Image, numbers: Numbers) -> Image.Image:
     values = grey.view(numbers.dtype or grey.dtype).astype(np.float32)
     values[values == np.float32(numbers.no_data)] = np.nan
     finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-    low = min(low, 0.0)
+    if not finite.size:
+        raise UserError("no pixel has a value: all are NaN, infinite or marked as without data")
+    low, high = min(float(finite.min()), 0.0), float(finite.max())
     white = next((white for white in WHITES if white >= high - low), high - low)
     if (high - low) * 256 < ALL_BUT_BLACK * white:
         white = high - low

@@ -37,8 +37,12 @@ def pick_column(
     Raises UserError when the wanted column is missing, or there are several of the name.
     """
     if wanted is None:
-        known = {plain_name(name): name for name in names} | {name: name for name in names}
-        wanted = next((known[name] for name in defaults if name in known), None)
+        fits = ([name for name in {*names} if plain_name(name) == default] for default in defaults)
+        found = sorted(next(filter(None, fits), ()))
+        exact = [name for name in found if name in defaults]
+        if len(found) > 1 and not exact:
+            raise UserError(f"{what}: the columns {' and '.join(found)} have one name: rename all but one")
+        wanted = next(iter(exact or found), None)
     elif wanted and wanted not in names:
         raise UserError(f"{what}: no column {wanted!r}; there are {', '.join(names)}")
     if wanted and list(names).count(wanted) > 1:
@@ -79,11 +83,19 @@ def utf_8(column: pa.ChunkedArray) -> pa.ChunkedArray:
         )
 
 
+def without_secrets(ids: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Ids that may be URIs, without the secrets in these."""
+    if not pc.any(pc.match_substring(ids, "://")).as_py():
+        return ids
+    return pa.chunked_array([[name and redact(name) for name in ids.to_pylist()]], pa.string())
+
+
 def refuse_duplicates(ids: pa.Array | pa.ChunkedArray, *, what: str) -> None:
-    """Raise UserError with examples when two ids are equal, or one is null."""
-    if ids.null_count:
+    """Raise UserError with examples when two ids are equal, or one is null or empty."""
+    missing = ids.null_count + (pc.sum(pc.equal(ids, "")).as_py() or 0)
+    if missing:
         raise UserError(
-            f"{what}: no id in {counted(ids.null_count, 'row')}; --id-column '' numbers the rows instead"
+            f"{what}: no id in {counted(missing, 'row')}; --id-column '' numbers the rows instead"
         )
     if pc.count_distinct(ids).as_py() == len(ids):
         return
@@ -120,6 +132,23 @@ def as_texts(column: pa.ChunkedArray) -> list[list[str]]:
 def whole_number(text: str) -> int | None:
     """The whole number that a text is, None when it is none. Tables write a column with gaps as 0.0, 1.0."""
     return int(text.partition(".")[0]) if re.fullmatch(r"-?\d{1,18}(\.0*)?", text) else None
+
+
+def label_words(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Labels that are words, without blanks around them; null for what programs write where there is none."""
+    words = pc.utf8_trim_whitespace(utf_8(column))
+    is_gap = pc.is_in(pc.utf8_lower(words), value_set=pa.array(["", "nan"]))
+    return pc.if_else(is_gap, pa.scalar(None, pa.string()), words)
+
+
+def note_on_numbers_among(names: Sequence[str], *, what: str) -> tuple[str, ...]:
+    """A note on numbers that are read as names of classes, as there are words or fractions beside them."""
+    numbers = [name for name in names if re.fullmatch(r"-?\d+(\.\d*)?", name)]
+    if not numbers or all(whole_number(name) is not None for name in names):
+        return ()
+    return (
+        f"labels: {numbers[0]} in {what} is read as the name of a class, as not all labels there are whole numbers",
+    )
 
 
 def marked_columns(wanted: str | None, names: Sequence[str]) -> tuple[str, ...]:

@@ -110,6 +110,8 @@ def fetch_all(
         data = embedded(uri)
         if data is not None:
             return data
+        if not uri.strip():
+            return ValueError("no path in this row")
         try:
             place = under(root, uri)
             refuse_scheme(place, schemes)

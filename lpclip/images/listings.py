@@ -71,6 +71,10 @@ def list_path(data: str) -> tuple[Listing, bool]:
         info = patiently(uri, lambda: filesystem.get_file_info(path if is_remote else os.fsencode(path)))
         if info.type == fs.FileType.NotFound:
             raise UserError(f"{data}: no such path")
+        if info.type == fs.FileType.Unknown:
+            raise UserError(
+                f"{data} is a FIFO, a socket or a device: save what it gives as a file, and name that"
+            )
         is_file, folders = info.is_file, []
         if is_file:
             files = [File(escaped(path.rpartition("/")[2]), info.size, info.mtime_ns)]

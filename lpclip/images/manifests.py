@@ -25,9 +25,11 @@ from lpclip.images.columns import (
     Texts,
     as_strings,
     as_texts,
+    label_words,
     marked_columns,
     marked_labels,
     note_on_marks,
+    note_on_numbers_among,
     pick_column,
     refuse_duplicates,
     text_column,
@@ -74,9 +76,12 @@ def open_manifest(
     label_column = pick_column(wanted, LABEL_COLUMNS, names, what=file.path)
     paths = image_array.fill_null("").to_pylist()
     ids = [f"{file.path}:{row}" for row in range(len(paths))]
-    if config.id_column != "":
-        id_array = as_strings(table[id_column], name=id_column, what=file.path) if id_column else image_array
-        ids = _ids(id_array, what=file.path)
+    if id_column:
+        ids = _ids(as_strings(table[id_column], name=id_column, what=file.path), what=file.path)
+    elif config.id_column is None:
+        # A row without a path has the number of its line.
+        named = [path if path.strip() else row for path, row in zip(paths, ids, strict=True)]
+        ids = _ids(pa.chunked_array([named], pa.string()), what=file.path)
     texts_from = text_column(texts, table.schema, what=file.path)
     own_texts = as_texts(table[texts_from]) if texts_from else None
     labels, label_names = _labels(table, label_column, what=file.path)
@@ -87,6 +92,7 @@ def open_manifest(
     elif labels is None and config.label_column is None:
         notes += note_on_marks(table.drop_columns([image_column]), what=file.path)
     schemes = followed(config.schemes, root=listing.root)
+    notes += note_on_numbers_among(label_names or (), what=f"the column {label_column!r} of {file.path}")
     notes += _refused(paths, schemes, listing.root, file.path)
     chosen = choose(ids, limit)
     to_read = [paths[row] for row in chosen]
@@ -286,10 +292,7 @@ def _labels(
     """Labels and their names, which are None where all labels are numbers; 1.0 is one as well."""
     if column is None:
         return None, None
-    cells = as_strings(table[column], name=column, what=what).to_pylist()
-    # Programs write gaps so.
-    stripped = ((word or "").strip() for word in cells)
-    words = [None if word.lower() in ("", "nan") else word for word in stripped]
+    words = label_words(as_strings(table[column], name=column, what=what)).to_pylist()
     gaps = [word is None for word in words]
     numbers = [whole_number(word or "") for word in words]
     if all(gap or number is not None for number, gap in zip(numbers, gaps, strict=True)):

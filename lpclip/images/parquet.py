@@ -20,11 +20,13 @@ from lpclip.images.columns import (
     Texts,
     as_strings,
     is_text,
+    label_words,
+    note_on_numbers_among,
     pick_column,
     plain_name,
     refuse_duplicates,
     text_column,
-    utf_8,
+    without_secrets,
     without_views,
 )
 from lpclip.images.fetch import followed, reason, under
@@ -91,14 +93,17 @@ def open_parquet(listing: Listing, *, config: SourceConfig, limit: int | None, t
         config=config,
         left_out={} if chosen is None else beyond_limit(total, len(chosen)),
         labels_there=_labels_there(listing, label_column, label_names, chosen) if label_column else (),
-        notes=notes,
+        notes=(
+            *notes,
+            *note_on_numbers_among(label_names or (), what=f"the column {label_column!r} of {listing.name}"),
+        ),
     )
 
 
 def _ids(listing: Listing, column: str | None, num_rows: Sequence[int], *, needed: bool) -> list[str]:
     """The ids of all rows, without duplicates; empty when they are not needed."""
     if column:
-        ids = as_strings(_read_column(listing, column), name=column, what=listing.name)
+        ids = without_secrets(as_strings(_read_column(listing, column), name=column, what=listing.name))
         refuse_duplicates(ids, what=listing.name)
         return ids.to_pylist() if needed else []
     if not needed:
@@ -198,8 +203,8 @@ def _label_names(listing: Listing, schemas: Sequence[pa.Schema], column: str) ->
     dtype = schemas[0].field(column).type
     if pa.types.is_dictionary(dtype):
         dtype = dtype.value_type
-    if is_text(dtype):
-        words = utf_8(_read_column(listing, column)).unique().drop_null()
+    if is_text(dtype) or pa.types.is_boolean(dtype):
+        words = label_words(_read_column(listing, column)).unique().drop_null()
         return tuple(sorted(words.to_pylist()))
     names = {_names_in_metadata(schema, column) for schema in schemas}
     if len(names) > 1:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lpclip.files import open_input, split
-from lpclip.images.columns import as_texts, is_text, utf_8, without_views
+from lpclip.images.columns import as_texts, is_text, label_words, utf_8, without_secrets, without_views
 from lpclip.images.fetch import fetch_all, reason, under
 from lpclip.images.source import UNIT_ROWS, Reader, Row, make_row
 
@@ -56,7 +56,7 @@ class ParquetReader(Reader):
                 with open_input(under(self.root, span["file"])) as file:
                     table = pq.ParquetFile(file).read_row_group(span["group"], columns=columns)
                 table = without_views(table).take(list(kept))
-                ids = utf_8(table[self.id_column]).to_pylist() if self.id_column else ids
+                ids = self._ids(table) if self.id_column else ids
                 labels = self._labels(table)
             found += zip(ids, labels, strict=True)
         return found
@@ -74,7 +74,7 @@ class ParquetReader(Reader):
                 here = [row - begin for row in kept if row < begin + len(table)]
                 table = table.take(here)
                 if self.id_column:
-                    ids[: len(here)] = utf_8(table[self.id_column]).to_pylist()
+                    ids[: len(here)] = self._ids(table)
                 labels = self._labels(table)
                 texts = self._texts(table)
             except (OSError, pa.ArrowException) as error:
@@ -112,6 +112,10 @@ class ParquetReader(Reader):
         for value in values:
             yield next(fetched) if isinstance(value, str) else missing if value is None else value
 
+    def _ids(self, table: pa.Table) -> list[str]:
+        found: list[str] = without_secrets(utf_8(table[self.id_column])).to_pylist()
+        return found
+
     def _labels(self, table: pa.Table) -> list[int | None]:
         if not self.label_column:
             return [None] * len(table)
@@ -132,9 +136,9 @@ def label_indices(labels: pa.ChunkedArray, names: tuple[str, ...] | None) -> pa.
     """Labels as int32: words become their place in `names`, and negative numbers and NaN (unlabelled) become null."""
     if pa.types.is_dictionary(labels.type):
         labels = labels.cast(labels.type.value_type)
-    if is_text(labels.type):
+    if is_text(labels.type) or pa.types.is_boolean(labels.type):
         assert names is not None
-        return pc.index_in(utf_8(labels), value_set=pa.array(names, pa.string()))
+        return pc.index_in(label_words(labels), value_set=pa.array(names, pa.string()))
     if pa.types.is_floating(labels.type):
         labels = pc.if_else(pc.is_nan(labels), pa.scalar(None, labels.type), labels)
     numbers = labels.cast(pa.int32())

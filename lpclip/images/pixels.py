@@ -33,7 +33,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "JPEG2000", "AVIF
 REDUCING_GAP = 3
 
 
-DECODING_VERSION = 4
+DECODING_VERSION = 5
 """Version of `decode_image`: features of pixels that were decoded in another way are never taken for these."""
 
 PNG_START, JPEG_START, JPEG_SCAN, JPEG_END = b"\x89PNG\r\n\x1a\n", b"\xff\xd8", b"\xff\xda", b"\xff\xd9"

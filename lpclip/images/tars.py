@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from lpclip.config import SourceConfig, counted
+from lpclip.config import SourceConfig, UserError, counted
 from lpclip.files import open_input
 from lpclip.images.columns import MAX_LABEL, Texts, whole_number
 from lpclip.images.fetch import reason, under
@@ -28,12 +28,14 @@ from lpclip.images.source import IMAGE_SUFFIXES, Listing, Reader, Row, Source, m
 TAR_ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError)
 MAX_MEMBERS = 32
 """Most members of one sample that are in memory at once."""
-ROWS_VERSION = 2
+ROWS_VERSION = 3
 """Version of the rows that a tar has: features of other rows are never taken for these."""
 BUFFER_BYTES = 4 << 20
 ARCHIVES = ("tar", "tgz", "zip", "gz")
 """Suffixes of archives, which are not looked into where they lie in a tar."""
 MAX_LABEL_BYTES = 1 << 10
+BEGINNING_BYTES = 32 << 20
+"""A label is looked for in so much of the first tar, to say in the plan where labels come from."""
 MAX_HEADER_BYTES = 1 << 20
 """Most bytes of a member's name and other properties: tarfile reads them whole, and they could fill the memory."""
 
@@ -89,17 +91,24 @@ class TarReader(Reader):
         return found
 
     def _read(self, tar: tarfile.TarFile, info: tarfile.TarInfo, extension: str) -> bytes | Exception:
-        wanted = ("cls", "txt") if self.has_texts else ("cls",)
-        if is_image(extension, self.image_extension) or extension.rpartition(".")[2] in wanted:
+        if is_image(extension, self.image_extension) or extension.rpartition(".")[2] in self._beside():
             return read_member(tar, info, max_bytes=self.max_bytes)
         return b""
+
+    def _beside(self) -> set[str]:
+        """Suffixes of the files that are read beside an image."""
+        return {*["cls"] * self.has_labels, *["txt"] * self.has_texts}
 
     def _walk(self, file: str, found: Iterable[Sample]) -> Iterator[tuple[bool, Row]]:
         """The rows of samples, each with True when it stands for an image that the tar should have."""
         seen: set[str] = set()
         for sample in found:
             images = [member for member in sample.members if is_image(member.extension, self.image_extension)]
-            if not images and f"{file}/{sample.key}" not in seen:
+            apart = {member.suffix for member in sample.members} & self._beside()
+            if not images and apart and f"{file}/{sample.key}" in seen:
+                reason = f"its .{min(apart)} lies apart from its image: the files of a sample must lie side by side"
+                yield False, Row(f"{file}/{sample.key}", None, error=reason)
+            elif not images and f"{file}/{sample.key}" not in seen:
                 there = ", ".join(member.extension for member in sample.members)
                 reason = f"no image in {there}"
                 if all(member.suffix in ARCHIVES for member in sample.members):
@@ -116,9 +125,10 @@ class TarReader(Reader):
                     yield False, Row(name, None, error="duplicate id")
                 else:
                     seen.add(name)
-                    label = class_label(sample.beside(image, "cls")) if self.has_labels else None
-                    if label is not None and label > MAX_LABEL:
-                        yield True, Row(name, None, error=f"the label {label} is above {MAX_LABEL}")
+                    try:
+                        label = class_label(sample.beside(image, "cls")) if self.has_labels else None
+                    except UserError as error:
+                        yield True, Row(name, None, error=str(error))
                         continue
                     text = sample.beside(image, "txt") if self.has_texts else None
                     yield True, make_pair(name, image.data, label, [] if text is None else [text])
@@ -223,9 +233,21 @@ def is_image(extension: str, wanted: str | None = None) -> bool:
 
 
 def class_label(data: bytes | Exception | None) -> int | None:
-    """The number in a .cls member, None when there is no member or it holds none."""
-    number = whole_number(_word(data))
-    return None if number is None or number < 0 else number
+    """The number in a .cls member, None when there is no member or it says that there is no label.
+
+    Raises UserError, with the reason, when it cannot be read or holds anything else.
+    """
+    if isinstance(data, Exception):
+        raise UserError(f"its .cls is {data}")
+    word = _word(data)
+    if word.lower() in ("", "nan"):
+        return None
+    number = whole_number(word)
+    if number is None:
+        raise UserError(f"the label in its .cls is no whole number: {word[:40]!r}")
+    if number > MAX_LABEL:
+        raise UserError(f"the label {number} is above {MAX_LABEL}")
+    return number if number >= 0 else None
 
 
 def _word(data: bytes | Exception | None) -> str:
@@ -298,11 +320,14 @@ def open_webdataset(
     listing: Listing, *, config: SourceConfig, limit: int | None, texts: Texts | None
 ) -> Source:
     """Tars, each a unit. A limit takes the first images, because only reading shows what a tar holds."""
+    first, words = _beginning(listing)
+    names = [word for word in words if whole_number(word) is None]
+    wants_labels = config.label_column != ""
     reader = TarReader(
         root=listing.root,
         max_bytes=config.max_bytes,
         image_extension=config.image_column,
-        has_labels=config.label_column != "",
+        has_labels=wants_labels and not names,
         has_texts=texts is not None,
     )
     units = [{"file": file.path} for file in listing.files]
@@ -312,15 +337,12 @@ def open_webdataset(
         notes.append(
             f"--limit takes the first {counted(limit, 'image')} of {listing.name}, in the order of the tars"
         )
-    first = _first_sample(listing)
     if first and all(member.suffix in ARCHIVES for member in first):
         notes.append(
             f"{listing.files[0].path} begins with an archive, {first[0].stem}.{first[0].suffix}: unpack it and name "
             "the folder with what is in it, if all are archives"
         )
-    words = [_word(member.data) for member in first if member.suffix == "cls"] if reader.has_labels else []
-    names = [word for word in words if word and whole_number(word) is None]
-    if names:
+    if names and wants_labels:
         notes.append(
             f"labels: the .cls files of {listing.name} hold words such as {names[0]!r}; only numbers are labels there"
         )
@@ -342,7 +364,7 @@ def open_webdataset(
         reader=reader,
         units=tuple(map(json.dumps, units)),
         num_rows=None,
-        labels_from="the .cls files" if words and not names else None,
+        labels_from="the .cls files" if words and reader.has_labels else None,
         label_names=None,
         identity={**identity, "rows": ROWS_VERSION},
         config=config,
@@ -360,14 +382,23 @@ def _first_images(listing: Listing, reader: TarReader, limit: int) -> Iterator[d
             return
 
 
-def _first_sample(listing: Listing) -> list[Member]:
-    """The members of the first sample; of its files, .cls ones alone are read."""
+def _beginning(listing: Listing) -> tuple[list[Member], list[str]]:
+    """The members of the first sample, and what the first .cls files with anything in them say, those of one sample.
+
+    They are looked for in the first BEGINNING_BYTES; of all files, .cls ones alone are read.
+    """
+    first: list[Member] = []
     with contextlib.suppress(*TAR_ERRORS), open_tar(listing.root, listing.files[0].path) as tar:
 
         def read(info: tarfile.TarInfo, extension: str) -> bytes | Exception:
             is_label = extension.rpartition(".")[2] == "cls"
             return read_member(tar, info, max_bytes=MAX_LABEL_BYTES) if is_label else b""
 
-        first = next(samples(tar, read=read), None)
-        return first.members if first else []
-    return []
+        for sample in samples(tar, read=read):
+            first = first or sample.members
+            words = [
+                word for member in sample.members if member.suffix == "cls" and (word := _word(member.data))
+            ]
+            if words or tar.offset > BEGINNING_BYTES:
+                return first, words
+    return first, []
