@@ -35,7 +35,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -59,7 +59,7 @@ from lpclip.report.tables import format_table
 ROOT = Path(__file__).resolve().parent.parent
 NUM_TARS, TAR_IMAGES = 32, 32
 MIDDLE = 4  # committed parts, one a tar, when the fault comes
-WAIT_SECONDS = 240
+WAIT_SECONDS = 900
 FULL_BYTES = 64 << 10  # less than a part has
 MOST_BYTES = 2 << 30
 KILLED = -signal.SIGKILL
@@ -257,12 +257,11 @@ def read_features(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 class Job:
-    """jobs/encode.py in a process of its own. At the end of a `with`, nothing of it is left."""
+    """A job in a process of its own. At the end of a `with`, nothing of it is left."""
 
-    def __init__(self, words: list[str], log: Path, *, address: str) -> None:
+    def __init__(self, command: list[str], log: Path, *, address: str) -> None:
         where = {"RAY_ADDRESS": address} if address else {"RAY_OVERRIDE_RESOURCES": '{"CPU": 2}'}
         self._log, self._left = log, list[Any]()
-        command = [sys.executable, "jobs/encode.py", *words]
         with log.open("w") as file:
             self._process = subprocess.Popen(
                 command, cwd=ROOT, env={**os.environ, **where}, stdout=file, stderr=file
@@ -304,9 +303,11 @@ class Job:
 class Trial:
     """Jobs of the same command, one after the other, on which a fault is tried."""
 
-    def __init__(self, data: Data, folder: Path) -> None:
+    def __init__(
+        self, data: Data, folder: Path, *, command: Sequence[str] = (sys.executable, "jobs/encode.py")
+    ) -> None:
         folder.mkdir()
-        self.data, self.folder, self._jobs = data, folder, list[Job]()
+        self.data, self.folder, self._command, self._jobs = data, folder, command, list[Job]()
         self._begin = time.monotonic()
 
     @property
@@ -319,10 +320,21 @@ class Trial:
         """What all jobs have printed."""
         return "\n".join(job.told for job in self._jobs)
 
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """The exit codes of all jobs."""
+        return tuple(job.ends() for job in self._jobs)
+
+    @property
+    def seconds(self) -> float:
+        """Since its begin."""
+        return time.monotonic() - self._begin
+
     def job(self, *flags: str, address: str = "") -> Job:
         """Give the command, with further flags, to a cluster or a private Ray."""
         words = ["--data", str(self.data.path), "--out", str(self.folder / "out"), *self.data.flags, *flags]
-        self._jobs.append(Job(words, self.folder / f"job-{len(self._jobs)}.log", address=address))
+        log = self.folder / f"job-{len(self._jobs)}.log"
+        self._jobs.append(Job([*self._command, *words], log, address=address))
         return self._jobs[-1]
 
     def run(self, *flags: str, address: str = "") -> None:
@@ -354,11 +366,11 @@ class Trial:
         The jobs must have ended with these exit codes. One of them must have said `says`, or the fault has a note. So
         many losses may have been counted `in_a_row`.
         """
-        seconds, images = time.monotonic() - self._begin, self.data.images
+        seconds, images = self.seconds, self.data.images
         encoded = list(read_features(self.store))
         quarantine = pq.read_table(self.store / "quarantine.parquet").to_pylist()
         counts = Counter([*(name for name, _ in encoded), *(row["id"] for row in quarantine)])
-        after, ended = self.parts(), tuple(job.ends() for job in self._jobs)
+        after, ended = self.parts(), self.exits
         again = sum(part.stop - part.start for part, when in before.items() if after.get(part) != when)
         same = all(self.data.features.get(name) == feature for name, feature in encoded)
         said = note or next((line for line in self.told.splitlines() if says and says in line), "")
@@ -665,6 +677,19 @@ def inject(fault: str, lab: Lab) -> Row:
         return Row(wrong=(f"{type(error).__name__}: {error}; what was printed last:\n{trial.told[-2000:]}",))
 
 
+def show(rows: Mapping[str, Row], *, options: Any) -> int:
+    """Print the table and what did not hold, write JSON to `options.json`. Returns the exit code."""
+    shown = [{"fault": fault, **asdict(row)} for fault, row in rows.items()]
+    print(format_table([{k.replace("_", " "): v for k, v in row.items() if k != "wrong"} for row in shown]))
+    for fault, row in rows.items():
+        for claim in row.wrong:
+            print(f"{fault}: it does not hold that {claim}" if row.rows_in else f"{fault}: {claim}")
+    if options.json:
+        written = {"options": asdict(options), "versions": versions(), "rows": shown}
+        Path(options.json).write_text(json.dumps(written, indent=1))
+    return int(any(row.wrong for row in rows.values()))
+
+
 def main(options: Options) -> int:
     """Inject the faults, print the table, write JSON. Returns the exit code."""
     if unknown := set(options.faults) - FAULTS.keys():
@@ -684,15 +709,7 @@ def main(options: Options) -> int:
             print(fault, file=sys.stderr, flush=True)
             rows[fault] = inject(fault, lab)
             print(f"  {rows[fault].ended}", *rows[fault].wrong, sep="\n  ", file=sys.stderr, flush=True)
-    shown = [{"fault": fault, **asdict(row)} for fault, row in rows.items()]
-    print(format_table([{k.replace("_", " "): v for k, v in row.items() if k != "wrong"} for row in shown]))
-    for fault, row in rows.items():
-        for claim in row.wrong:
-            print(f"{fault}: it does not hold that {claim}" if row.rows_in else f"{fault}: {claim}")
-    if options.json:
-        written = {"options": asdict(options), "versions": versions(), "rows": shown}
-        Path(options.json).write_text(json.dumps(written, indent=1))
-    return int(any(row.wrong for row in rows.values()))
+    return show(rows, options=options)
 
 
 if __name__ == "__main__":
