@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -30,6 +31,10 @@ from lpclip.patience import patiently
 READERS = 64
 # A remote Parquet file up to this size is read whole: one request costs less than one for each column.
 WHOLE_BYTES = 1 << 20
+# Key in the footer of Parquet that lpclip writes. Pages have checksums, and what says where they are needs one too.
+FOOTER_DIGEST = "lpclip_footer"
+# The footer's length and Parquet's mark, in bytes, and how much of a file's end is read to have all of the footer.
+FOOTER_END, FOOTER_READ = 8, 1 << 16
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -255,10 +260,47 @@ def write_bytes(path: str, data: bytes | memoryview) -> None:
 def write_parquet(
     path: str, table: pa.Table, *, compression: str = "snappy", dictionary: bool | list[str] = True
 ) -> None:
-    """Write a table as Parquet, atomically, with a checksum of each page. `dictionary` names columns that repeat."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression=compression, use_dictionary=dictionary, write_page_checksum=True)
-    write_bytes(path, sink.getvalue())
+    """Write a table as Parquet, atomically, with a checksum of each page and a digest of the footer.
+
+    `dictionary` names columns that repeat.
+    """
+    sink = io.BytesIO()
+    options: dict[str, Any] = {"compression": compression, "use_dictionary": dictionary}
+    with pq.ParquetWriter(sink, table.schema, write_page_checksum=True, **options) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({FOOTER_DIGEST: "0" * 32})
+    data = sink.getbuffer()
+    start = len(data) - FOOTER_END - int.from_bytes(data[-FOOTER_END:-4], "little")
+    place, digest = _digest_of_footer(bytes(data[start:]))
+    data[start + place : start + place + 32] = digest
+    write_bytes(path, data)
+
+
+def _digest_of_footer(footer: bytes) -> tuple[int, bytes]:
+    """The place of the digest in a footer, and what it should be; the place is -1 where earlier versions wrote none."""
+    # In Thrift's compact protocol, a value of 32 bytes begins with these two.
+    key = FOOTER_DIGEST.encode() + b"\x18\x20"
+    place = footer.find(key) + len(key)
+    if place < len(key):
+        return -1, b""
+    blank = footer[:place] + b"0" * 32 + footer[place + 32 :]
+    return place, hashlib.blake2b(blank, digest_size=16).hexdigest().encode()
+
+
+def _read_footer(source: Any) -> pq.FileMetaData:
+    """The footer of a Parquet file. Raises OSError when it is not what was written."""
+    size = source.size()
+    source.seek(max(0, size - FOOTER_READ))
+    footer = source.read()
+    start = len(footer) - FOOTER_END - int.from_bytes(footer[-FOOTER_END:-4], "little")
+    if start < 0:
+        source.seek(max(0, size - len(footer) + start))
+        footer, start = source.read(), 0
+    footer = footer[start:]
+    place, digest = _digest_of_footer(footer)
+    if place >= 0 and footer[place : place + 32] != digest:
+        raise OSError("its footer is not what was written")
+    return pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
 
 
 @contextlib.contextmanager
@@ -301,11 +343,20 @@ def open_parquet(path: str, *, remedy: str) -> Iterator[pq.ParquetFile]:
         with open_input(path) as stream:
             is_small = isinstance(stream, RemoteFile) and stream.size() <= WHOLE_BYTES
             source = pa.BufferReader(stream.read()) if is_small else stream
-            yield pq.ParquetFile(source, page_checksum_verification=True)
+            yield pq.ParquetFile(source, metadata=_read_footer(source), page_checksum_verification=True)
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} is damaged ({error}): {remedy}") from error
+
+
+def read_columns(file: pq.ParquetFile, columns: list[str] | None = None) -> pa.Table:
+    """These columns of a Parquet file, by default all. Raises OSError when rows are missing."""
+    table = file.read(columns=columns)
+    # Pages of a kind that Arrow does not know, as a damaged one may seem to be, are passed over.
+    if len(table) != file.metadata.num_rows:
+        raise OSError(f"{len(table)} rows in place of {file.metadata.num_rows}")
+    return table
 
 
 class RemoteFile(io.RawIOBase):

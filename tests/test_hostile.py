@@ -152,6 +152,13 @@ class TestManifests:
         with pytest.raises(UserError, match="no row has a single 1, or true, in the columns cat, dog"):
             open_source(str(path), config=SourceConfig(label_column="cat,dog"))
 
+    def test_columns_of_one_name_are_no_fault(self, tmp_path: Path) -> None:
+        (tmp_path / "list.csv").write_text("path,x,x\n1.png,1,0\n")
+        (tmp_path / "1.png").write_bytes(png(1))
+        assert read(tmp_path / "list.csv") == {"1.png": None}
+        with pytest.raises(UserError, match="no column 'x,x'"):
+            open_source(str(tmp_path / "list.csv"), config=SourceConfig(label_column="x,x"))
+
     def test_a_gap_is_no_label(self, tmp_path: Path) -> None:
         path = tmp_path / "list.csv"
         path.write_text("path,label\n1.png,cat\n2.png,nan\n3.png,\n4.png,dog\n")
@@ -394,6 +401,20 @@ class TestTars:
         source = open_source(str(tmp_path / "a.tar"), config=SourceConfig(label_column=""))
         rows = [row for unit in source.units for row in source.reader.rows(unit)]
         assert [(row.error, row.label) for row in rows] == [(None, None)] * 5
+
+    @pytest.mark.parametrize(
+        "headers", [{"GNU.sparse.map": "0,"}, {"size": "-1"}, {"GNU.sparse.size": "x"}, {"size": "9" * 5000}]
+    )
+    def test_headers_that_are_no_numbers_cost_the_rest(self, headers: dict[str, str], tmp_path: Path) -> None:
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            for name in ("1.png", "2.png"):
+                info = tarfile.TarInfo(name)
+                info.size = len(png(1))
+                info.pax_headers = headers if name == "2.png" else {}
+                tar.addfile(info, io.BytesIO(png(1)))
+        found = read(tmp_path / "a.tar")
+        assert found.pop("a.tar/1") is None
+        assert any(found.values())
 
     def test_words_in_all_of_a_tar_cost_no_row(self, tmp_path: Path) -> None:
         with tarfile.open(tmp_path / "a.tar", "w") as tar:

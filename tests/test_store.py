@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lpclip.config import digest
 from lpclip.features.store import CHECKSUMS, Store, fingerprint, matrix, mean_view, row_order
 from lpclip.features.store_writer import DIGEST_MODULUS, Part, StoreWriter, list_parts
 
@@ -106,11 +107,12 @@ def test_arrays_come_in_row_order_and_labels_only_when_asked_for(tmp_path: Path)
     assert np.array_equal(bits(Store.open(path).mean("strong")), bits(whole.strong["strong"]))
 
 
-def test_the_manifest_on_disk_is_that_of_format_2(tmp_path: Path) -> None:
+def test_the_manifest_on_disk_is_that_of_format_3(tmp_path: Path) -> None:
     store = Store.open(make(tmp_path))
     found = json.loads(Path(store.path, "manifest.json").read_text())
+    assert found.pop("digest") == digest({key: found[key] for key in found if key != "format"})
     assert list(found.items()) == [
-        ("format", 2),
+        ("format", 3),
         ("fingerprint", "f3895ddff6ee2774337009f0568a0c1a59d418e57e47f0772edfe6b7d115838f"),
         ("identity", IDENTITY),
         (
@@ -135,7 +137,9 @@ def test_a_store_of_format_1_is_read_and_keeps_its_fingerprint(tmp_path: Path) -
     expected = Store.open(path)
     manifest = Path(path) / "manifest.json"
     text = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({key: text[key] for key in text if key != "num_labelled"} | {"format": 1}))
+    manifest.write_text(
+        json.dumps({key: text[key] for key in text if key not in ("num_labelled", "digest")} | {"format": 1})
+    )
     for file in Path(path).glob("part-*.parquet"):
         table = pq.read_table(file)
         meta = {key: value for key, value in table.schema.metadata.items() if key != b"labelled"}
@@ -278,10 +282,12 @@ def test_a_folder_of_foreign_parts_is_refused(tmp_path: Path) -> None:
     [
         (lambda text: text[: len(text) // 2], "is not valid JSON .* damaged"),
         (lambda text: "", "is not valid JSON .* damaged"),
-        (lambda text: "[]", "is not of format 2"),
-        (lambda text: text.replace('"format": 2', '"format": 3'), "is not of format 2"),
+        (lambda text: "[]", "is not of format 3"),
+        (lambda text: text.replace('"format": 3', '"format": 4'), "is not of format 3"),
         (lambda text: text.replace('"toy"', '"joy"'), "does not fit its own fingerprint"),
         (lambda text: text.replace('"num_rows"', '"rows"'), "does not fit its own fingerprint"),
+        (lambda text: text.replace('"num_rows": 13', '"num_rows": 12'), "does not fit its own fingerprint"),
+        (lambda text: text.replace('"format": 3', '"format": 2'), "does not fit its own fingerprint"),
     ],
 )
 def test_a_changed_or_damaged_manifest_is_refused(tmp_path: Path, change: Any, message: str) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,7 @@ from lpclip import files
 from lpclip.config import UserError, digest
 from lpclip.images.views import BASE_VIEWS
 
-FORMAT = 2
+FORMAT = 3
 # What fingerprints are made with, so that stores of format 1, which say less in their manifest, are found again.
 FINGERPRINT_FORMAT = 1
 CHECKSUMS = b"checksums"
@@ -99,19 +100,25 @@ class Manifest:
         except UserError as error:
             raise UserError(f"{error}; remove the store {path}, it is encoded again") from error
         number = found.pop("format", None) if isinstance(found, dict) else None
-        if number not in (1, FORMAT):
+        if number not in (1, 2, FORMAT):
             raise UserError(f"{file} is not of format {FORMAT}: another version of lpclip made it")
         if number == 1:
             found["num_labelled"] = None
-        if found.keys() != cls.__annotations__.keys() or found["fingerprint"] != fingerprint(
-            found["identity"]
+        # Formats 1 and 2 have no digest.
+        is_whole = number != FORMAT or found.pop("digest", None) == digest(found)
+        if (
+            not is_whole
+            or found.keys() != cls.__annotations__.keys()
+            or found["fingerprint"] != fingerprint(found["identity"])
         ):
             raise UserError(f"{file} does not fit its own fingerprint: it was changed or damaged")
         return cls(**{**found, "parts": tuple(found["parts"])})
 
     def write(self, path: str) -> None:
         """Write manifest.json, which makes the store at `path` complete."""
-        files.write_json(files.join(path, "manifest.json"), {"format": FORMAT, **vars(self)})
+        known = json.loads(json.dumps(vars(self)))
+        text = {"format": FORMAT, **known, "digest": digest(known)}
+        files.write_json(files.join(path, "manifest.json"), text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +181,7 @@ class Store:
         if not self.manifest.num_quarantined:
             return {}
         with files.open_parquet(files.join(self.path, "quarantine.parquet"), remedy=_ENCODE_AGAIN) as part:
-            return Counter(part.read(columns=["stage"])["stage"].to_pylist())
+            return Counter(files.read_columns(part, ["stage"])["stage"].to_pylist())
 
     def require(self, identity: dict[str, Any]) -> None:
         """Raise UserError unless the store has this identity, as far as `identity` goes."""
@@ -185,7 +192,7 @@ class Store:
 
         def read(name: str) -> pa.Table:
             with open_part(self.path, name) as part:
-                table = part.read(columns=columns)
+                table = files.read_columns(part, columns)
                 if part.metadata.metadata.get(CHECKSUMS) != SOUND:
                     _refuse_damage(table, files.join(self.path, name))
             return table

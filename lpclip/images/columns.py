@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -154,7 +155,12 @@ def note_on_numbers_among(names: Sequence[str], *, what: str) -> tuple[str, ...]
 def marked_columns(wanted: str | None, names: Sequence[str]) -> tuple[str, ...]:
     """The columns, one for each class, that `--label-column cat,dog` names; none where it names a single column."""
     found = tuple(part.strip() for part in (wanted or "").split(","))
-    return found if len(found) > 1 and wanted not in names and {*found} <= {*names} else ()
+    return found if len(found) > 1 and wanted not in names and {*found} <= {*_single(names)} else ()
+
+
+def _single(names: Sequence[str]) -> list[str]:
+    """The names that one column has, and not several."""
+    return [name for name, count in Counter(names).items() if count == 1]
 
 
 def marked_labels(table: pa.Table, columns: Sequence[str]) -> list[int | None]:
@@ -166,7 +172,7 @@ def marked_labels(table: pa.Table, columns: Sequence[str]) -> list[int | None]:
 
 def note_on_marks(table: pa.Table, *, what: str) -> tuple[str, ...]:
     """A note on columns of 0 and 1 of which each row has a single 1, as published labels are written."""
-    columns = [name for name in table.column_names if {*_marks(table[name][:100])} <= {0, 1}]
+    columns = [name for name in _single(table.column_names) if {*_marks(table[name][:100])} <= {0, 1}]
     columns = [name for name in columns if {*_marks(table[name].unique())} <= {0, 1}]
     if len(columns) < 2 or None in marked_labels(table, columns):
         return ()

@@ -307,7 +307,10 @@ class _StrictTarInfo(tarfile.TarInfo):
             return super().fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
-        except tarfile.HeaderError as error:
+        except UserError:
+            raise
+        # tarfile takes numbers in headers for numbers.
+        except (tarfile.HeaderError, ArithmeticError, LookupError, RecursionError, ValueError) as error:
             raise tarfile.ReadError(f"the archive is cut or damaged ({error})") from error
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:

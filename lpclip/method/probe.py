@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +15,12 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from lpclip import files
-from lpclip.config import UserError
+from lpclip.config import UserError, digest
 from lpclip.method.linear import Linear
 
 FORMAT = 1
+KEYS = {"format", "class_names", "temperature", "feature_normalisation", "encoder", "summary"}
+"""What probe.json holds beside its digest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +56,8 @@ class Probe(Linear):
     def save(self, folder: str) -> None:
         """Write probe.safetensors, then probe.json: the folder is a probe when the second is there."""
         files.make_folder(folder)
-        tensors = {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}
-        files.write_bytes(files.join(folder, "probe.safetensors"), save_tensors(tensors))
+        tensors = save_tensors({"weight": self.weight.contiguous(), "bias": self.bias.contiguous()})
+        files.write_bytes(files.join(folder, "probe.safetensors"), tensors)
         text = {
             "format": FORMAT,
             "class_names": list(self.class_names),
@@ -62,14 +66,15 @@ class Probe(Linear):
             "encoder": self.encoder,
             "summary": self.summary,
         }
-        files.write_json(files.join(folder, "probe.json"), text)
+        files.write_json(files.join(folder, "probe.json"), {**text, "digest": _digest(text, tensors)})
 
 
 def load_probe(folder: str) -> Probe:
     """Read a saved probe. Raises UserError with the reason when the folder holds none, or a damaged one."""
     try:
         text = files.read_json(files.join(folder, "probe.json"))
-        tensors = load_tensors(files.read_bytes(files.join(folder, "probe.safetensors")))
+        data = files.read_bytes(files.join(folder, "probe.safetensors"))
+        tensors = load_tensors(data)
     except FileNotFoundError as error:
         inside = files.join(folder, "probe")
         hint = f"; {inside} holds one" if files.exists(files.join(inside, "probe.json")) else ""
@@ -86,6 +91,10 @@ def load_probe(folder: str) -> Probe:
     missing |= {"weight", "bias"} - tensors.keys()
     if missing:
         raise UserError(f"{folder} is damaged: it lacks {', '.join(sorted(missing))}")
+    # Earlier versions wrote no digest, and none of them any other key.
+    written = text.pop("digest", None)
+    if text.keys() - KEYS or (written is not None and written != _digest(text, data)):
+        raise UserError(f"{folder} was changed or damaged after it was written: its digest is another one")
     weight, bias = tensors["weight"], tensors["bias"]
     if weight.ndim != 2 or bias.shape != weight.shape[:1] or len(text["class_names"]) != len(weight):
         raise UserError(f"{folder} is damaged: weights, biases and class names do not fit each other")
@@ -97,6 +106,11 @@ def load_probe(folder: str) -> Probe:
         encoder=text["encoder"],
         summary=text["summary"],
     )
+
+
+def _digest(text: dict[str, Any], tensors: bytes) -> str:
+    """Digest of both files; of the first, as it is read back."""
+    return digest([json.loads(json.dumps(text)), hashlib.sha256(tensors).hexdigest()])
 
 
 def zero_shot_probe(head: Tensor, *, temperature: float, **names: Any) -> Probe:

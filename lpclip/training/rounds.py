@@ -131,7 +131,7 @@ def read_pseudo_labels(folder: str) -> pa.Table:
     for worker in range(finished["num_workers"]):
         path = files.join(folder, f"labels-{worker}.parquet")
         with files.open_parquet(path, remedy=f"remove the folder {folder}, its rounds run again") as found:
-            tables.append(found.read())
+            tables.append(files.read_columns(found))
     table = pa.concat_tables(tables)
     return table.append_column("round", pa.array(np.full(len(table), finished["round"], np.int32)))
 
