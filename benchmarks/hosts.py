@@ -42,7 +42,20 @@ from typing import Any
 import pyarrow.parquet as pq
 import tyro
 from encoding import psutil
-from faults import Data, Job, Lab, Row, Trial, is_alive, kill, read_features, show, titled, wait_for
+from faults import (
+    WAIT_SECONDS,
+    Data,
+    Job,
+    Lab,
+    Row,
+    Trial,
+    is_alive,
+    kill,
+    read_features,
+    show,
+    titled,
+    wait_for,
+)
 
 from lpclip.jobs.cli import OPTIONS
 
@@ -514,6 +527,7 @@ def main(options: Options) -> int:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": f"{folder}/token",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_raylet_start_wait_time_s": str(WAIT_SECONDS),  # this machine may be busy
             "RAY_TMPDIR": folder,
             "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

@@ -21,7 +21,7 @@ from typing import Any
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -45,6 +45,7 @@ from lpclip.method.contrastive_step import (
     pick_texts,
     train_step,
 )
+from lpclip.training.process_group import ProcessGroup
 
 KEPT_METRICS = 1000
 MAX_HEADER = 100 << 20  # of a safetensors file, by its own definition
@@ -79,7 +80,7 @@ def pretrain(work: Pretraining, *, storage: str, use_gpu: bool) -> None:
     trainer = TorchTrainer(
         _pretrain_worker,
         train_loop_config={"work": work},
-        torch_config=TorchConfig(backend="nccl" if use_gpu and workers else "gloo"),
+        torch_config=ProcessGroup(backend="nccl" if use_gpu and workers else "gloo"),
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu and workers > 0),
         # A run name that was used before would return its old result; resuming is the checkpoint's affair.
         run_config=ray.train.RunConfig(

@@ -20,7 +20,7 @@ import pyarrow as pa
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -40,6 +40,7 @@ from lpclip.method.shard import CHUNK_ROWS, Shard, compute_device, fit_whitening
 from lpclip.method.state import Pass, State
 from lpclip.progress import watched
 from lpclip.training.exchange import exchange, gather
+from lpclip.training.process_group import ProcessGroup
 
 # The format of the rounds' files. Rounds of another format are never continued.
 FORMAT = 4
@@ -99,7 +100,7 @@ def run_rounds(work: Work, *, storage: str, tell: Callable[[str], None] = lambda
         _train_worker,
         train_loop_config={"work": work},
         # What is added up are a few float64 sums a round, on the CPU: gloo, not NCCL.
-        torch_config=TorchConfig(backend="gloo"),
+        torch_config=ProcessGroup(backend="gloo"),
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=workers > 0 and has_gpus()),
         # A run name that was used before would return its old result; resuming is the rounds' own affair.
         run_config=ray.train.RunConfig(
