@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from pathlib import Path
 
@@ -35,6 +36,24 @@ def test_an_error_of_ray_data_is_kept_and_not_shown(
     text = (tmp_path / "next" / "ray.log").read_text()
     assert "WARNING ray.data: said when no job runs\n" in text
     assert "WARNING ray: said by Ray itself\n" in text
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_loss_of_a_trial_that_runs_again_is_kept_and_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.StringIO()
+    for handler in logging.getLogger("ray").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            monkeypatch.setattr(handler, "stream", terminal)
+    with output_folder(str(tmp_path)):
+        (tmp_path / "result").touch()
+        # Said where the machine of a trial is lost.
+        logging.getLogger("ray.tune.execution.tune_controller").error("Trial task failed")
+        logging.getLogger("ray").error("said by Ray itself")
+    assert "Trial task failed" not in terminal.getvalue()
+    assert "said by Ray itself" in terminal.getvalue()
+    assert (tmp_path / "ray.log").read_text().count("Trial task failed") == 1
 
 
 @pytest.mark.usefixtures("cluster")

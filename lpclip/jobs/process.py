@@ -25,8 +25,9 @@ from typing import NoReturn
 from lpclip.config import UserError
 
 # What of Ray's own messages goes to the terminal. An error that ends an execution of Ray Data is raised as well, and
-# main prints it in one sentence.
-_SHOWN = {"ray": logging.ERROR, "ray.data": logging.CRITICAL}
+# main prints it in one sentence. A trial whose machine is lost runs again, and one that failed has a record that says
+# why.
+_SHOWN = {"ray": logging.ERROR, "ray.data": logging.CRITICAL, "ray.tune": logging.CRITICAL}
 # Ray's warnings, which wait here until there is a file for them.
 _warnings = logging.handlers.MemoryHandler(capacity=1)
 
@@ -108,6 +109,7 @@ def _hush(name: str) -> None:
     """Keep one of Ray's loggers, which is set up by its import, from the terminal."""
     logger = logging.getLogger(name)
     logger.setLevel(logging.WARNING)
+    logger.propagate = False  # to a logger that shows more
     for handler in logger.handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(_SHOWN[name])
