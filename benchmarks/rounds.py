@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from lpclip.config import SelfTrainingConfig
-from lpclip.method.neighbours import nearest
+from lpclip.method.neighbours import comparison_dtype, nearest
 from lpclip.method.priors import Prior
 from lpclip.method.self_training import Rounds
 from lpclip.method.shard import Shard, fit_whitening
@@ -32,6 +32,7 @@ CASES = (
     ("100000", "1280", "10", "--rounds", "10"),
     ("50000", "1280", "10", "--rounds", "10", "--neighbours", "30"),
     ("1280000", "512", "1000", "--rounds", "1"),
+    ("1280000", "512", "1000", "--rounds", "1", "--neighbours", "30"),
 )
 
 
@@ -63,14 +64,7 @@ def measure(num_rows: int, dim: int, num_classes: int, *, rounds: int, neighbour
     begin = time.perf_counter()
     shard = Shard(features=features, num_rows=num_rows)
     if neighbours:
-        found = nearest(
-            features,
-            among=features,
-            first_row=0,
-            whitening=fit_whitening(shard),
-            count=neighbours,
-            dtype=torch.bfloat16,
-        )
+        found = nearest(shard, whitening=fit_whitening(shard), count=neighbours, dtype=comparison_dtype())
         shard = Shard(features=features, num_rows=num_rows, neighbours=found)
     graph = time.perf_counter() - begin
     begin = last = time.perf_counter()

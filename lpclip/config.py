@@ -236,7 +236,7 @@ class SelfTrainingConfig:
     left out, and takes one for an image that is much like it."""
     neighbours: int | None = None
     """Number of nearest neighbours whose labels influence each pseudo-label; 0 turns this off. The default is half
-    the mean number of images per class, between 3 and 30, and 0 above 100,000 images."""
+    the mean number of images per class, between 3 and 30, and 0 above ten million images."""
     num_workers: int = 0
     """Number of Ray Train workers that run the rounds. 0 runs the same code in this process."""
     seed: int = 0

@@ -173,11 +173,7 @@ def with_neighbours(
     count = RECIPE.neighbour_count(config, num_rows=shard.num_rows, num_classes=num_classes)
     if count == 0:
         return shard
-    rows = shard.features
-    found = nearest(
-        rows, among=rows, first_row=0, whitening=whitening, count=count, dtype=dtype, device=shard.device
-    )
-    return replace(shard, neighbours=found)
+    return replace(shard, neighbours=nearest(shard, count=count, whitening=whitening, dtype=dtype))
 
 
 def choose_prior(

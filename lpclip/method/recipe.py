@@ -32,8 +32,8 @@ class Recipe:
     """Added to that mean target, so that a class that no neighbour has stays possible."""
     min_neighbours: int = 3
     max_neighbours: int = 30
-    max_neighbour_rows: int = 100_000
-    """Above so many rows no neighbours are used: finding them takes the square of the rows."""
+    max_neighbour_rows: int = 10_000_000
+    """Above so many rows no neighbours are used: each worker holds targets of all rows, which are 130 bytes a row."""
     first_prior_steps: int = 10
     """Steps of the prior's factors for the zero-shot teacher. Each later round makes half a step."""
     first_prior_rows: int = 131_072

@@ -30,7 +30,7 @@ from lpclip.method.pseudo_labels import AllReduce, alone, soft_targets
 from lpclip.method.recipe import RECIPE, Recipe
 from lpclip.method.shard import Shard, Whitenings, fit_whitenings, product_sum
 from lpclip.method.solvers import GaussianSolver, GradientSolver, Solver
-from lpclip.method.state import Pass, State, Tally, zero_shot_state
+from lpclip.method.state import Pass, SharedTargets, State, Tally, zero_shot_state
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ class Rounds:
         labels, kept = zeros(len(shard.features), dtype=torch.int32), zeros(len(shard.features), dtype=bool)
         confidence = zeros(len(labels))
         earlier = None if previous is None else torch.from_numpy(previous.labels).to(shard.device)
-        shared = zeros(shard.num_rows, num_classes) if shard.neighbours is not None else None
+        shared = None
+        if shard.neighbours is not None:
+            shared = SharedTargets.zeros(shard.num_rows, num_classes, device=shard.device)
         for rows, features in shard.chunks(width=num_classes):
             zero_shot = shard.zero_shot_logits(rows, features, head=head)
             logits = features @ teacher.weight.T + teacher.bias + teacher.zero_shot_share * zero_shot
@@ -89,7 +91,7 @@ class Rounds:
             top, label = targets.max(dim=1)
             keep = top >= self.config.threshold  # step 3
             if shared is not None:
-                shared[shard.first_row + rows.start : shard.first_row + rows.stop] = targets
+                shared.fill(shard.first_row + rows.start, targets)
             targets = targets * keep[:, None]
             seen = torch.stack(shard.views(rows, features, strong=True)).mean(dim=0) if strong else features
             sums += product_sum(targets, seen)
@@ -116,9 +118,8 @@ class Rounds:
         """The log of the neighbours' mean target (m, K) of a chunk, weighted; zeros (K,) without neighbours."""
         if previous is None or previous.targets is None or self.shard.neighbours is None:
             return torch.zeros_like(teacher.bias)
-        device = self.shard.device
-        places, targets = self.shard.neighbours[rows].to(device), previous.targets.to(device)
-        around = torch.nn.functional.embedding_bag(places, targets, mode="mean")
+        places = self.shard.neighbours[rows].to(self.shard.device)
+        around = previous.targets.mean_of(places, num_classes=len(teacher.bias))
         weight = self.recipe.neighbour_weight * teacher.evidence
         return weight * torch.log(around + self.recipe.neighbour_floor)
 

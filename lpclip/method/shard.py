@@ -45,11 +45,16 @@ class Shard:
     num_rows: int = 0
     """Rows of all shards."""
     neighbours: Tensor | None = None
-    """(n, k) int64: places among all rows of each row's nearest neighbours; None uses no neighbours."""
+    """(n, k) int32: places among all rows of each row's nearest neighbours; None uses no neighbours."""
     zero_shot: Tensor | None = None
     """(n, K) float32 zero-shot logits, where the features are only a part of what gives them."""
     device: torch.device = CPU
     """Where the rows are worked on. Sums are taken in float64 everywhere, products in float32."""
+
+    @property
+    def stop_row(self) -> int:
+        """Place of the row behind the shard's last one."""
+        return self.first_row + len(self.features)
 
     def zero_shot_logits(self, rows: slice, features: Tensor, *, head: Tensor) -> Tensor:
         """(m, K) of the chunk `rows`, whose features (m, d) are given; `head` (K, d) is in units of logits."""

@@ -73,6 +73,41 @@ class Tally(NamedTuple):
     """Rows whose label is zero-shot's."""
 
 
+LARGEST_TARGETS = 16
+"""So many targets of a row are kept for its neighbours. All targets of ImageNet's images would take 5 GB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedTargets:
+    """The largest targets of all shards' rows, which neighbours look up."""
+
+    values: Tensor
+    """(num_rows, t) float32."""
+    classes: Tensor
+    """(num_rows, t) int32, each row's all different."""
+
+    @classmethod
+    def zeros(cls, num_rows: int, num_classes: int, *, device: torch.device) -> SharedTargets:
+        """Of no row yet. Every shard fills in its own rows, then they are added up."""
+        size = (num_rows, min(num_classes, LARGEST_TARGETS))
+        values = torch.zeros(size, device=device)
+        return cls(values=values, classes=torch.zeros(size, dtype=torch.int32, device=device))
+
+    def fill(self, first_row: int, targets: Tensor) -> None:
+        """Set the rows from `first_row` on to their targets (m, K)."""
+        values, classes = targets.topk(self.values.shape[1], dim=1)
+        self.values[first_row : first_row + len(targets)] = values
+        self.classes[first_row : first_row + len(targets)] = classes.int()
+
+    def mean_of(self, places: Tensor, *, num_classes: int) -> Tensor:
+        """The mean targets (m, K) of the rows at places (m, k)."""
+        total = torch.zeros(len(places), num_classes, device=places.device)
+        # One neighbour after the other: its classes are all different, so a GPU adds in the same order every time.
+        for each in places.long().unbind(dim=1):
+            total.scatter_add_(1, self.classes[each].long(), self.values[each])
+        return total / places.shape[1]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pass:
     """A teacher's labels of a shard's rows, with the sums of all shards."""
@@ -90,8 +125,8 @@ class Pass:
     """(n,) float32, this shard's."""
     kept: np.ndarray
     """(n,) bool, this shard's."""
-    targets: Tensor | None
-    """(num_rows, K) float32, the targets of all shards' rows, where neighbours are used."""
+    targets: SharedTargets | None
+    """Where neighbours are used."""
 
     def over_shards(self, all_reduce: AllReduce) -> Pass:
         """The pass with the sums and the targets of all shards, from one with its own shard's."""
@@ -100,7 +135,9 @@ class Pass:
         flat = all_reduce(torch.cat([part.flatten().cpu() for part in parts]))
         pieces = flat.split([part.numel() for part in parts])
         sums, counts, prior, tally = (p.reshape(o.shape) for p, o in zip(pieces, parts, strict=True))
-        targets = None if self.targets is None else all_reduce(self.targets)
+        targets = self.targets
+        if targets is not None:
+            targets = SharedTargets(values=all_reduce(targets.values), classes=all_reduce(targets.classes))
         return replace(
             self, sums=sums, counts=counts, prior=prior, tally=Tally(*tally.tolist()), targets=targets
         )

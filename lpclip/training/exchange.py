@@ -46,13 +46,6 @@ def exchange(mine: Features, *, chunk: int) -> Features:
     )
 
 
-def gather(rows: np.ndarray) -> np.ndarray:
-    """The rows of all workers, one worker's after the other's, for every worker."""
-    found: list[np.ndarray] = [rows] * dist.get_world_size()
-    dist.all_gather_object(found, rows)
-    return np.concatenate(found)
-
-
 def _places(keys: np.ndarray) -> list[np.ndarray]:
     """The places of each worker's rows among all rows in the order of their keys, for every worker."""
     found: list[np.ndarray] = [keys] * dist.get_world_size()

@@ -3,12 +3,15 @@
 OUT/rounds/identity.json            what is trained, so that other work's rounds are never continued
 OUT/rounds/round-001.safetensors    weight, bias, factors
 OUT/rounds/round-001.json           metrics; written after the tensors: the round exists when it does
+OUT/rounds/search.json              how far the search for neighbours is
 OUT/rounds/labels-0.parquet         the last round's pseudo-labels of worker 0
 OUT/rounds/finished.json            written last
 """
 
 from __future__ import annotations
 
+import math
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -31,7 +34,6 @@ from lpclip.encoders.head import Head
 from lpclip.features.describe import has_gpus
 from lpclip.features.store import Store
 from lpclip.method.fit import is_last_student, round_line
-from lpclip.method.gaussian import Whitening
 from lpclip.method.neighbours import comparison_dtype, nearest
 from lpclip.method.priors import Prior
 from lpclip.method.recipe import RECIPE
@@ -39,7 +41,7 @@ from lpclip.method.self_training import Rounds
 from lpclip.method.shard import CHUNK_ROWS, Shard, compute_device, fit_whitenings
 from lpclip.method.state import Pass, State
 from lpclip.progress import watched
-from lpclip.training.exchange import exchange, gather
+from lpclip.training.exchange import exchange
 from lpclip.training.process_group import ProcessGroup
 
 # The format of the rounds' files. Rounds of another format are never continued.
@@ -159,10 +161,15 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     whitenings = fit_whitenings(shard, all_reduce=all_reduce)
     if count:
         # Every worker takes part, whether it has rows or not.
-        among = gather(shard.features) if distributed else shard.features
-        shard = replace(
-            shard, neighbours=_find_neighbours(shard, among=among, count=count, whitening=whitenings.base)
+        found = nearest(
+            shard,
+            count=count,
+            whitening=whitenings.base,
+            dtype=comparison_dtype(),
+            all_reduce=all_reduce,
+            show=_Search(work.folder, shard.num_rows).note if rank == 0 else lambda done: None,
         )
+        shard = replace(shard, neighbours=found)
     training = Rounds(
         shard,
         head=torch.tensor(work.head.weight) / work.head.temperature,
@@ -189,16 +196,23 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         )
 
 
-def _find_neighbours(shard: Shard, *, among: np.ndarray, count: int, whitening: Whitening) -> Tensor:
-    return nearest(
-        shard.features,
-        among=among,
-        first_row=shard.first_row,
-        whitening=whitening,
-        count=count,
-        dtype=comparison_dtype(),
-        device=shard.device,
-    )
+@dataclass
+class _Search:
+    """How far the search for neighbours is: a worker notes it in a file, and the driver tells it."""
+
+    folder: str
+    num_rows: int
+    noted: float = -math.inf
+
+    def note(self, done: int) -> None:
+        """Note the number of rows that are done, twice a minute."""
+        if time.monotonic() >= self.noted + 30:
+            self.noted = time.monotonic()
+            files.write_json(_search_path(self.folder), {"done": done, "of": self.num_rows})
+
+
+def _search_path(folder: str) -> str:
+    return files.join(folder, "search.json")
 
 
 def load_shard(work: Work, *, part: int, num_parts: int) -> tuple[Shard, np.ndarray]:
@@ -236,13 +250,19 @@ def _write_round(folder: str, state: State) -> None:
 def _told_rounds(work: Work, tell: Callable[[str], None]) -> AbstractContextManager[None]:
     """Report rounds as their files appear in the folder."""
     seen = len(_round_names(work.folder))
+    searched = 0
 
     def metrics_of(name: str) -> dict[str, float]:
         found: dict[str, float] = files.read_json(files.join(work.folder, name))["metrics"]
         return found
 
     def look() -> None:
-        nonlocal seen
+        nonlocal seen, searched
+        path = _search_path(work.folder)
+        search = files.read_json(path) if not seen and files.exists(path) else {"done": 0}
+        if search["done"] > searched:
+            searched = search["done"]
+            tell(f"rounds: nearest neighbours of {searched:,} of {search['of']:,} images")
         names = _round_names(work.folder)
         for place, name in list(enumerate(names))[seen:]:
             before = metrics_of(names[place - 1]) if place else None

@@ -159,10 +159,7 @@ def prepare(
     neighbours = scores = None
     if count:
         tell(f"neighbours: the {count} nearest of {len(features):,} images, once for all trials")
-        found = nearest(
-            features, among=features, first_row=0, whitening=whitenings.base, count=count, dtype=dtype
-        )
-        neighbours = found.numpy().astype(np.int32)
+        neighbours = nearest(shard, count=count, whitening=whitenings.base, dtype=dtype).numpy()
     if len(features) * num_classes <= MAX_SHARED_SCORES:
         weight = torch.tensor(task.head.weight)
         scores = torch.cat([rows @ weight.T for _, rows in shard.chunks()]).numpy()
@@ -308,7 +305,7 @@ def _train(training: SelfTrainingConfig, *, material: Material) -> Iterator[tupl
         features=material.features,
         strong=material.strong,
         num_rows=len(material.features),
-        neighbours=torch.from_numpy(near[:, :count].astype(np.int64)) if near is not None and count else None,
+        neighbours=torch.from_numpy(near[:, :count]) if near is not None and count else None,
         zero_shot=torch.from_numpy(scores) / training.temperature if scores is not None else None,
     )
     rounds = Rounds(
