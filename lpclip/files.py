@@ -343,7 +343,9 @@ def open_parquet(path: str, *, remedy: str) -> Iterator[pq.ParquetFile]:
         with open_input(path) as stream:
             is_small = isinstance(stream, RemoteFile) and stream.size() <= WHOLE_BYTES
             source = pa.BufferReader(stream.read()) if is_small else stream
-            yield pq.ParquetFile(source, metadata=_read_footer(source), page_checksum_verification=True)
+            file = pq.ParquetFile(source, metadata=_read_footer(source), page_checksum_verification=True)
+            refuse_objects(file.schema_arrow)
+            yield file
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as error:
@@ -357,6 +359,21 @@ def read_columns(file: pq.ParquetFile, columns: list[str] | None = None) -> pa.T
     if len(table) != file.metadata.num_rows:
         raise OSError(f"{len(table)} rows in place of {file.metadata.num_rows}")
     return table
+
+
+def refuse_objects(schema: pa.Schema) -> None:
+    """Raise ArrowInvalid for a column whose values Python code makes: that of Ray Data's objects unpickles them."""
+    for field in schema:
+        if holds_objects(field.type):
+            raise pa.ArrowInvalid(f"column {field.name!r} holds Python objects, which are never unpickled")
+
+
+def holds_objects(dtype: pa.DataType) -> bool:
+    """True when Python code makes the values of an Arrow type, or of one within it."""
+    if pa.types.is_dictionary(dtype):
+        return holds_objects(dtype.value_type)
+    inner = (dtype.field(place).type for place in range(dtype.num_fields))
+    return isinstance(dtype, pa.ExtensionType) or any(map(holds_objects, inner))
 
 
 class RemoteFile(io.RawIOBase):

@@ -23,10 +23,10 @@ from lpclip.encoders.encoder import ImageNetwork, to_input, weights_digest
 from lpclip.encoders.weights import (
     HUB,
     PREPROCESS_KEYS,
-    cached_or_online,
     check_name,
     create_model,
     load_model,
+    load_tokenizer,
 )
 from lpclip.images.pixels import Preprocess, preprocess_identity
 
@@ -107,7 +107,7 @@ class OpenClipEncoder:
 
     @cached_property
     def _tokenizer(self) -> Callable[[list[str]], Tensor]:
-        return _tokenizer(self.name)
+        return load_tokenizer(self.name)
 
 
 class _ImageTower(torch.nn.Module):
@@ -203,7 +203,7 @@ def load_trainable(config: ModelConfig, *, seed: int) -> Trainable:
         name=name,
         model=model,
         preprocess=_preprocess(model.visual.preprocess_cfg),
-        tokenizer=_tokenizer(name),
+        tokenizer=load_tokenizer(name),
         locked=locked,
         open_clip_config={"model_cfg": get_model_config(name), "preprocess_cfg": views},
     )
@@ -218,10 +218,6 @@ def _silent() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-def _tokenizer(name: str) -> Callable[[list[str]], Tensor]:
-    return cached_or_online(lambda: open_clip.get_tokenizer(name), what=f"the tokenizer of {name}")
 
 
 def _preprocess(config: dict[str, Any]) -> Preprocess:

@@ -21,6 +21,7 @@ import open_clip
 from open_clip.factory import get_model_config
 from open_clip.pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg
 from safetensors import SafetensorError
+from torch import Tensor
 
 from lpclip.config import UserError
 
@@ -88,6 +89,8 @@ def create_model(name: str, *, what: str, **options: Any) -> Any:
 
     try:
         return cached_or_online(create, what=what)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{what}: not a file of plain weights (a pickle or TorchScript archive is never run): convert it"
@@ -103,6 +106,26 @@ def create_model(name: str, *, what: str, **options: Any) -> Any:
         UnicodeError,
     ) as error:
         raise UserError(f"{what}: the weights do not fit the model ({_first_line(error)})") from error
+    except ValueError as error:  # such as a text tower that comes with code of its own
+        raise UserError(f"{what}: {_first_line(error)}") from error
+
+
+def load_tokenizer(name: str) -> Callable[[list[str]], Tensor]:
+    """The tokenizer of an open_clip model. Raises UserError when it cannot be had, or comes with code of its own."""
+
+    def load() -> Any:
+        # A configuration may ask transformers to run code that lies beside the tokenizer.
+        from_hub = get_model_config(name)["text_cfg"].get("hf_tokenizer_name")
+        options = {"trust_remote_code": False} if from_hub else {}
+        return open_clip.get_tokenizer(name, **options)
+
+    what = f"the tokenizer of {name}"
+    try:
+        return cached_or_online(load, what=what)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{what}: {_first_line(error)}") from error
 
 
 def check_name(name: str) -> None:

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from lpclip.config import UserError, counted
 from lpclip.credentials import redact
+from lpclip.files import refuse_objects
 from lpclip.images.names import escaped_bytes
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "bytes", "uri", "url", "path", "filepath", "file_name")
@@ -198,7 +199,11 @@ def is_text(dtype: pa.DataType) -> bool:
 
 
 def without_views(table: pa.Table) -> pa.Table:
-    """The table with string and binary views, which Arrow cannot do much with, in their plain layouts."""
+    """The table with string and binary views, which Arrow cannot do much with, in their plain layouts.
+
+    Raises ArrowInvalid when a column holds Python objects.
+    """
+    refuse_objects(table.schema)
     schema = pa.schema([field.with_type(_plain_type(field.type)) for field in table.schema])
     return table if schema.types == table.schema.types else table.cast(schema)
 

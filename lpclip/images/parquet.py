@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lpclip.config import SourceConfig, UserError
-from lpclip.files import open_input
+from lpclip.files import holds_objects, open_input
 from lpclip.images.columns import (
     ID_COLUMNS,
     IMAGE_COLUMNS,
@@ -168,6 +168,8 @@ def _columns(
     text = text_column(texts, schemas[0], what=paths[0])
     for column in filter(None, (image, identity, label, text)):
         wanted = schemas[0].field(column).type
+        if holds_objects(wanted):
+            raise UserError(f"{paths[0]}: column {column!r} holds Python objects, which are never unpickled")
         for path, schema in zip(paths, schemas, strict=True):
             if column not in schema.names or schema.field(column).type != wanted:
                 raise UserError(f"{path}: column {column!r} is not there as {wanted}, as it is in {paths[0]}")

@@ -24,6 +24,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.train.torch import TorchTrainer
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -117,11 +118,17 @@ def run_rounds(work: Work, *, storage: str, tell: Callable[[str], None] = lambda
 
 
 def read_rounds(folder: str) -> list[State]:
-    """The rounds that are there, oldest first."""
+    """The rounds that are there, oldest first. Raises UserError when one is damaged."""
     states = []
     for name in _round_names(folder):
         text = files.read_json(files.join(folder, name))
-        tensors = load_tensors(files.read_bytes(files.join(folder, name.replace(".json", ".safetensors"))))
+        path = files.join(folder, name.replace(".json", ".safetensors"))
+        try:
+            tensors = load_tensors(files.read_bytes(path))
+        except SafetensorError as error:
+            raise UserError(
+                f"{path} is damaged ({error}): remove the folder {folder}, its rounds run again"
+            ) from error
         weight, bias, factors = tensors["weight"], tensors["bias"], tensors["factors"]
         states.append(State(weight=weight, bias=bias, factors=factors, **text))
     return states

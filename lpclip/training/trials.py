@@ -28,6 +28,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
@@ -239,8 +240,14 @@ def read_records(folder: str) -> dict[str, TrialRecord]:
 
 
 def read_classifier(folder: str, name: str) -> Linear:
-    """The classifier that a finished trial has trained."""
-    tensors = load_tensors(files.read_bytes(files.join(folder, f"{name}.safetensors")))
+    """The classifier that a finished trial has trained. Raises UserError when it is damaged."""
+    path = files.join(folder, f"{name}.safetensors")
+    try:
+        tensors = load_tensors(files.read_bytes(path))
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} is damaged ({error}): remove it and {name}.json, the trial runs again"
+        ) from error
     return Linear(weight=tensors["weight"], bias=tensors["bias"])
 
 
