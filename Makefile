@@ -30,8 +30,10 @@ INSTALL = $(PIP) install --no-compile --progress-bar off $(1) 2>&1 | tee .venv/i
 TORCH ?= $(shell [ "$$(uname)" != Linux ] || [ -e /proc/driver/nvidia ] || command -v nvidia-smi >/dev/null \
 	&& echo cuda || echo cpu)
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-# torch and torchvision must be of the same build.
+# torch and torchvision must be of the same build. The locks' hashes hold for everything but this build: it lies on an index of
+# its own, which `make lock` does not ask.
 CPU_PINS = $(shell sed -nE 's/^(torch|torchvision)==([^ ;]+).*/\1==\2+cpu/p' requirements.lock)
+WITHOUT_TORCH := sed -E '/^(cuda-|nvidia-|torch(vision)?==|triton==)/,/[^\\]$$/d'
 # An index that does not answer is given up after 10 seconds.
 FIND_CPU_PINS = for pin in $(CPU_PINS); do timeout 10 $(BIN)/python -m pip index versions "$${pin%==*}" --retries 0 \
 	--index-url $(CPU_INDEX) 2>/dev/null | grep -F "$${pin\#*==}" >/dev/null || exit 1; done
@@ -46,20 +48,23 @@ $(USERS): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "lpclip needs Python 3.11 or newer, and $(PYTHON) is not: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) -m venv --clear .venv
-	@size="about 3 GB"; cpu=; \
-	if [ "$(TORCH)" = cpu ] && ($(FIND_CPU_PINS)); then cpu="--extra-index-url $(CPU_INDEX) $(CPU_PINS)"; \
+	@size="about 3 GB"; lock=requirements.lock; cpu=; \
+	if [ "$(TORCH)" = cpu ] && ($(FIND_CPU_PINS)); then \
+		lock=.venv/without-torch.lock; $(WITHOUT_TORCH) requirements.lock >$$lock; cpu="--index-url $(CPU_INDEX) $(CPU_PINS)"; \
 	elif [ "$$(uname)" = Linux ]; then \
 		size="about 7.5 GB, most of it for CUDA"; \
 		[ "$(TORCH)" != cpu ] || echo "pip finds no $(CPU_PINS) at $(CPU_INDEX), so it takes PyTorch's ordinary build."; \
 	fi; \
 	echo "Making .venv from requirements.lock: a few minutes and $$size."; \
-	$(call INSTALL,-r requirements.lock $$cpu)
+	$(call INSTALL,--no-deps -r $$lock); \
+	[ -z "$$cpu" ] || { $(call INSTALL,--no-deps $$cpu); }
 	@$(PIP) install --quiet --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(DEVELOPERS): requirements-dev.lock $(USERS)
 	@echo "Adding the developers' tools to .venv from requirements-dev.lock: a minute and about 0.3 GB."
-	@$(call INSTALL,-r requirements-dev.lock)
+	@$(WITHOUT_TORCH) requirements-dev.lock >.venv/without-torch.lock
+	@$(call INSTALL,--no-deps -r .venv/without-torch.lock)
 	@touch $@
 
 demo: $(USERS)
@@ -85,15 +90,12 @@ docs: $(DEVELOPERS)
 	@$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
-# The CUDA packages are left out: torch pins those that its build needs, and the CPU build needs none. There are no hashes:
-# pip wants them for all packages or none, and the pin of torch stands for two builds, each on an index of its own.
-COMPILE := $(BIN)/python -m uv pip compile --quiet --universal --python-version 3.11 --upgrade --no-emit-index-url \
-	--no-emit-find-links --no-annotate --custom-compile-command "make lock" pyproject.toml
+# With the packages of CUDA, which the CPU build does not need, so that every package has hashes.
+COMPILE := $(BIN)/python -m uv pip compile --quiet --universal --python-version 3.11 --upgrade --generate-hashes \
+	--no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock" pyproject.toml
 lock: $(DEVELOPERS)
 	@$(COMPILE) --all-extras --output-file requirements-dev.lock
 	@$(COMPILE) --constraint requirements-dev.lock --output-file requirements.lock
-	@sed -i.bak -E '/^(cuda-|nvidia-|triton==)/d' requirements.lock requirements-dev.lock
-	@rm requirements.lock.bak requirements-dev.lock.bak
 
 ui: $(USERS)
 	@$(BIN)/lpclip ui

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import re
@@ -21,15 +22,30 @@ from packaging.utils import canonicalize_name
 from lpclip.encoders.lite import REINSTALL
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-USERS = (ROOT / "requirements.lock").read_text().splitlines()[2:]
-DEVELOPERS = (ROOT / "requirements-dev.lock").read_text().splitlines()[2:]
 CUDA = re.compile(r"cuda-|nvidia-|triton$")
 
 
+def read_lock(name: str) -> dict[str, list[str]]:
+    """The hashes of each pin."""
+    hashes: dict[str, list[str]] = {}
+    pin = ""
+    for line in (ROOT / name).read_text().splitlines():
+        if line.startswith(" "):
+            hashes[pin].append(line.strip(" \\"))
+        elif not line.startswith("#"):
+            pin = line.removesuffix(" \\")
+            hashes[pin] = []
+    return hashes
+
+
+USERS, DEVELOPERS = read_lock("requirements.lock"), read_lock("requirements-dev.lock")
+
+
 def packages_here(lines: Iterable[str]) -> set[str]:
-    """The packages of a lock that this machine needs."""
+    """The packages of a lock that this machine needs, CUDA's left out: the CPU build of PyTorch does without."""
     pins = [Requirement(line) for line in lines]
-    return {pin.name for pin in pins if pin.marker is None or pin.marker.evaluate()}
+    here = [pin for pin in pins if pin.marker is None or pin.marker.evaluate()]
+    return {pin.name for pin in here if not CUDA.match(pin.name)}
 
 
 def needed_here(requirements: Iterable[str]) -> set[str]:
@@ -60,12 +76,21 @@ def test_the_developers_lock_adds_to_the_users() -> None:
     assert packages_here(DEVELOPERS) == needed_here([*PROJECT["dependencies"], *tools])
 
 
+@pytest.mark.parametrize("lock", [USERS, DEVELOPERS])
+def test_every_pin_has_hashes_and_nothing_else(lock: dict[str, list[str]]) -> None:
+    assert all(hashes for hashes in lock.values())
+    wrong = [
+        line for hashes in lock.values() for line in hashes if not re.fullmatch(r"--hash=sha256:\w{64}", line)
+    ]
+    assert wrong == []
+
+
 def test_what_lite_asks_for_is_what_the_project_installs() -> None:
     assert {word for word in REINSTALL.split() if "==" in word} <= set(PROJECT["dependencies"])
 
 
-def write_wheel(folder: Path, name: str, version: str, *needs: str) -> None:
-    """An empty package, listed in the index `folder`."""
+def write_wheel(folder: Path, name: str, version: str, *needs: str) -> str:
+    """An empty package, listed in the index `folder`. Returns its pin in a lock."""
     (folder / name).mkdir(parents=True, exist_ok=True)
     stem = f"{name.replace('-', '_')}-{version}"
     file, info = f"{stem}-py3-none-any.whl", f"{stem}.dist-info"
@@ -77,22 +102,25 @@ def write_wheel(folder: Path, name: str, version: str, *needs: str) -> None:
         wheel.writestr(f"{info}/RECORD", "")
     with (folder / name / "index.html").open("a") as page:
         page.write(f'<a href="{file.replace("+", "%2B")}">{file}</a>\n')
+    digest = hashlib.sha256((folder / name / file).read_bytes()).hexdigest()
+    return f"{name}=={version} \\\n    --hash=sha256:{digest}\n"
 
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """This Makefile beside the locks of a small project, an ordinary index and one with CPU builds."""
+    lock = write_wheel(tmp_path / "ordinary", "nvidia-stand-in", "1.0")
     for name in ("torch", "torchvision"):
-        write_wheel(tmp_path / "ordinary", name, "1.0", "nvidia-stand-in")
+        lock += write_wheel(tmp_path / "ordinary", name, "1.0", "nvidia-stand-in")
         write_wheel(tmp_path / "cpu", name, "1.0+cpu")
-    write_wheel(tmp_path / "ordinary", "nvidia-stand-in", "1.0")
-    write_wheel(tmp_path / "ordinary", "tool", "1.0")
+    lock += write_wheel(tmp_path / "ordinary", "library", "1.0")
+    tool = write_wheel(tmp_path / "ordinary", "tool", "1.0")
     write_wheel(tmp_path / "ordinary", "project", "1.0")
     folder = tmp_path / "clone"
     folder.mkdir()
     shutil.copy(ROOT / "Makefile", folder)
-    (folder / "requirements.lock").write_text("torch==1.0\ntorchvision==1.0\n")
-    (folder / "requirements-dev.lock").write_text("tool==1.0\ntorch==1.0\ntorchvision==1.0\n")
+    (folder / "requirements.lock").write_text(lock)
+    (folder / "requirements-dev.lock").write_text(lock + tool)
     system = 'build-backend = "backend"\nbackend-path = ["."]\nrequires = []'
     (folder / "pyproject.toml").write_text(
         f'[build-system]\n{system}\n[project]\nname = "project"\nversion = "1.0"'
@@ -129,7 +157,7 @@ def test_pytorchs_cpu_build_comes_without_cuda_and_stays_when_the_tools_come(clo
     status, said = make(clone, ".installed", index)
     assert status == 0, said
     assert "about 3 GB." in said
-    users = {"torch-1.0+cpu", "torchvision-1.0+cpu", "project-1.0"}
+    users = {"torch-1.0+cpu", "torchvision-1.0+cpu", "library-1.0", "project-1.0"}
     assert installed(clone) == users
     status, said = make(clone, ".installed-dev", index)
     assert status == 0, said
@@ -143,7 +171,8 @@ def test_an_index_that_does_not_answer_costs_a_sentence_and_a_failure_leaves_no_
     status, said = make(clone, ".installed", index)
     assert status == 0, said
     assert "pip finds no torch==1.0+cpu torchvision==1.0+cpu at http://127.0.0.1:9/whl/cpu, so it" in said
-    assert installed(clone) == {"torch-1.0", "torchvision-1.0", "nvidia_stand_in-1.0", "project-1.0"}
+    users = {"torch-1.0", "torchvision-1.0", "nvidia_stand_in-1.0", "library-1.0", "project-1.0"}
+    assert installed(clone) == users
     assert (clone / ".venv" / ".installed").exists()
 
     shutil.rmtree(clone.parent / "ordinary" / "tool")
@@ -151,3 +180,13 @@ def test_an_index_that_does_not_answer_costs_a_sentence_and_a_failure_leaves_no_
     assert status != 0
     assert "No matching distribution found for tool==1.0" in said
     assert not (clone / ".venv" / ".installed-dev").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["library", "torch"])
+def test_a_file_that_is_not_the_locks_is_not_installed(name: str, clone: Path) -> None:
+    write_wheel(clone.parent / "ordinary", name, "1.0", "something-else")
+    status, said = make(clone, ".installed", "CPU_INDEX=http://127.0.0.1:9/whl/cpu")
+    assert status != 0
+    assert "DO NOT MATCH THE HASHES" in said
+    assert not (clone / ".venv" / ".installed").exists()
