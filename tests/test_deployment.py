@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,17 @@ def test_the_rayjob_runs_a_job_of_this_project_with_flags_it_knows(
 
 def test_the_rayjob_has_the_images_ray(rayjob: dict[str, Any]) -> None:
     version = rayjob["spec"]["rayClusterSpec"]["rayVersion"]
-    assert f"ARG RAY={version}\n" in (ROOT / "Dockerfile").read_text()
-    assert f"\nray=={version}\n" in (ROOT / "requirements.lock").read_text()
+    assert f"\nray=={version} " in (ROOT / "requirements.lock").read_text()
+
+
+def test_the_image_is_of_this_version_and_installs_as_make_does() -> None:
+    image, make = ((ROOT / name).read_text() for name in ("Dockerfile", "Makefile"))
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"org.opencontainers.image.version={version} " in image
+    # What is left of the lock without PyTorch, and the pins of its CPU build.
+    for command in (r"sed -E '(.*)'", r"sed -nE '(.*)'"):
+        (there,), (here,) = re.findall(command, image), re.findall(command, make)
+        assert there == here.replace("$$", "$")
 
 
 def test_the_cluster_is_one_that_ray_takes() -> None:
