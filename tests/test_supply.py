@@ -157,7 +157,7 @@ class TestFiles:
     ) -> None:
         (tmp_path / "classes.txt").write_bytes(bomb)
         command = f"selftrain.py --data {photos} --classes {tmp_path}/classes.txt --out {tmp_path}/out"
-        assert "classes.txt is not UTF-8 text" in refusal(command, monkeypatch, capsys)
+        assert "classes.txt holds a byte of 0" in refusal(command, monkeypatch, capsys)
 
 
 def write_parquet(folder: Path, column: str, bomb: bytes) -> Path:

@@ -23,6 +23,7 @@ from lpclip.encoders.encoder import ImageNetwork, to_input, weights_digest
 from lpclip.encoders.weights import (
     HUB,
     PREPROCESS_KEYS,
+    cached_or_online,
     check_name,
     create_model,
     load_model,
