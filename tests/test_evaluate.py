@@ -595,12 +595,9 @@ def strange(work: Work) -> Path:
         "views": {"views": "weak"},
         "templates": {"templates": ["{}"]},
     }
-    for name, change in changes.items():
-        shutil.copytree(work.trained / "probe", folder / name)
-        about = json.loads((folder / name / "probe.json").read_text())
-        about["encoder"] |= change
-        (folder / name / "probe.json").write_text(json.dumps(about))
     probe = load_probe(str(work.trained / "probe"))
+    for name, change in changes.items():
+        replace(probe, encoder=probe.encoder | change).save(str(folder / name))
     replace(probe, class_names=tuple(reversed(CLASSES))).save(str(folder / "classes"))
     two = replace(probe, weight=probe.weight[:2].clone(), bias=probe.bias[:2].clone())
     replace(two, class_names=CLASSES[:2]).save(str(folder / "two"))

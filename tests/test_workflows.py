@@ -125,7 +125,10 @@ def test_rounds_that_nothing_confirms_are_not_believed(
     assert not found["prior"]["trusted"]
     assert found["zero_shot"] == base["zero_shot"], "the teacher's temperature is not zero-shot's"
     printed = capsys.readouterr().out
-    assert "WARNING: OUT/probe will be zero-shot, because the rounds cannot be trusted: the halves" in printed
+    assert (
+        "WARNING: the probe will be zero-shot itself, because the rounds cannot be trusted: the halves"
+        in printed
+    )
     assert "images for each class name" not in printed
     assert probe_bytes(work / "doubted") == probe_bytes(work / "doubted", "zero_shot")
     assert found["probe"] == found["zero_shot"]

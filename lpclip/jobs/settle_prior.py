@@ -103,8 +103,8 @@ def settle_prior(
 def print_tried(name: str, found: Confirmation) -> None:
     """Print how far rounds in halves of the features' directions confirm the rounds with one prior."""
     print(
-        f"  {name}: rounds in the halves repeat {found.agreement:.1%} of its labels "
-        f"(kappa {found.kappa:.2f}; 0 is chance, 1 is all)",
+        f"  {name}: rounds in the halves repeat {found.agreement:.1%} of its labels: "
+        f"{found.kappa:.2f} where 0 is chance and 1 is all (Cohen's kappa)",
         flush=True,
     )
 
@@ -125,5 +125,6 @@ def print_prior(name: str, tried: dict[str, Confirmation], *, trusted: bool) -> 
     if not trusted:
         why = "; ".join(tried[name].doubts)
         print(
-            f"WARNING: OUT/probe will be zero-shot, because the rounds cannot be trusted: {why}", flush=True
+            f"WARNING: the probe will be zero-shot itself, because the rounds cannot be trusted: {why}",
+            flush=True,
         )
