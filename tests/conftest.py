@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import random
 import shlex
 import signal
 import subprocess
 import sys
 import tarfile
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -283,3 +285,69 @@ def trained(
 def blind(cluster: None, lite_map: None, lake: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
     """Trained on the same images without labels, encoded for itself."""
     return _train(tmp_path_factory.mktemp("work") / "blind", f"--data {lake}/unlabelled.parquet")
+
+
+class Throttle:
+    """Stands before a server and refuses a share of the requests with 503, as S3 does when there are too many."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._random = random.Random(0)
+        self.share = 0.0
+        self.only = ""
+        """Requests for paths without this are never refused."""
+        self.refused = 0
+        self.methods: list[str] = []
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        self.methods.append(environ["REQUEST_METHOD"])
+        if self.only not in environ["PATH_INFO"] or self._random.random() >= self.share:
+            return self._app(environ, start_response)
+        self.refused += 1
+        body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+        start_response(
+            "503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))]
+        )
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+
+    @contextlib.contextmanager
+    def refusing(self, share: float, *, only: str = "") -> Iterator[None]:
+        """Refuse this share of the requests in the block."""
+        self.share, self.only = share, only
+        try:
+            yield
+        finally:
+            self.share, self.only = 0.0, ""
+
+
+@pytest.fixture(scope="session")
+def server(environment: None) -> Iterator[tuple[str, Throttle]]:
+    """A server with an empty bucket: host:port, and what throttles it. The keys are in every test's environment."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    assert server._server is not None
+    throttle = server._server.app = Throttle(server._server.app)
+    host, port = server.get_host_and_port()
+    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/bucket", method="PUT")).close()
+    yield f"{host}:{port}", throttle
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def endpoint(server: tuple[str, Throttle]) -> str:
+    """host:port of the server."""
+    return server[0]
+
+
+@pytest.fixture(scope="session")
+def throttle(server: tuple[str, Throttle]) -> Throttle:
+    """What stands before the server."""
+    return server[1]
+
+
+@pytest.fixture(scope="session")
+def options(endpoint: str) -> str:
+    """What follows a URI that names its server itself."""
+    return f"?endpoint_override={endpoint}&scheme=http"

@@ -34,7 +34,7 @@ from lpclip.features.pipeline import check_quarantine, decode_units, fill_store,
 from lpclip.features.pulse import Pulse
 from lpclip.features.stalls import CPU_LIMITS, LIMITS
 from lpclip.features.store import Store, fingerprint
-from lpclip.features.store_writer import StoreWriter
+from lpclip.features.store_writer import StoreWriter, find_or_make
 from lpclip.features.stored_views import Encoded, Views
 from lpclip.features.zero_shot_labels import ZeroShotLabels
 from lpclip.images.source import Source
@@ -89,15 +89,18 @@ class Encoding:
             print(f"features of {data.name}: {counted(rows, 'image')}, as given", flush=True)
             return Encoded(store=data.origin, seconds=0.0, reused=True, rate=None)
         path = files.join(files.absolute(self.folder), f"{data.name}-{fingerprint(identity)[:12]}")
-        store = Store.find(path)
-        if store is not None:
-            check_quarantine(data.origin, store)
-            print(f"features of {data.name}: found in {path}", flush=True)
-            return Encoded(store=store, seconds=time.monotonic() - begin, reused=True, rate=None)
-        print(f"features of {data.name}: encoding to {path}, {self.plan()}", flush=True)
-        store = self.encode(data.origin, views=views, path=path, zero_shot=zero_shot)
-        seconds = time.monotonic() - begin
-        return Encoded(store=store, seconds=seconds, reused=False, rate=store.manifest.images_per_second)
+        source, name = data.origin, f"features of {data.name}"
+
+        def make() -> Store:
+            print(f"{name}: encoding to {path}, {self.plan()}", flush=True)
+            return self.encode(source, views=views, path=path, zero_shot=zero_shot)
+
+        store, is_new = find_or_make(path, name=name, make=make)
+        if not is_new:
+            check_quarantine(source, store)
+            print(f"{name}: found in {path}", flush=True)
+        rate = store.manifest.images_per_second if is_new else None
+        return Encoded(store=store, seconds=time.monotonic() - begin, reused=not is_new, rate=rate)
 
     def one_store_of(self, data: Data, views: tuple[View, ...]) -> Encoded:
         """One store of the data that has all these views: given, found in the folder, or encoded.

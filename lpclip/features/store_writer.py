@@ -11,15 +11,15 @@ import contextlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lpclip import files
-from lpclip.config import UserError
+from lpclip import files, locks
+from lpclip.config import UserError, counted
 from lpclip.features.store import CHECKSUMS, SOUND, Manifest, Store, fingerprint, open_part, refuse_other
 
 DIGEST_MODULUS = 1 << 128
@@ -68,6 +68,28 @@ def list_parts(path: str) -> list[Part]:
 def _is_whole(parts: list[Part]) -> bool:
     ends = [0, *(part.stop for part in parts)]
     return [part.start for part in parts] == ends[:-1] and parts[-1].last
+
+
+def find_or_make(path: str, *, name: str, make: Callable[[], Store]) -> tuple[Store, bool]:
+    """The complete store at `path`, and whether it was made now. One job makes it, and others that want it wait.
+
+    A line tells of that, at once and every minute, with the store's `name`. Where the job fails or dies, one of the
+    others goes on.
+    """
+
+    def tell(who: str) -> None:
+        parts = counted(len(list_parts(path)), "part")
+        print(
+            f"{name}: waiting for another job, which makes them in {path}, {parts} so far ({who})", flush=True
+        )
+
+    if store := Store.find(path):
+        return store, False
+    with locks.hold(path, wait=tell):
+        # It may have been made meanwhile.
+        if store := Store.find(path):
+            return store, False
+        return make(), True
 
 
 @dataclass(frozen=True)
@@ -139,12 +161,18 @@ class StoreWriter:
         """Check that every unit is there, gather the quarantine and write the manifest. Returns the complete store.
 
         `rate` is in images a second. `known` has what is known of parts by name; other parts are opened.
+        Raises UserError when a unit is missing, or not whole.
         """
         parts = list_parts(self.path)
         whole = {
             unit for unit, group in itertools.groupby(parts, key=lambda p: p.unit) if _is_whole([*group])
         }
-        assert whole == set(range(num_units)), f"{num_units - len(whole)} units are missing in {self.path}"
+        if missing := set(range(num_units)) - whole:
+            raise UserError(
+                f"{counted(len(missing), 'unit')} {'is' if len(missing) == 1 else 'are'} missing in {self.path}: "
+                "another process has written or removed parts; the same command encodes what is missing"
+            )
+        assert len(whole) == num_units, f"{self.path} has units that its source has not"
         facts = list(read_facts(self.path, parts, known=known or {}))
         labelled = [item.num_labelled for item in facts if item.num_labelled is not None]
         quarantine = [row for item in facts for row in item.quarantine]

@@ -47,7 +47,9 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
     start_ray()
     encoder, info = describe_probes_encoder(probe, job=job, with_head=False)
     views = base_views(probe.encoder["views"])
-    folder = job.features or files.add_suffix(job.out, ".features")
+    # Locked beside OUT, even where it stays empty: many jobs may share --features.
+    folder = files.add_suffix(job.out, ".features")
+    shared = files.add_suffix(files.absolute(job.features), "") if job.features else None
     with output_folder(folder) as held, contextlib.ExitStack() as stack:
         print_plan(data, None, info=info, views=",".join(map(str, views)), out=job.out)
         watch.lap("start")
@@ -59,7 +61,7 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
         encoding = Encoding(
             info=info,
             encoder=encoder,
-            folder=held,
+            folder=shared or held,
             batch_size=job.batch_size,
             device=job.device,
             decode=job.decode,
@@ -76,9 +78,8 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
         quarantine, told = _keep_quarantine(store, job.out), count_line(data, store)
         watch.lap("label")
         kept = run.end(encoding_metrics(encoded, watch.seconds))
-    # It is not there where nothing was encoded.
-    if job.features is None and files.exists(folder):
-        files.delete_folder(folder)
+    if held != shared and files.exists(held):
+        files.delete_folder(held)
     print(format_table([{"label": name, "images": count} for name, count in counts.most_common(20)]))
     print(told)
     images, quarantined = counts.total(), store.manifest.num_quarantined

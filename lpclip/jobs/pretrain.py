@@ -24,6 +24,7 @@ from lpclip.features.describe import has_gpus
 from lpclip.features.pairs import PairStore, pairs_identity, prepare_pairs
 from lpclip.features.pipeline import check_quarantine
 from lpclip.features.store import Store, fingerprint
+from lpclip.features.store_writer import find_or_make
 from lpclip.images.source import Source
 from lpclip.jobs import tracking
 from lpclip.jobs.console import command_line, print_mlflow, shown
@@ -109,11 +110,13 @@ def _read_pairs(
     # Ray Train's workers run in folders of their own, so the path is absolute.
     folder = files.absolute(job.pairs or files.join(out, "pairs"))
     path = files.join(folder, f"{source.name}-{identity['pairs'][:12]}")
-    store = Store.find(path)
-    if store is None:
+
+    def make() -> Store:
         print(f"pairs: reading to {shown(path)}", flush=True)
-        store = prepare_pairs(source, preprocess=trainable.preprocess, path=path)
-    else:
+        return prepare_pairs(source, preprocess=trainable.preprocess, path=path)
+
+    store, is_new = find_or_make(path, name="pairs", make=make)
+    if not is_new:
         check_quarantine(source, store)
         print(f"pairs: found in {shown(path)}", flush=True)
     pairs = PairStore(path)

@@ -13,10 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 import lpclip
-from lpclip import files
+from lpclip import files, locks
 from lpclip.config import UserError, counted
 from lpclip.jobs.process import job_began, ray_log
 
@@ -38,8 +36,11 @@ def output_folder(out: str) -> Iterator[str]:
     working directory is a temporary copy that is deleted later.
     """
     if "://" in out:
-        files.make_folder(out)
-        with tempfile.TemporaryDirectory() as here, ray_log(log := f"{here}/{RAY_LOG}"):
+        with (
+            _alone_in(out),
+            tempfile.TemporaryDirectory() as here,
+            ray_log(log := f"{here}/{RAY_LOG}"),
+        ):
             try:
                 yield files.add_suffix(out, "")
             finally:
@@ -53,24 +54,30 @@ def output_folder(out: str) -> Iterator[str]:
         )
     path = files.absolute(out)
     is_new = not Path(path).exists()
-    files.make_folder(path)
-    lock = filelock.FileLock(Path(path) / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise UserError(f"another job is writing to {out}: wait for it, or choose another --out") from error
-    try:
-        with ray_log(str(Path(path) / RAY_LOG)):
-            yield path
-    finally:
-        # A command that is refused leaves nothing behind.
-        is_empty = {entry.name for entry in Path(path).iterdir()} <= {".lock", RAY_LOG}
-        if is_empty:
-            Path(path, RAY_LOG).unlink(missing_ok=True)
-            Path(lock.lock_file).unlink()
-        lock.release()
-        if is_empty and is_new:
-            Path(path).rmdir()
+    with _alone_in(path):
+        try:
+            with ray_log(str(Path(path) / RAY_LOG)):
+                yield path
+        finally:
+            # A command that is refused leaves nothing behind.
+            left = [Path(path, name) for name in (RAY_LOG, locks.FILE)]
+            if Path(path).exists() and {*Path(path).iterdir()} <= {*left}:
+                for file in left:
+                    file.unlink(missing_ok=True)
+                if is_new:
+                    Path(path).rmdir()
+
+
+@contextlib.contextmanager
+def _alone_in(out: str) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locks.hold(out))
+        except locks.LockedError as who:
+            raise UserError(
+                f"another job is writing to {out} ({who}): wait for it, or choose another --out"
+            ) from who
+        yield
 
 
 def claim(out: str, identity: dict[str, Any], *, mark: bool = True, shared: str = "features") -> None:
