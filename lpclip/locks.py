@@ -98,10 +98,11 @@ class Holder:
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.since))
         return f"{self.job} of {self.user} on {self.host}, process {self.process}, since {since}"
 
-    def has_died(self) -> bool:
-        """True when it was a process of this machine, and is no more."""
-        is_here = self.machine and (self.host, self.machine) == (socket.gethostname(), _machine())
-        return bool(is_here) and _began(self.process) != self.began
+    def lives(self) -> bool | None:
+        """Say whether a process of this machine lives; None of a process elsewhere."""
+        if not self.machine or (self.host, self.machine) != (socket.gethostname(), _machine()):
+            return None
+        return _began(self.process) == self.began
 
 
 def _machine() -> str:
@@ -127,6 +128,8 @@ class _Lock(Protocol):
 
     poll_seconds: float
     attempts: int
+    is_sure: bool
+    """Whether the one who has it is known to live."""
 
     def take(self) -> Holder | str | None:
         """Try to take it. Returns None when that succeeded, or else who has it."""
@@ -142,7 +145,7 @@ def hold(
     """Have a folder, which is made, for this job alone in the block.
 
     While another job has it, `wait` is called with who that is, at once and every minute. Without it, LockedError is
-    raised. A claim that is lost meanwhile interrupts the block and becomes a UserError.
+    raised as soon as the other is known to live. A claim that is lost in the block ends it with a UserError.
     """
     files.make_folder(folder)
     filesystem, inner = files.resolve(folder)
@@ -158,8 +161,11 @@ def hold(
             continue
         if rival is None:
             break
-        if wait is None and attempt >= lock.attempts:
+        if wait is None and attempt >= lock.attempts and lock.is_sure:
             raise LockedError(str(rival))
+        if wait is None and attempt == lock.attempts:
+            text = f"{folder}: waiting for a sign of life of {rival}, until its lock can be broken"
+            print(text, file=sys.stderr, flush=True)
         if wait is not None and time.monotonic() - told >= tell_seconds:
             told = time.monotonic()
             wait(str(rival))
@@ -173,6 +179,7 @@ class _KernelLock:
 
     poll_seconds = 1.0
     attempts = 1
+    is_sure = True
 
     def __init__(self, folder: str) -> None:
         self._folder, self._file = Path(folder), -1
@@ -230,9 +237,12 @@ class _Claim:
         self.poll_seconds = min(5.0, self._period)
         self._lost = False
         # What the last look saw, and when it is time for the next.
-        self._rivals: set[str] = set()
+        self._rivals: dict[str, Holder | str] = {}
         self._rival: Holder | str = "another process"
         self._look_again = 0.0
+        # When each claim was written that was ever seen, at first sight.
+        self._first: dict[str, float] = {}
+        self.is_sure = False
 
     def take(self) -> Holder | str | None:
         return patiently(self._folder, self._take)
@@ -243,7 +253,7 @@ class _Claim:
         self._filesystem.create_dir(self._claims, recursive=True)
         self._write()
         try:
-            times = self._times()
+            times = self._look()
             now = times.pop(self._name, None)
             if now is None:  # removed as dead: the store has taken minutes
                 return self._rival
@@ -254,18 +264,30 @@ class _Claim:
             self._delete(self._name)
             raise
         self._delete(self._name)
-        self._rivals, self._look_again = set(living), time.monotonic() + 2 * self._period
+        self._rivals, self._look_again = living, time.monotonic() + 2 * self._period
         known = [who for who in living.values() if isinstance(who, Holder)]
         self._rival = min(known, key=lambda who: who.since, default="another process")
+        self.is_sure |= True in self._lives()
         return self._rival
 
     def _is_held_still(self) -> bool:
         """Say so from the names of the claims alone: a claim of one's own is in the way of others."""
-        if time.monotonic() > self._look_again or (
-            isinstance(self._rival, Holder) and self._rival.has_died()
-        ):
+        if time.monotonic() > self._look_again or False in self._lives():
             return False
-        return self._rivals <= self._times().keys()
+        is_held = self._rivals.keys() <= self._look().keys()
+        self.is_sure |= True in self._lives()
+        return is_held
+
+    def _lives(self) -> list[bool | None]:
+        """Say of each rival that is known whether it lives."""
+        return [who.lives() for who in self._rivals.values() if isinstance(who, Holder)]
+
+    def _look(self) -> dict[str, float]:
+        """When each claim was written. One that is written again while others look on is of somebody who lives."""
+        times = self._times()
+        others = {name: when for name, when in times.items() if name != self._name}
+        self.is_sure = any(self._first.setdefault(name, when) < when for name, when in others.items())
+        return times
 
     def _living(self, name: str, age: float) -> Holder | str | None:
         """Who has made a claim that was renewed `age` seconds ago. A dead one is removed, and None returned."""
@@ -274,7 +296,7 @@ class _Claim:
                 holder = Holder.read(stream.read())
         except FileNotFoundError:
             return None
-        has_died = holder is not None and holder.has_died()
+        has_died = holder is not None and holder.lives() is False
         if not has_died and age <= (holder or self._holder).dead_after:
             return holder or "another process"
         self._delete(name)

@@ -21,8 +21,10 @@ from lpclip.features.store import Store
 from lpclip.features.store_writer import StoreWriter, list_parts
 
 HOLD = """
-import sys
+import os, sys
 from lpclip import locks
+if "ELSEWHERE" in os.environ:
+    locks._machine = lambda: "another"
 try:
     with locks.hold(sys.argv[1]):
         print("held", flush=True)
@@ -131,6 +133,22 @@ def test_a_claim_that_is_not_renewed_is_broken_by_its_age_and_its_holder_ends(
         assert "has lost its lock" in process.stdout.readline()
         assert process.wait() == 0
         assert len(claims(bucket)) == 1
+
+
+def test_a_claim_of_another_machine_is_waited_for_until_it_lives_or_is_broken(
+    bucket: str, hold: Hold, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LPCLIP_LOCK_SECONDS", "10")
+    process = hold(bucket, ELSEWHERE="1")
+    with pytest.raises(locks.LockedError, match=f"process {process.pid}, since"):
+        locks.hold(bucket).__enter__()
+    process.kill()
+    process.wait()
+    capsys.readouterr()
+    with locks.hold(bucket):
+        said = capsys.readouterr().err
+    assert f"{bucket}: waiting for a sign of life of" in said
+    assert "which had not been renewed for" in said
 
 
 def test_a_holder_that_slept_keeps_a_claim_that_nobody_broke(bucket: str, hold: Hold) -> None:
