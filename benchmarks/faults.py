@@ -295,6 +295,14 @@ class Job:
         self._process.kill()
         wait_for(lambda: not any(map(is_alive, {*self._left} - {*agents})), "the end of a killed job's Ray")
 
+    def stop(self) -> None:
+        """Let the job's process stand still."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Let it go on."""
+        self._process.send_signal(signal.SIGCONT)
+
     def ends(self) -> int:
         """Its exit code."""
         return self._process.wait(timeout=WAIT_SECONDS)
@@ -330,9 +338,9 @@ class Trial:
         """Since its begin."""
         return time.monotonic() - self._begin
 
-    def job(self, *flags: str, address: str = "") -> Job:
+    def job(self, *flags: str, address: str = "", out: str = "out") -> Job:
         """Give the command, with further flags, to a cluster or a private Ray."""
-        words = ["--data", str(self.data.path), "--out", str(self.folder / "out"), *self.data.flags, *flags]
+        words = ["--data", str(self.data.path), "--out", str(self.folder / out), *self.data.flags, *flags]
         log = self.folder / f"job-{len(self._jobs)}.log"
         self._jobs.append(Job([*self._command, *words], log, address=address))
         return self._jobs[-1]
@@ -485,6 +493,21 @@ def encoder_killed(trial: Trial) -> Row:
         kill(titled(job.below(), "ray::MapWorker"))
         job.ends()
     return trial.row(before, exits=(0,), says="an encoder was lost, going on")
+
+
+def two_jobs(trial: Trial) -> Row:
+    """A second job begins in the middle of the first, with the same --features: it waits, and takes what is there."""
+    shared = ("--features", str(trial.folder / "out" / "features"))
+    with trial.job(*shared) as first:
+        before = trial.reach_the_middle()
+        # The first stands still until the second has met it.
+        first.stop()
+        with trial.job(*shared, out="other") as second:
+            wait_for(lambda: "waiting for another job" in second.told or not second.runs, "the second job")
+            first.go_on()
+            first.ends()
+            second.ends()
+    return trial.row(before, exits=(0, 0), says="waiting for another job")
 
 
 def machine_lost(trial: Trial) -> Row:
@@ -650,6 +673,7 @@ def two_gpus(trial: Trial) -> Row:
 FAULTS: dict[str, tuple[Callable[[Trial], Row], Callable[[Lab], Data]]] = {
     "driver-killed": (driver_killed, lambda lab: lab.few),
     "encoder-killed": (encoder_killed, lambda lab: lab.few),
+    "two-jobs": (two_jobs, lambda lab: lab.few),
     "machine-lost": (machine_lost, lambda lab: lab.few),
     "machines-lost": (machines_lost, lambda lab: lab.few),
     "machine-joins": (machine_joins, lambda lab: lab.few),

@@ -13,12 +13,13 @@ import torch
 from conftest import CLASSES, ROOT
 
 from lpclip.config import EncoderConfig, UserError
-from lpclip.encoders import on_cpu
+from lpclip.encoders import kept, on_cpu
 from lpclip.encoders.engine import CPU_BATCH, computes_bfloat16
 from lpclip.encoders.kept import keep
 from lpclip.encoders.load import load_encoder
 from lpclip.encoders.on_cpu import describe_on_cpu, load_tower
 from lpclip.encoders.prompts import DEFAULT_TEMPLATES
+from lpclip.encoders.zero_shot import describe
 
 pytestmark = pytest.mark.usefixtures("lite_map")
 LITE = EncoderConfig(precision="float32")
@@ -60,6 +61,7 @@ import sys, numpy as np
 from lpclip.config import EncoderConfig
 from lpclip.encoders.on_cpu import describe_on_cpu, load_tower
 from lpclip.encoders.prompts import DEFAULT_TEMPLATES
+from lpclip.encoders.zero_shot import describe
 config = EncoderConfig(precision="float32")
 info = describe_on_cpu(config, {CLASSES!r}, DEFAULT_TEMPLATES)
 pixels = np.zeros(({CPU_BATCH}, info.preprocess.size, info.preprocess.size, 3), np.uint8)
@@ -128,6 +130,36 @@ def test_a_job_leaves_alone_what_a_faster_one_kept_meanwhile(
     )
     assert network.stat().st_ino == before
     assert [path.name for path in (tmp_path / "cache" / "encoders").iterdir()] == [network.parent.name]
+
+
+def test_a_job_leaves_alone_what_a_faster_one_keeps_while_it_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LPCLIP_CACHE", str(tmp_path / "cache"))
+    weights = save_weights("tiny-vit-32", tmp_path / "weights.pt", seed=0)
+    config = replace(LITE, encoder="tiny-vit-32", pretrained=weights)
+    info = describe(config, (), (), device="cpu")
+    seen, find = list[int](), kept.find
+
+    def kept_files() -> list[int]:
+        found = tmp_path.glob("cache/encoders/*/network.*")
+        return [path.stat().st_ino for path in found if path.parent.suffix != ".part"]
+
+    def convert(path: Path) -> None:
+        path.write_text("network")
+        path.with_suffix(".bin").write_text("weights")
+
+    def look(config: EncoderConfig, *, precision: str) -> kept.Kept | None:
+        found = find(config, precision=precision)
+        monkeypatch.setattr(kept, "find", find)
+        keep(config, info, convert=convert)
+        seen.extend(kept_files())
+        return found
+
+    monkeypatch.setattr(kept, "find", look)
+    for _ in range(2):
+        keep(config, info, convert=convert)
+    assert seen == kept_files()
 
 
 def test_where_openvino_cannot_run_a_model_torch_does_and_says_so(

@@ -233,9 +233,9 @@ def test_a_second_job_on_one_output_folder_is_refused(
     with output_folder(str(work / "trained")):
         for job in ("selftrain.py", "encode.py"):
             message = refusal(f"{job} {command}", monkeypatch, capsys)
-            assert (
-                message == f"another job is writing to {work}/trained: wait for it, or choose another --out"
-            )
+            assert message.startswith(f"another job is writing to {work}/trained (")
+            assert message.endswith("): wait for it, or choose another --out")
+            assert f", process {os.getpid()}, since 20" in message
 
 
 def test_predict_labels_images_as_the_probe_does(

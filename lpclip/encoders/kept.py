@@ -116,11 +116,14 @@ def keep(config: EncoderConfig, info: EncoderInfo, *, convert: Callable[[Path], 
         convert(part / NETWORK[0])
         known = {"info": asdict(replace(info, head=None)), "files": _hashes(part)}
         (part / "encoder.json").write_text(json.dumps(known, indent=2))
-        found = find(config, precision=info.identity["precision"])
-        # Another job may have been faster, and may be reading its files.
-        if found is None or found.info.identity != info.identity:
-            shutil.rmtree(folder, ignore_errors=True)
+        try:
             part.rename(folder)
+        except OSError:
+            # Another job may have been faster, and may be reading its files.
+            found = find(config, precision=info.identity["precision"])
+            if found is None or found.info.identity != info.identity:
+                shutil.rmtree(folder, ignore_errors=True)
+                part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
