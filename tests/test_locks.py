@@ -239,6 +239,21 @@ def written(folder: str) -> tuple[str, dict[str, bytes]]:
     return path, {part.name: files.read_bytes(files.join(path, part.name)) for part in list_parts(path)}
 
 
+@pytest.fixture
+def begin() -> Iterator[Hold]:
+    """Starts a job, of which nothing is left at the end of the test."""
+    processes = []
+
+    def begin(command: str) -> subprocess.Popen[str]:
+        processes.append(start(command))
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
 def wait_until(condition: Callable[[], Any], *processes: subprocess.Popen[str]) -> None:
     """Wait for a condition while these processes run."""
     while not condition():
@@ -257,14 +272,14 @@ def alone(tars: Path, lite_map: None, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_of_two_jobs_that_want_the_same_features_one_encodes_them_and_the_other_waits(
-    folder: str, tars: Path, alone: dict[str, bytes], tmp_path: Path
+    folder: str, tars: Path, alone: dict[str, bytes], tmp_path: Path, begin: Hold
 ) -> None:
     command = f"encode.py --data {tars} --features {folder} --out {tmp_path}"
-    first = start(f"{command}/first")
+    first = begin(f"{command}/first")
     # Stopped while the features are half made, so that the other meets them so.
     wait_until(lambda: files.list_folders(folder), first)
     first.send_signal(signal.SIGSTOP)
-    second = start(f"{command}/second")
+    second = begin(f"{command}/second")
     told = read_until(second, "waiting for another job, which makes them in")
     assert f"process {first.pid}, since" in told
     first.send_signal(signal.SIGCONT)
@@ -282,14 +297,14 @@ def test_of_two_jobs_that_want_the_same_features_one_encodes_them_and_the_other_
 
 
 def test_where_the_job_dies_that_makes_the_features_the_other_goes_on(
-    tars: Path, alone: dict[str, bytes], tmp_path: Path
+    tars: Path, alone: dict[str, bytes], tmp_path: Path, begin: Hold
 ) -> None:
     features = tmp_path / "features"
     command = f"encode.py --data {tars} --features {features} --out {tmp_path}"
-    first = start(f"{command}/first")
+    first = begin(f"{command}/first")
     wait_until(lambda: list(features.glob("*/part-*.parquet")), first)
     first.send_signal(signal.SIGSTOP)
-    second = start(f"{command}/second")
+    second = begin(f"{command}/second")
     read_until(second, "waiting for another job, which makes them in")
     before = {path.name: path.stat().st_mtime_ns for path in features.glob("*/part-*.parquet")}
     first.kill()
