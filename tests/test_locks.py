@@ -232,10 +232,14 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def stores(folder: str) -> list[str]:
+    """The stores in a folder, complete or not."""
+    return [files.join(folder, name) for name in files.list_folders(folder)]
+
+
 def written(folder: str) -> tuple[str, dict[str, bytes]]:
     """The one store in a folder: its path, and the bytes of its parts."""
-    (name,) = files.list_folders(folder)
-    path = files.join(folder, name)
+    (path,) = stores(folder)
     return path, {part.name: files.read_bytes(files.join(path, part.name)) for part in list_parts(path)}
 
 
@@ -271,13 +275,14 @@ def alone(tars: Path, lite_map: None, tmp_path_factory: pytest.TempPathFactory) 
     return written(f"{out}/features")[1]
 
 
+@pytest.mark.slow
 def test_of_two_jobs_that_want_the_same_features_one_encodes_them_and_the_other_waits(
     folder: str, tars: Path, alone: dict[str, bytes], tmp_path: Path, begin: Hold
 ) -> None:
     command = f"encode.py --data {tars} --features {folder} --out {tmp_path}"
     first = begin(f"{command}/first")
     # Stopped while the features are half made, so that the other meets them so.
-    wait_until(lambda: files.list_folders(folder), first)
+    wait_until(lambda: any("identity.json" in files.list_names(path) for path in stores(folder)), first)
     first.send_signal(signal.SIGSTOP)
     second = begin(f"{command}/second")
     told = read_until(second, "waiting for another job, which makes them in")
