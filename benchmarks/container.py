@@ -51,7 +51,8 @@ Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
 CYCLONEDX = "cyclonedx-bom==7.5.0"
 UPGRADE = "apt-get update && apt-get upgrade --yes && apt-get clean && rm -rf /var/lib/apt/lists/* /var/log/*"
 # Where buildah's chroot is no wall, namespaces are: Ray looks at all processes, and takes fixed ports.
-ALONE = ["unshare", "--net", "--pid", "--mount-proc", "--fork", "--kill-child"]
+LOOPBACK = 'ip link set lo up && exec "$@"'
+ALONE = ["unshare", "--net", "--pid", "--mount-proc", "--fork", "--kill-child", "sh", "-c", LOOPBACK, "sh"]
 DEMO = "python jobs/selftrain.py --limit 300 --eval-limit 100 --rounds 3"
 CHECKS = {
     "rights": """
@@ -61,7 +62,11 @@ CHECKS = {
         pip check
     """,
     "help": "lpclip selftrain --help >/tmp/help && head -3 /tmp/help",
-    "demo": f"{DEMO} --out runs/demo",
+    "demo": f"""
+        mkdir -p ~/.cache/lpclip/datasets
+        ln -s /data ~/.cache/lpclip/datasets/fashion-mnist
+        {DEMO} --out runs/demo
+    """,
     "predict": "lpclip predict --probe runs/demo/probe --data fashion-mnist --limit 100 --out labels.parquet",
     "ray": f"""
         export RAY_AUTH_MODE=token
@@ -122,7 +127,7 @@ def main(options: Options) -> None:
     container = run("buildah", "from", options.tag).strip()
     try:
         data = named_parquet("fashion-mnist", split="train").parent
-        inside = f"--volume={data}:/home/ray/.cache/lpclip/datasets/fashion-mnist:ro"
+        inside = f"--volume={data}:/data:ro"
         for name, script in CHECKS.items():
             command = ["bash", "-c", f"set -eu -o pipefail\n{script}"]
             timed(name, *ALONE, "buildah", "run", "--isolation=chroot", inside, container, "--", *command)
@@ -194,7 +199,8 @@ def layer_sizes(tag: str) -> list[tuple[str, int]]:
     bytes_of = {layer.get("diff-digest"): layer["diff-size"] for layer in json.loads(kept.read_text())}
     made = [entry["created_by"] for entry in image["OCIv1"]["history"] if not entry.get("empty_layer")]
     digests = image["OCIv1"]["rootfs"]["diff_ids"]
-    return [(" ".join(by.split())[-60:], bytes_of[digest]) for by, digest in zip(made, digests, strict=True)]
+    what = [" ".join(by.removeprefix("/bin/sh -c ").removeprefix("#(nop) ").split())[:60] for by in made]
+    return [(by, bytes_of[digest]) for by, digest in zip(what, digests, strict=True)]
 
 
 if __name__ == "__main__":
