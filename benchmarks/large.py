@@ -32,6 +32,7 @@ import open_clip
 import pyarrow as pa
 import torch
 import tyro
+from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import save_file
 
 from lpclip.config import EncoderConfig
@@ -87,11 +88,18 @@ def make_encoder(folder: Path) -> EncoderConfig:
     return EncoderConfig(encoder=str(config), pretrained=str(weights), precision="float32")
 
 
+def words(count: int) -> list[str]:
+    """Words of one token each: the tiny text tower tells them apart."""
+    ends = [text.removesuffix("</w>") for text in SimpleTokenizer().encoder if text.endswith("</w>")]
+    known = [text for text in ends if text.isalpha() and len(text) > 4]
+    return known[:: len(known) // count][:count]
+
+
 def planted(labels: np.ndarray, *, centres: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """(n, d) float16 of unit norm: a direction that all share, a class's centre, and noise."""
     common = np.full(DIM, DIM**-0.5, np.float32)
     noise = rng.standard_normal((len(labels), DIM), dtype=np.float32) * DIM**-0.5
-    rows = 0.5 * common + 0.5 * centres[labels] + 0.9 * noise
+    rows = 0.5 * common + 0.5 * centres[labels] + 0.75 * noise
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
 
 
@@ -102,11 +110,11 @@ def write_store(path: Path, *, info: EncoderInfo, names: list[str], num_images: 
         return found
     assert info.head is not None
     rng = np.random.default_rng(0)
-    # The texts know half of where a class lies.
+    # The texts know most of where a class lies.
     own = rng.standard_normal((len(names), DIM), dtype=np.float32) * DIM**-0.5
     texts = info.head - info.head.mean(axis=0)
     texts /= np.linalg.norm(texts, axis=1, keepdims=True)
-    centres = texts + own
+    centres = 2 * texts + own
     centres /= np.linalg.norm(centres, axis=1, keepdims=True)
     rng = np.random.default_rng(seed)
     made = {"name": path.name, "rows": num_images, "seed": seed, "label_names": names}
@@ -168,12 +176,12 @@ def proportional_bytes(pid: int) -> int:
     return 1024 * sum(map(int, re.findall(r"^Pss: +(\d+)", text, re.MULTILINE)))
 
 
-def run(name: str, words: list[str], *, log: Path) -> dict[str, str]:
+def run(name: str, command: list[str], *, log: Path) -> dict[str, str]:
     """Run a job. Returns a row of the table."""
-    print(f"{name}: {shlex.join(words)}", flush=True)
+    print(f"{name}: {shlex.join(command)}", flush=True)
     begin = time.monotonic()
     with log.open("w") as output:
-        job = subprocess.Popen([sys.executable, "-u", *words], stdout=output, stderr=subprocess.STDOUT)
+        job = subprocess.Popen([sys.executable, "-u", *command], stdout=output, stderr=subprocess.STDOUT)
         memory = Memory(job.pid)
         code = job.wait()
     seconds = time.monotonic() - begin
@@ -194,7 +202,7 @@ def main(options: Options) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     encoder = make_encoder(folder)
     flags = ["--encoder", encoder.encoder, "--pretrained", str(encoder.pretrained), "--precision", "float32"]
-    names = [f"thing {number}" for number in range(options.classes)]
+    names = words(options.classes)
     classes = folder / "classes.txt"
     classes.write_text("\n".join(names))
     info = describe(encoder, tuple(names), templates("default"))
@@ -207,20 +215,28 @@ def main(options: Options) -> None:
     for workers in options.workers.split(","):
         out = folder / f"selftrain-{workers}"
         shutil.rmtree(out, ignore_errors=True)
-        words = ["jobs/selftrain.py", "--data", str(many), "--eval-data", str(few), "--classes", str(classes)]
-        words += [*flags, "--views", "weak,strong", "--num-workers", workers, "--out", str(out)]
+        command = [
+            "jobs/selftrain.py",
+            "--data",
+            str(many),
+            "--eval-data",
+            str(few),
+            "--classes",
+            str(classes),
+        ]
+        command += [*flags, "--views", "weak,strong", "--num-workers", workers, "--out", str(out)]
         if options.neighbours != "auto":
-            words += ["--neighbours", options.neighbours]
-        name = f"selftrain, {workers} workers" if workers != "0" else "selftrain"
-        rows.append(run(name, words, log=folder / f"selftrain-{workers}.log"))
-        rows[-1] |= figures(out)
+            command += ["--neighbours", options.neighbours]
+        name = "selftrain" if workers == "0" else f"selftrain, workers: {workers}"
+        rows.append(run(name, command, log=folder / f"selftrain-{workers}.log") | figures(out))
         probe = probe or str(out / "probe")
     labels = folder / "labels.parquet"
-    words = ["jobs/predict.py", "--probe", probe, "--data", str(many), "--out", str(labels)]
-    rows.append(run("predict", words, log=folder / "predict.log"))
-    words = ["jobs/evaluate.py", "--probe", probe, "--data", str(few), "--out", str(folder / "evaluate")]
-    rows.append(run("evaluate", words, log=folder / "evaluate.log"))
-    print(format_table(rows))
+    command = ["jobs/predict.py", "--probe", probe, "--data", str(many), "--out", str(labels)]
+    rows.append(run("predict", command, log=folder / "predict.log"))
+    command = ["jobs/evaluate.py", "--probe", probe, "--data", str(few), "--out", str(folder / "evaluate")]
+    rows.append(run("evaluate", command, log=folder / "evaluate.log"))
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    print(format_table([{key: row.get(key, "") for key in columns} for row in rows]))
     if options.json:
         Path(options.json).write_text(json.dumps(rows, indent=2))
 
@@ -228,8 +244,12 @@ def main(options: Options) -> None:
 def figures(out: Path) -> dict[str, str]:
     """What a training came to, out of its summary."""
     summary = json.loads((out / "summary.json").read_text())
-    print(json.dumps(summary)[:3000])
-    return {}
+    return {
+        "minutes of the rounds": f"{summary['timings']['rounds'] / 60:.1f}",
+        "rounds": str(len(summary["rounds"])),
+        "zero-shot %": f"{100 * summary['zero_shot']['accuracy']:.1f}",
+        "probe %": f"{100 * summary['probe']['accuracy']:.1f}",
+    }
 
 
 if __name__ == "__main__":
