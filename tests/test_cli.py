@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from conftest import ROOT
+from conftest import ROOT, descendants, start
 from PIL import Image
 
 from lpclip.config import EncodeJob, EvaluateJob, PredictJob, SelftrainJob, UserError, to_dict
@@ -298,6 +299,23 @@ def test_a_temporary_folder_too_long_for_ray_s_sockets_is_told_in_a_sentence(tmp
         "error: the path of the temporary folder is too long for Ray's sockets: set RAY_TMPDIR (or TMPDIR) to a short "
         "path, such as /tmp\n"
     )
+
+
+@pytest.mark.slow
+def test_a_ray_that_starts_too_late_is_told_in_a_sentence(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
+    job = start(f"encode.py --data {tmp_path} --out {tmp_path / 'out'}", RAY_ADDRESS="")
+    found: list[int] = []
+    while not found and job.poll() is None:
+        found = [pid for pid, words in descendants(job.pid).items() if "raylet/raylet" in words.split(" ")[0]]
+        time.sleep(0.01)
+    os.kill(found[0], signal.SIGSTOP)
+    assert "error: Ray did not start within the 30 seconds that it waits" in job.communicate(timeout=240)[1]
+    assert job.returncode == 1
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{found[0]}").exists():
+        assert time.monotonic() < deadline, "Ray's process is still there"
+        time.sleep(0.1)
 
 
 def test_a_folder_that_ray_cannot_start_in_is_told_in_a_sentence(tmp_path: Path) -> None:

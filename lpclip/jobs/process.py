@@ -31,6 +31,9 @@ _SHOWN = {"ray": logging.ERROR, "ray.data": logging.CRITICAL, "ray.tune": loggin
 # Ray's warnings, which wait here until there is a file for them.
 _warnings = logging.handlers.MemoryHandler(capacity=1)
 
+TOO_LATE = "timed out during startup"
+"""Words of Ray's exception, which has no class of its own."""
+
 _BEGAN = time.monotonic()
 # Set while a command runs; a job called from a notebook or a test begins when it is called.
 _starting: Future[None] | None = None
@@ -54,11 +57,11 @@ def job_began() -> float:
 def start_ray() -> None:
     """Join the cluster that RAY_ADDRESS names, as in a submitted job, or start a private one on this machine.
 
-    Where `begin_command` did so already, wait for it. Raises UserError when no cluster answers there, or the path of
-    the temporary folder is too long.
+    Where `begin_command` did so already, wait for it. Raises UserError when no cluster answers there, the path of the
+    temporary folder is too long, or the machine is too busy.
     """
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    with _short_path_asked_for():
+    with _starts_explained():
         if _starting is not None:
             _starting.result()
         else:
@@ -78,17 +81,22 @@ def start_ray() -> None:
 
 
 @contextlib.contextmanager
-def _short_path_asked_for() -> Iterator[None]:
-    """Explain that Ray's sockets, which lie in the temporary folder, have no room for its path."""
+def _starts_explained() -> Iterator[None]:
+    """Explain what keeps Ray from starting: its sockets lie in the temporary folder, and it waits for 30 seconds."""
     try:
         yield
-    except OSError as error:
-        if "AF_UNIX" not in str(error):
-            raise
-        raise UserError(
-            "the path of the temporary folder is too long for Ray's sockets: set RAY_TMPDIR (or TMPDIR) to a short "
-            "path, such as /tmp"
-        ) from error
+    except Exception as error:
+        if isinstance(error, OSError) and "AF_UNIX" in str(error):
+            raise UserError(
+                "the path of the temporary folder is too long for Ray's sockets: set RAY_TMPDIR (or TMPDIR) to a short "
+                "path, such as /tmp"
+            ) from error
+        if TOO_LATE in str(error):
+            raise UserError(
+                "Ray did not start within the 30 seconds that it waits: this machine is busy; run the command again "
+                "when less runs on it, or name a running cluster in RAY_ADDRESS"
+            ) from error
+        raise
 
 
 @contextlib.contextmanager
