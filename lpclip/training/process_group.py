@@ -21,8 +21,8 @@ SIOCGIFADDR = 0x8915
 class ProcessGroup(TorchConfig):
     """Ray's own configuration, for machines whose names say nothing of where they are.
 
-    By itself gloo listens where the machine's name leads. That is 127.0.1.1 on an installed Debian or Ubuntu, where no
-    other machine finds it.
+    By itself gloo listens where the machine's name leads. That is often 127.0.0.1 or 127.0.1.1, where no other machine
+    finds it.
     """
 
     @property
