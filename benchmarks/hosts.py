@@ -312,7 +312,9 @@ def trials(out: Path) -> Iterator[tuple[str, bytes]]:
     for path in sorted((out / "trials").glob("*.json")):
         record = json.loads(path.read_text())
         del record["seconds"]
-        yield path.stem, json.dumps(record).encode() + path.with_suffix(".safetensors").read_bytes()
+        # A trial that failed, as one that kept no label, has none.
+        weights = path.with_suffix(".safetensors")
+        yield path.stem, json.dumps(record).encode() + (weights.read_bytes() if weights.exists() else b"")
 
 
 COLOURS = ("--classes", "red,green,blue,yellow,grey", "--prior", "uniform")

@@ -61,7 +61,6 @@ import sys, numpy as np
 from lpclip.config import EncoderConfig
 from lpclip.encoders.on_cpu import describe_on_cpu, load_tower
 from lpclip.encoders.prompts import DEFAULT_TEMPLATES
-from lpclip.encoders.zero_shot import describe
 config = EncoderConfig(precision="float32")
 info = describe_on_cpu(config, {CLASSES!r}, DEFAULT_TEMPLATES)
 pixels = np.zeros(({CPU_BATCH}, info.preprocess.size, info.preprocess.size, 3), np.uint8)
