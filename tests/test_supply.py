@@ -216,7 +216,7 @@ class TestWhatJobsWrite:
     def test_rays_own_record_of_a_sweep_is_not_read(
         self, bomb: bytes, trained: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        (store,) = (path.parent for path in trained.out.parent.glob("features/*-labelled-*/manifest.json"))
+        store = trained.summary["features"]["train"]
         command = f"tune.py --space quick --trials 2 --data {store} --classes tennis%20ball,stop%20sign,traffic%20cone"
         first = run(f"{command} --out {tmp_path}/first", monkeypatch)
         written = [path.relative_to(tmp_path / "first") for path in (tmp_path / "first/ray").rglob("*.pkl")]
