@@ -145,7 +145,7 @@ def main(options: Options) -> None:
 
 
 def run(*command: str | Path) -> str:
-    """What a command prints. A failure ends the program, with the last of what it said."""
+    """Run a command and return what it prints. If it fails, the program ends with the last lines of its output."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
         sys.exit(f"{done.stdout[-4000:]}\n{command[0]} failed, with {done.returncode}")

@@ -89,7 +89,7 @@ class Options:
 
 
 class Link:
-    """What becomes of packets that are given to it: they come out late, or never."""
+    """Delays packets, or drops them."""
 
     def __init__(self) -> None:
         self.cut: frozenset[int] = frozenset()
@@ -144,7 +144,7 @@ class Network:
         self._remove()
 
     def inside(self, host: int) -> list[str]:
-        """What a command begins with that runs on the host."""
+        """The first words of a command, so that it runs on the host."""
         return ["ip", "netns", "exec", _namespace(host)]
 
     def processes(self, host: int) -> list[Any]:
@@ -291,7 +291,7 @@ class Hosts:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a job has to do."""
+    """A job's data, flags and results."""
 
     data: Callable[[Lab], Data]
     flags: tuple[str, ...] = ()
@@ -364,7 +364,7 @@ class Run:
             self._check_is_under_way()
 
     def kill(self, host: int) -> None:
-        """SIGKILL for everything on a host."""
+        """Kill every process on a host with SIGKILL."""
         self.hosts.network.kill(host)
         self._check_is_under_way()
 
@@ -396,7 +396,7 @@ def cut_short(run: Run) -> str:
 
 
 def cut_long(run: Run) -> str:
-    """The same until Ray has given the host up. Its Ray ends by itself when it learns of that, and is started anew."""
+    """Cut a host off until Ray has given it up. Its own Ray then ends by itself, and starts again."""
     run.cut(host := run.hosts.working())
     seconds = run.given_up(host)
     run.cut()
@@ -408,7 +408,7 @@ def cut_long(run: Run) -> str:
 
 
 def killed(run: Run) -> str:
-    """SIGKILL for everything on a host. Ray is started anew when the host was missed."""
+    """Kill every process on a host. Its Ray starts again when the cluster has noticed the loss."""
     run.kill(host := run.hosts.working())
     seconds = run.given_up(host)
     run.hosts.start(host)
@@ -487,7 +487,7 @@ class Bench:
 def compare(
     alone: Path, out: Path, *, rows: Callable[[Path], Iterator[tuple[str, bytes]]], trial: Trial, note: str
 ) -> Row:
-    """What has become of the rows and the probe of a job, beside those on one host."""
+    """Compare the rows and the probe of a job with those of the same job on one host."""
     expected, found = dict(rows(alone)), list(rows(out))
     counts = Counter(name for name, _ in found)
     probe = Path("probe") / "probe.safetensors"

@@ -60,7 +60,7 @@ EVALUATED = 50_000
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is measured."""
+    """Size of the data, and the trainings to measure."""
 
     images: int = 1_281_167
     classes: int = 1000

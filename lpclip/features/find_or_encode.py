@@ -169,68 +169,72 @@ class Encoding:
 
         Raises UserError when too many images are bad, or the folder is another store's.
         """
-        info = self.info
         writer = StoreWriter(path, self.identity(source, views))
         if zero_shot is not None:
             files.make_folder(zero_shot.folder)
-        beside = zero_shot.write if zero_shot is not None else None
-        pixels = pixel_views(views)
         if self.decode == "gpu" and not self.plan().gpus_per_actor:
             raise UserError("--decode gpu needs a GPU, and there is none: leave it out, then CPUs decode")
+        columns = ("id", "label", "texts", *map(str, views))
+        beside = zero_shot.write if zero_shot is not None else None
+        commit_parts = partial(commit, writer=writer, columns=columns, beside=beside)
 
         def stages(todo: list[int], name: str) -> ray.data.Dataset:
-            plan = self.plan()
-            group = units_at_once(
-                len(todo),
-                num_gpus=plan.num_actors if plan.gpus_per_actor else 0,
-                num_cpus=ray.cluster_resources().get("CPU", 0),
-            )
-            decoded = decode_units(
-                source,
-                todo,
-                views=pixels,
-                preprocess=info.preprocess,
-                seed=self.seed,
-                num_consumers=plan.num_actors,
-                leave_jpegs=self.decode == "gpu",
-                # A unit of which nobody knows the number of rows is a tar, and large by itself.
-                at_once=group if source.num_rows is not None else 1,
-            )
-            # Ray Data insists on a number of rows where GPUs are asked for. It puts tables together to reach it.
-            rows = group * batch_rows(self.batch_size, views, info.preprocess)
-            at_once: dict[str, Any] = {}
-            if plan.gpus_per_actor:
-                # While a thread waits for the GPU, another prepares the next table.
-                at_once = {"max_concurrent_calls_per_actor": 2, "enable_true_multi_threading": True}
-            encoded = decoded.map_batches(
-                EncodeStage,
-                batch_size=rows if plan.gpus_per_actor else None,
-                batch_format="pyarrow",
-                fn_constructor_args=(
-                    self.encoder,
-                    replace(info, head=None),
-                    views,
-                    self.batch_size,
-                    plan.num_threads,
-                    source.config if self.decode == "gpu" else None,
-                ),
-                compute=ray.data.ActorPoolStrategy(size=min(plan.num_actors, len(todo)), **at_once),
-                num_cpus=plan.cpus_per_actor,
-                num_gpus=plan.gpus_per_actor,
-                max_restarts=0,
-                max_task_retries=0,
-                # A process with an environment of its own starts later.
-                runtime_env={"env_vars": TORCH_ENV} if info.engine == "torch" else None,
-                ray_remote_args_fn=lambda: {"name": f"{name}-{uuid.uuid4().hex}"},
-            )
-            columns = ("id", "label", "texts", *map(str, views))
-            commit_parts = partial(commit, writer=writer, columns=columns, beside=beside)
+            encoded = self._encoded(source, todo, views=views, name=name)
             # A commit asks for no share of a CPU: decoding would take it again and again, and commits would wait.
             return encoded.map_batches(commit_parts, batch_size=None, batch_format="pyarrow", num_cpus=0)
 
         limits = LIMITS if self.plan().gpus_per_actor else CPU_LIMITS
         return fill_store(
             source, writer=writer, what="encoding", stages=stages, limits=limits, tell=self.tell
+        )
+
+    def _encoded(
+        self, source: Source, todo: list[int], *, views: tuple[View, ...], name: str
+    ) -> ray.data.Dataset:
+        """The units of `todo`, decoded and encoded on the cluster as it is now. Actors have names with this prefix."""
+        info, plan = self.info, self.plan()
+        group = units_at_once(
+            len(todo),
+            num_gpus=plan.num_actors if plan.gpus_per_actor else 0,
+            num_cpus=ray.cluster_resources().get("CPU", 0),
+        )
+        decoded = decode_units(
+            source,
+            todo,
+            views=pixel_views(views),
+            preprocess=info.preprocess,
+            seed=self.seed,
+            num_consumers=plan.num_actors,
+            leave_jpegs=self.decode == "gpu",
+            # A unit of which nobody knows the number of rows is a tar, and large by itself.
+            at_once=group if source.num_rows is not None else 1,
+        )
+        # Ray Data insists on a number of rows where GPUs are asked for. It puts tables together to reach it.
+        rows = group * batch_rows(self.batch_size, views, info.preprocess)
+        at_once: dict[str, Any] = {}
+        if plan.gpus_per_actor:
+            # While a thread waits for the GPU, another prepares the next table.
+            at_once = {"max_concurrent_calls_per_actor": 2, "enable_true_multi_threading": True}
+        return decoded.map_batches(
+            EncodeStage,
+            batch_size=rows if plan.gpus_per_actor else None,
+            batch_format="pyarrow",
+            fn_constructor_args=(
+                self.encoder,
+                replace(info, head=None),
+                views,
+                self.batch_size,
+                plan.num_threads,
+                source.config if self.decode == "gpu" else None,
+            ),
+            compute=ray.data.ActorPoolStrategy(size=min(plan.num_actors, len(todo)), **at_once),
+            num_cpus=plan.cpus_per_actor,
+            num_gpus=plan.gpus_per_actor,
+            max_restarts=0,
+            max_task_retries=0,
+            # A process with an environment of its own starts later.
+            runtime_env={"env_vars": TORCH_ENV} if info.engine == "torch" else None,
+            ray_remote_args_fn=lambda: {"name": f"{name}-{uuid.uuid4().hex}"},
         )
 
 

@@ -70,18 +70,12 @@ def open_manifest(
     table, notes = _read_manifest(under(listing.root, file.path))
     names = table.column_names
     image_column, image_array = _path_column(table, config.image_column, what=file.path)
+    paths = image_array.fill_null("").to_pylist()
     id_column = pick_column(config.id_column, ID_COLUMNS, names, what=file.path)
+    ids = _row_ids(table, id_column, paths=paths, are_numbers=config.id_column == "", what=file.path)
     marked = marked_columns(config.label_column, names)
     wanted = "" if marked else config.label_column
     label_column = pick_column(wanted, LABEL_COLUMNS, names, what=file.path)
-    paths = image_array.fill_null("").to_pylist()
-    ids = [f"{file.path}:{row}" for row in range(len(paths))]
-    if id_column:
-        ids = _ids(as_strings(table[id_column], name=id_column, what=file.path), what=file.path)
-    elif config.id_column is None:
-        # A row without a path has the number of its line.
-        named = [path if path.strip() else row for path, row in zip(paths, ids, strict=True)]
-        ids = _ids(pa.chunked_array([named], pa.string()), what=file.path)
     texts_from = text_column(texts, table.schema, what=file.path)
     own_texts = as_texts(table[texts_from]) if texts_from else None
     labels, label_names = _labels(table, label_column, what=file.path)
@@ -130,6 +124,20 @@ def open_manifest(
         left_out=beyond_limit(len(ids), len(chosen)),
         notes=notes,
     )
+
+
+def _row_ids(
+    table: pa.Table, column: str | None, *, paths: list[str], are_numbers: bool, what: str
+) -> list[str]:
+    """Each row's id: out of its column, the number of its line where ids `are_numbers`, or else its path."""
+    numbers = [f"{what}:{row}" for row in range(len(paths))]
+    if column:
+        return _ids(as_strings(table[column], name=column, what=what), what=what)
+    if are_numbers:
+        return numbers
+    # A row without a path has the number of its line.
+    named = [path if path.strip() else number for path, number in zip(paths, numbers, strict=True)]
+    return _ids(pa.chunked_array([named], pa.string()), what=what)
 
 
 def _ids(names: pa.ChunkedArray, *, what: str) -> list[str]:

@@ -24,8 +24,6 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.train.torch import TorchTrainer
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
@@ -44,6 +42,7 @@ from lpclip.method.state import Pass, State
 from lpclip.progress import watched
 from lpclip.training.exchange import exchange
 from lpclip.training.process_group import ProcessGroup
+from lpclip.training.tensors import read_tensors
 
 # The format of the rounds' files. Rounds of another format are never continued.
 FORMAT = 4
@@ -123,12 +122,7 @@ def read_rounds(folder: str) -> list[State]:
     for name in _round_names(folder):
         text = files.read_json(files.join(folder, name))
         path = files.join(folder, name.replace(".json", ".safetensors"))
-        try:
-            tensors = load_tensors(files.read_bytes(path))
-        except SafetensorError as error:
-            raise UserError(
-                f"{path} is damaged ({error}): remove the folder {folder}, its rounds run again"
-            ) from error
+        tensors = read_tensors(path, remedy=f"remove the folder {folder}, its rounds run again")
         weight, bias, factors = tensors["weight"], tensors["bias"], tensors["factors"]
         states.append(State(weight=weight, bias=bias, factors=factors, **text))
     return states

@@ -28,8 +28,6 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from lpclip import files
@@ -43,6 +41,7 @@ from lpclip.method.recipe import RECIPE
 from lpclip.method.self_training import Rounds
 from lpclip.method.shard import Shard, Whitenings, fit_whitenings
 from lpclip.training.search_space import Parameters, SearchSpace, plain, trial_config
+from lpclip.training.tensors import read_tensors
 
 # Trials of another format are of another recipe: a sweep never goes on with them.
 FORMAT = 2
@@ -242,12 +241,7 @@ def read_records(folder: str) -> dict[str, TrialRecord]:
 def read_classifier(folder: str, name: str) -> Linear:
     """The classifier that a finished trial has trained. Raises UserError when it is damaged."""
     path = files.join(folder, f"{name}.safetensors")
-    try:
-        tensors = load_tensors(files.read_bytes(path))
-    except SafetensorError as error:
-        raise UserError(
-            f"{path} is damaged ({error}): remove it and {name}.json, the trial runs again"
-        ) from error
+    tensors = read_tensors(path, remedy=f"remove it and {name}.json, the trial runs again")
     return Linear(weight=tensors["weight"], bias=tensors["bias"])
 
 
