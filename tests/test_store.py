@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from lpclip.config import digest
-from lpclip.features.store import CHECKSUMS, Store, fingerprint, matrix, mean_view, row_order
+from lpclip.encoders.passes import mean_view
+from lpclip.features.store import CHECKSUMS, Store, fingerprint, matrix, row_order
 from lpclip.features.store_writer import DIGEST_MODULUS, Part, StoreWriter, list_parts
 
 DIM = 8

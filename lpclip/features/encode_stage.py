@@ -12,9 +12,9 @@ import ray
 from lpclip.config import Decode, Device, EncoderConfig, SourceConfig, UserError, counted
 from lpclip.encoders.head import EncoderInfo, refuse_another
 from lpclip.encoders.on_cpu import load_tower
+from lpclip.encoders.passes import CpuPasses
 from lpclip.features.decode_stage import JPEG_COLUMNS, pixel_array, rows_at_once
 from lpclip.features.describe import uses_gpus
-from lpclip.features.passes import CpuPasses
 from lpclip.features.store import has_unit_norm
 from lpclip.images.pixels import DECODING_VERSION, REDUCING_GAP, Preprocess, preprocess_identity
 from lpclip.images.source import Source

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from lpclip import files
 from lpclip.config import UserError, digest
+from lpclip.encoders.passes import mean_view
 from lpclip.images.views import BASE_VIEWS
 
 FORMAT = 3
@@ -341,14 +342,6 @@ def has_unit_norm(features: np.ndarray) -> np.ndarray:
     norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
     # Float16 keeps the norm within 0.001.
     return np.asarray(np.abs(norms - 1) < NORM_TOLERANCE)
-
-
-def mean_view(views: list[np.ndarray]) -> np.ndarray:
-    """Unit-norm float16 mean of unit-norm views, each (N, d) float16."""
-    if len(views) == 1:
-        return views[0]
-    mean = np.sum([v.astype(np.float32) for v in views], axis=0)
-    return (mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-6)).astype(np.float16)
 
 
 def _permuted(rows: np.ndarray, order: np.ndarray) -> np.ndarray:

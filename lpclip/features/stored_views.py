@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lpclip.config import UserError
-from lpclip.features.store import Store, mean_view
+from lpclip.encoders.passes import mean_view
+from lpclip.features.store import Store
 from lpclip.images.views import View
 
 

@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from lpclip import files
 from lpclip.encoders.head import Head
-from lpclip.features.store import matrix, mean_view
+from lpclip.encoders.passes import mean_view
+from lpclip.features.store import matrix
 from lpclip.features.store_writer import Part
 from lpclip.images.views import BASE_VIEWS
 

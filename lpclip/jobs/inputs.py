@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,12 @@ from lpclip.config import (
     did_you_mean,
     to_dict,
 )
+from lpclip.encoders.again import config_again, noted_again
 from lpclip.encoders.head import EncoderInfo, Head
 from lpclip.encoders.prompts import templates
 from lpclip.evaluation.judge import accuracy
 from lpclip.features.data import Data, open_data
-from lpclip.features.describe import describe_encoder
+from lpclip.features.describe import describe_encoder, uses_gpus
 from lpclip.features.find_or_encode import Encoding
 from lpclip.features.store import Features
 from lpclip.features.stored_views import Encoded
@@ -293,21 +294,10 @@ def describe_probes_encoder(
 
     With the zero-shot head of the probe's classes, if asked. Raises UserError when the encoder has changed.
     """
-    made = probe.encoder["config"]
-    encoder = EncoderConfig(
-        encoder=made["encoder"],
-        pretrained=job.pretrained or made["pretrained"],
-        precision=made["precision"],
-        engine=job.engine,
+    encoder = config_again(
+        probe.encoder, pretrained=job.pretrained, engine=job.engine, on_gpu=uses_gpus(job.device)
     )
     names = probe.class_names if with_head else ()
     templates = tuple(probe.encoder["templates"]) if with_head else ()
     info = describe_encoder(encoder, class_names=names, templates=templates, device=job.device)
-    known = probe.encoder["identity"]
-    # Earlier versions knew less of some encoders.
-    if {key: info.identity.get(key) for key in known} != known:
-        raise UserError(
-            f"the probe was trained on features of another encoder than {encoder.encoder} as it is now: "
-            "the weights, the precision or the preprocessing differ"
-        )
-    return encoder, info
+    return encoder, replace(info, notes=(*info.notes, *noted_again(probe.encoder, info)))

@@ -14,9 +14,10 @@ import pyarrow as pa
 
 from lpclip import files
 from lpclip.config import PredictJob, UserError, check, counted
+from lpclip.encoders.passes import mean_view
 from lpclip.features.data import open_data
 from lpclip.features.find_or_encode import Encoding
-from lpclip.features.store import Store, matrix, mean_view
+from lpclip.features.store import Store, matrix
 from lpclip.images.views import View, base_views
 from lpclip.jobs.beside import EncodingRun, encoding_metrics
 from lpclip.jobs.console import print_mlflow, print_plan, shown
@@ -105,14 +106,9 @@ def labelled(store: Store, probe: Probe, *, views: tuple[View, ...], top_k: int)
 
 def _label(probe: Probe, ids: pa.ChunkedArray, features: np.ndarray, *, top_k: int) -> pa.Table:
     """The table of labels of the images with these ids (N,) and features (N, d)."""
-    k = min(top_k, len(probe.bias))
-    top, places = (
-        found.numpy()
-        for found in probe.by_blocks(
-            len(features), lambda rows: probe.probabilities(features[rows]).topk(k, dim=1)
-        )
-    )
-    names, ends = pa.array(probe.class_names, pa.string()), pa.array(np.arange(len(ids) + 1) * k, pa.int32())
+    places, top = probe.top(features, top_k)
+    names = pa.array(probe.class_names, pa.string())
+    ends = pa.array(np.arange(len(ids) + 1) * places.shape[1], pa.int32())
     return pa.table(
         {
             "id": ids.cast(pa.string()),

@@ -44,6 +44,17 @@ class Probe(Linear):
         )
         return label, confidence
 
+    def top(self, features: Tensor | np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k most probable classes (N, k) int64 of unit-norm features (N, d), and their probabilities (N, k).
+
+        With fewer than k classes it is all of them.
+        """
+        k = min(k, len(self.bias))
+        probabilities, places = self.by_blocks(
+            len(features), lambda rows: self.probabilities(features[rows]).topk(k, dim=1)
+        )
+        return places.numpy(), probabilities.numpy()
+
     def predict_proba(self, features: Tensor | np.ndarray) -> np.ndarray:
         """(N, d) unit-norm features to (N, K) float32 class probabilities, as scikit-learn names them."""
         return self.probabilities(features).numpy()

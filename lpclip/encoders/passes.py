@@ -1,4 +1,4 @@
-"""Forward passes over uint8 images, arranged for the device that the encoder is on.
+"""Forward passes over uint8 images on a CPU, and the feature of an image that is seen in several views.
 
 Without torch: a process that encodes on a CPU does not need it.
 """
@@ -55,3 +55,11 @@ def _batches(pixels: Mapping[View, np.ndarray], views: Sequence[View], total: in
             batch[place - start :][: len(run)] = run[:, :, ::-1] if view.mirrored else run
             place += len(run)
         yield batch
+
+
+def mean_view(views: Sequence[np.ndarray]) -> np.ndarray:
+    """Unit-norm float16 mean of unit-norm views, each (N, d) float16."""
+    if len(views) == 1:
+        return views[0]
+    mean = np.sum([v.astype(np.float32) for v in views], axis=0)
+    return (mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-6)).astype(np.float16)

@@ -1,0 +1,1 @@
+"""A probe outside: in other programs, on servers and on hubs."""
