@@ -655,6 +655,31 @@ class PredictJob:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportJob:
+    """Write a saved probe in a form that other programs read."""
+
+    probe: str
+    """Folder of a saved probe, such as OUT/probe of lpclip selftrain."""
+    out: str
+    """What to write. A name that ends in .onnx is an ONNX graph from pixels to probabilities."""
+    pretrained: str | None = None
+    """New place of the local checkpoint of the encoder, if the file has moved since training."""
+    float16: bool = False
+    """With an ONNX graph, also write one of half the size beside it, model.float16.onnx for model.onnx, whose weights
+    are stored as float16."""
+
+    def check(self) -> None:
+        """Raise UserError for flags that do not go together."""
+        if self.float16 and not is_onnx(self.out):
+            raise UserError(f"--float16 is for an ONNX graph, and --out {self.out} does not end in .onnx")
+
+
+def is_onnx(out: str) -> bool:
+    """Say whether `lpclip export` writes an ONNX graph at this path or URI."""
+    return out.partition("?")[0].endswith(".onnx")
+
+
+@dataclass(frozen=True, kw_only=True)
 class UiJob:
     """Show the runs in MLflow's pages, in the browser of this machine."""
 

@@ -24,6 +24,7 @@ from tyro import conf
 from lpclip.config import (
     EncodeJob,
     EvaluateJob,
+    ExportJob,
     PredictJob,
     PretrainJob,
     SelftrainJob,
@@ -46,8 +47,10 @@ COMMANDS: dict[str, type] = {
     "tune": TuneJob,
     "predict": PredictJob,
     "pretrain": PretrainJob,
+    "export": ExportJob,
     "ui": UiJob,
 }
+WITHOUT_RAY = ("export", "ui")
 DESCRIPTION = "Train linear probes on CLIP without labels, and measure them."
 EPILOG = """\
 lpclip COMMAND --help explains the flags of a command.
@@ -93,7 +96,7 @@ def run_command(name: str, *, prog: str | None = None, args: Sequence[str] | Non
     """Run one command with `args`, the process's own arguments by default, and end the process. See `main`."""
 
     def run(job: Any) -> None:
-        if name != "ui":
+        if name not in WITHOUT_RAY:
             begin_command()
         module = importlib.import_module(f"lpclip.jobs.{name}")
         getattr(module, f"{name}_job")(job)

@@ -119,6 +119,13 @@ def load_probe(folder: str) -> Probe:
     )
 
 
+def probe_digest(folder: str) -> str:
+    """The digest of a saved probe, also of one that an earlier version wrote without it."""
+    text = files.read_json(files.join(folder, "probe.json"))
+    text.pop("digest", None)
+    return _digest(text, files.read_bytes(files.join(folder, "probe.safetensors")))
+
+
 def _digest(text: dict[str, Any], tensors: bytes) -> str:
     """Digest of both files; of the first, as it is read back."""
     return digest([json.loads(json.dumps(text)), hashlib.sha256(tensors).hexdigest()])

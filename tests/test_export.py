@@ -1,0 +1,214 @@
+"""A probe outside of lpclip: other programs give the probabilities that lpclip gives."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import lpclip
+from lpclip.config import EncoderConfig, ExportJob, UserError, to_dict
+from lpclip.encoders.zero_shot import load_noting
+from lpclip.jobs.export import export_job
+from lpclip.method.probe import Probe, load_probe
+from lpclip.serving import onnx_file
+from lpclip.serving.classifier import Classifier
+
+NAMES = ("golden retriever", "tabby cat", 'a "fox", red')
+PAGE = (ROOT / "docs/export.md").read_text()
+
+
+def make_probe(
+    folder: Path, name: str, *, views: str = "weak,mirror,strong", precision: str = "float32"
+) -> str:
+    """A saved probe with random weights, of lite or of an encoder with random weights."""
+    from lpclip.encoders.open_clip import register
+
+    torch.manual_seed(0)
+    pretrained = None
+    if name != "lite":
+        import open_clip
+
+        folder.mkdir(parents=True, exist_ok=True)
+        pretrained = str(folder / "weights.pt")
+        torch.save(open_clip.create_model(register(name)).state_dict(), pretrained)
+    config = EncoderConfig(encoder=name, pretrained=pretrained, precision="float32", engine="torch")
+    _, info = load_noting(config, device="cpu")
+    probe = Probe(
+        weight=5 * torch.randn(len(NAMES), info.identity["dim"]),
+        bias=torch.randn(len(NAMES)),
+        temperature=1.7,
+        class_names=NAMES,
+        encoder={
+            "config": to_dict(config),
+            "identity": {**info.identity, "precision": precision},
+            "views": views,
+            "templates": ["a photo of a {}."],
+            "logit_scale": info.logit_scale,
+        },
+        summary={"method": "self-trained", "images": 60},
+    )
+    probe.save(str(folder / "probe"))
+    return str(folder / "probe")
+
+
+@pytest.fixture(scope="module")
+def lite(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A saved probe of lite."""
+    return make_probe(tmp_path_factory.mktemp("lite"), "lite")
+
+
+def expected(probe: str, pixels: np.ndarray) -> np.ndarray:
+    """The probabilities that lpclip gives."""
+    classifier = Classifier.load(probe, engine="torch", num_threads=1)
+    return classifier.probe.predict_proba(classifier.features(pixels))
+
+
+@pytest.mark.parametrize(
+    ("name", "views"), [("lite", "weak,mirror"), ("tiny-32", "weak"), ("tiny-vit-32", "mirror,weak")]
+)
+def test_a_graph_gives_the_probabilities_of_lpclip(name: str, views: str, tmp_path: Path) -> None:
+    probe, out = make_probe(tmp_path, name, views=views), tmp_path / "new" / "model.onnx"
+    export_job(ExportJob(probe=probe, out=str(out), float16=True))
+    known = load_probe(probe)
+    size = known.encoder["identity"]["preprocess"]["size"]
+    for path, tolerance in ((out, 1e-4), (out.with_suffix(".float16.onnx"), 1e-2)):
+        session = onnxruntime.InferenceSession(path)
+        for count in (1, 5):
+            pixels = np.random.default_rng(count).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+            probabilities, features = session.run(None, {"pixels": pixels})
+            np.testing.assert_allclose(probabilities, expected(probe, pixels), atol=tolerance)
+            np.testing.assert_array_equal(features, features.astype(np.float16))
+    if name != "lite":  # the text tower, here the larger part, is left out
+        assert out.stat().st_size < 0.6 * (tmp_path / "weights.pt").stat().st_size
+    assert out.with_suffix(".float16.onnx").stat().st_size < 0.65 * out.stat().st_size
+    about = session.get_modelmeta().custom_metadata_map
+    assert json.loads(about["class_names"]) == list(NAMES)
+    assert json.loads(about["encoder"]) == known.encoder["identity"]
+    assert about["probe"] == json.loads(Path(probe, "probe.json").read_text())["digest"]
+    assert (about["lpclip"], about["weights"]) == (lpclip.__version__, "float16")
+    assert str(tmp_path) not in json.dumps(about)
+
+
+def photos(folder: Path) -> list[Path]:
+    """Images of which each needs another step: reduced decoding, an orientation, enlarging, grey, an odd margin."""
+    rng = np.random.default_rng(3)
+    tall = Image.fromarray(rng.integers(0, 256, (9, 13, 3), dtype=np.uint8)).resize((1301, 1807))
+    tall.save(folder / "large.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    tall.resize((331, 205)).save(folder / "turned.jpg", exif=exif)
+    tall.resize((40, 31)).save(folder / "small.png")
+    tall.convert("L").resize((200, 333)).save(folder / "grey.png")
+    return sorted(folder.iterdir())
+
+
+def test_the_program_of_the_page_labels_images_without_lpclip_and_torch(lite: str, tmp_path: Path) -> None:
+    out, images, packages = tmp_path / "model.onnx", tmp_path / "images", tmp_path / "packages"
+    images.mkdir()
+    packages.mkdir()
+    paths = photos(images)
+    export_job(ExportJob(probe=lite, out=str(out)))
+    for name in ("numpy", "onnxruntime", "PIL"):
+        spec = find_spec(name)
+        assert spec is not None
+        assert spec.origin is not None
+        home = Path(spec.origin).parent
+        # Wheels have their shared libraries beside the package.
+        for part in [home, *home.parent.glob(f"{'pillow' if name == 'PIL' else name}.libs")]:
+            (packages / part.name).symlink_to(part)
+    (program,) = re.findall(r"^```python\n(import json, sys\n.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    (tmp_path / "label.py").write_text(program)
+    environment = {"PYTHONPATH": str(packages), "PATH": ""}
+    alone = [sys.executable, "-S"]
+    for absent in ("torch", "lpclip"):
+        command = [*alone, "-c", f"import {absent}"]
+        assert subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, check=False
+        ).returncode
+    done = subprocess.run(
+        [*alone, "label.py", out, *paths],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    answers = Classifier.load(lite, engine="torch", num_threads=1)([path.read_bytes() for path in paths])
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [(path, label) for path, label, _ in lines] == [
+        (str(path), answer.labels[0]) for path, answer in zip(paths, answers, strict=True)
+    ]
+    np.testing.assert_allclose(
+        [float(found) for _, _, found in lines], [answer.probabilities[0] for answer in answers], atol=1e-4
+    )
+    assert len({answer.probabilities[0] for answer in answers}) == len(paths)
+
+
+def test_a_graph_with_other_probabilities_is_not_written(
+    lite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_file, "MAX_DIFFERENCE", {"float32": -1.0})
+    with pytest.raises(UserError, match="not written: onnxruntime gives probabilities that differ"):
+        export_job(ExportJob(probe=lite, out=str(tmp_path / "model.onnx")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_missing_is_named_with_the_command_that_brings_it(
+    lite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"pip install 'lpclip\[onnx\]'"):
+        export_job(ExportJob(probe=lite, out=str(tmp_path / "model.onnx")))
+
+
+def test_another_precision_is_told_and_another_encoder_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    probe = make_probe(tmp_path, "tiny-vit-32", precision="bfloat16")
+    export_job(ExportJob(probe=probe, out=str(tmp_path / "model.onnx")))
+    assert "trained on features in bfloat16, and the graph computes float32" in capsys.readouterr().out
+    changed = load_probe(probe)
+    other = {**changed.encoder["identity"], "weights": "0" * 32}
+    replace(changed, encoder={**changed.encoder, "identity": other}).save(probe)
+    with pytest.raises(UserError, match="they differ in weights"):
+        export_job(ExportJob(probe=probe, out=str(tmp_path / "other.onnx")))
+    assert not (tmp_path / "other.onnx").exists()
+
+
+def test_a_probe_of_an_earlier_version_and_a_checkpoint_that_has_moved_are_exported(tmp_path: Path) -> None:
+    probe = Path(make_probe(tmp_path, "tiny-vit-32"))
+    text = json.loads((probe / "probe.json").read_text())
+    digest = text.pop("digest")
+    (probe / "probe.json").write_text(json.dumps(text))
+    (tmp_path / "weights.pt").rename(tmp_path / "moved.pt")
+    out = tmp_path / "model.onnx"
+    export_job(ExportJob(probe=str(probe), out=str(out), pretrained=str(tmp_path / "moved.pt")))
+    assert onnxruntime.InferenceSession(out).get_modelmeta().custom_metadata_map["probe"] == digest
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [({"out": "model", "float16": True}, "--float16 is for an ONNX graph"), ({"out": ""}, "--out is empty")],
+)
+def test_flags_that_make_no_sense_are_refused(flags: dict[str, object], reason: str, lite: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        export_job(ExportJob(probe=lite, **flags))
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(lite: str, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").mkdir()
+    with pytest.raises(UserError, match="is a folder, and a file is written"):
+        export_job(ExportJob(probe=lite, out=str(tmp_path / "model.onnx")))
