@@ -661,22 +661,26 @@ class ExportJob:
     probe: str
     """Folder of a saved probe, such as OUT/probe of lpclip selftrain."""
     out: str
-    """What to write. A name that ends in .onnx is an ONNX graph from pixels to probabilities."""
+    """What to write. A name that ends in .onnx is an ONNX graph from pixels to probabilities, one in .safetensors a
+    classifier for open_clip's zero-shot evaluation, and any other name a folder for the Hugging Face Hub."""
     pretrained: str | None = None
-    """New place of the local checkpoint of the encoder, if the file has moved since training."""
+    """With an ONNX graph: new place of the local checkpoint of the encoder, if the file has moved since training."""
     float16: bool = False
     """With an ONNX graph, also write one of half the size beside it, model.float16.onnx for model.onnx, whose weights
     are stored as float16."""
 
     def check(self) -> None:
         """Raise UserError for flags that do not go together."""
-        if self.float16 and not is_onnx(self.out):
+        if self.float16 and self.form != "onnx":
             raise UserError(f"--float16 is for an ONNX graph, and --out {self.out} does not end in .onnx")
 
-
-def is_onnx(out: str) -> bool:
-    """Say whether `lpclip export` writes an ONNX graph at this path or URI."""
-    return out.partition("?")[0].endswith(".onnx")
+    @property
+    def form(self) -> Literal["onnx", "open_clip", "folder"]:
+        """What is written, as the name of `out` says."""
+        path = self.out.partition("?")[0]
+        if path.endswith(".onnx"):
+            return "onnx"
+        return "open_clip" if path.endswith(".safetensors") else "folder"
 
 
 @dataclass(frozen=True, kw_only=True)

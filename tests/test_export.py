@@ -9,12 +9,16 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+import yaml
 from conftest import ROOT
+from open_clip_train import zero_shot
 from PIL import Image
 
 import lpclip
@@ -24,8 +28,9 @@ from lpclip.jobs.export import export_job
 from lpclip.method.probe import Probe, load_probe
 from lpclip.serving import onnx_file
 from lpclip.serving.classifier import Classifier
+from lpclip.serving.model_card import model_card
 
-NAMES = ("golden retriever", "tabby cat", 'a "fox", red')
+NAMES = ("golden retriever", "tabby cat", 'a "fox", red', "ice bear", "axolotl")
 PAGE = (ROOT / "docs/export.md").read_text()
 
 
@@ -212,3 +217,163 @@ def test_a_folder_in_the_place_of_a_file_is_refused(lite: str, tmp_path: Path) -
     (tmp_path / "model.onnx").mkdir()
     with pytest.raises(UserError, match="is a folder, and a file is written"):
         export_job(ExportJob(probe=lite, out=str(tmp_path / "model.onnx")))
+
+
+def hostile(folder: Path, probe: str) -> tuple[str, tuple[str, ...]]:
+    """A probe in a run's folder, whose names of classes and data mean something in Markdown, HTML or YAML."""
+    names = (
+        "--- \nlicense: mit",
+        "<script>alert(1)</script> | ~~~~",
+        "[x](http://evil.example) www.evil.example",
+        "# d",
+        "*e*",
+    )
+    data = "![](http://evil.example) <img src=x> | `a`"
+    known = load_probe(probe)
+    replace(known, class_names=names).save(str(folder / "probe"))
+    metrics = {"accuracy": 0.5, "mean_recall": 0.25, "ece": 0.125, "nll": 1.5}
+    summary = {
+        "zero_shot": metrics,
+        "probe": {**metrics, "accuracy": 0.75},
+        "evaluated_on": {"data": data, "images": 40, "setting": "transductive", "shared": 40},
+        "prior": {"name": "weak", "absent": [names[1]]},
+        "classes": list(names),
+        "encoder": known.encoder["identity"],
+        "features": {"train": f"/private/place/{data.replace('/', '')}-0123456789ab", "eval": None},
+        "versions": {"lpclip": "0.1.0"},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return str(folder / "probe"), names
+
+
+def test_a_folder_for_the_hub_holds_the_probe_as_it_is_and_a_card_of_plain_text(tmp_path: Path) -> None:
+    from markdown_it import MarkdownIt
+
+    probe, names = hostile(tmp_path, make_probe(tmp_path / "made", "tiny-vit-32"))
+    out = tmp_path / "hub"
+    for _ in range(2):  # its own files are written again
+        export_job(ExportJob(probe=probe, out=str(out)))
+    assert {path.name for path in out.iterdir()} == {
+        "README.md",
+        "config.json",
+        "probe.json",
+        "probe.safetensors",
+    }
+    for name in ("probe.json", "probe.safetensors"):
+        assert (out / name).read_bytes() == Path(probe, name).read_bytes()
+    assert load_probe(str(out)).class_names == names
+    config = json.loads((out / "config.json").read_text())
+    assert config["id2label"] == {str(place): name for place, name in enumerate(names)}
+    assert [config["label2id"][name] for name in names] == [0, 1, 2, 3, 4]
+    assert (config["library_name"], config["encoder"], config["pretrained"]) == (
+        "lpclip",
+        "tiny-vit-32",
+        None,
+    )
+    _, front, card = (out / "README.md").read_text().split("---\n", 2)
+    assert set(yaml.safe_load(front)) == {"library_name", "pipeline_tag", "tags"}
+    for text in (front + card, json.dumps(config)):
+        assert str(tmp_path) not in text
+        assert "/private" not in text
+    tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(card)
+    kinds = {part.type for token in tokens for part in (token, *(token.children or ()))}
+    assert not kinds & {"html_block", "html_inline", "image", "link_open"}
+    (shown,) = (
+        json.loads(token.content) for token in tokens if token.type == "fence" and token.info == "json"
+    )
+    assert shown == list(names)
+    for said in (
+        "transductive",
+        "40 labelled images",
+        "| this probe | 75.0 |",
+        "self-trained",
+        "not published here",
+    ):
+        assert said in card
+
+
+def test_a_card_says_what_the_guard_decided_and_nothing_of_another_run(lite: str, tmp_path: Path) -> None:
+    fallen = replace(load_probe(lite), summary={"method": "zero-shot (fallback)", "images": 60})
+    fallen.save(str(tmp_path / "probe"))
+    (tmp_path / "summary.json").write_text(
+        json.dumps({"classes": ["others"], "encoder": {}, "probe": {"accuracy": 1}})
+    )
+    export_job(ExportJob(probe=str(tmp_path / "probe"), out=str(tmp_path / "hub")))
+    card = (tmp_path / "hub" / "README.md").read_text()
+    for said in ("The training was not trusted", "no labelled images", "lite, is not CLIP", "non-commercial"):
+        assert said in card
+
+
+def test_the_card_names_the_model_on_the_hub_that_it_rests_on(lite: str) -> None:
+    known = load_probe(lite)
+    for name, base in (("hf-hub:owner/model", "owner/model"), ("hf-hub:owner/model\nlicense: mit", None)):
+        encoder = {**known.encoder, "identity": {**known.encoder["identity"], "name": name}}
+        card = model_card(replace(known, encoder=encoder), name="probe", run=None, digest="0" * 64)
+        front = yaml.safe_load(card.split("---\n")[1])
+        assert front.get("base_model") == base
+        assert "license" not in front
+
+
+def test_a_folder_with_other_files_is_left_alone(lite: str, tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"holds other files, such as photo\.jpg"):
+        export_job(ExportJob(probe=lite, out=str(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+
+
+def test_the_program_of_the_page_gives_open_clip_the_probe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    probe = make_probe(tmp_path, "tiny-vit-32", views="weak")
+    known, images = load_probe(probe), tmp_path / "labelled"
+    export_job(ExportJob(probe=probe, out=str(tmp_path / "pets.safetensors")))
+    for name in NAMES:
+        (images / name).mkdir(parents=True)
+    paths = photos(tmp_path / "labelled" / NAMES[0])
+    classifier = Classifier.load(probe, engine="torch", num_threads=1)
+    answers = classifier([path.read_bytes() for path in paths])
+    for path, answer in zip(paths, answers, strict=True):
+        # Three of four images lie where lpclip's label says, the last one elsewhere.
+        place = NAMES.index(answer.labels[0]) + (path == paths[-1])
+        path.rename(images / NAMES[place % len(NAMES)] / path.name)
+    for name in NAMES:  # torchvision refuses a folder without images
+        if not list((images / name).iterdir()):
+            (images / name).rmdir()
+    programs = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    (program,) = (program for program in programs if "open_clip" in program)
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, Any] = {}
+    exec(program.replace('known["pretrained"]', f'"{tmp_path}/weights.pt"'), space)
+    assert capsys.readouterr().out.endswith("75.0%\n")
+    # open_clip's own count of right answers does not know NumPy 2.4.
+    monkeypatch.setattr(
+        zero_shot, "accuracy", lambda found, true, topk: [float((found.argmax(1) == true).sum())] * 2
+    )
+    loader, args = (
+        torch.utils.data.DataLoader(space["data"], batch_size=3),
+        SimpleNamespace(device="cpu", precision="fp32", batch_size=3),
+    )
+    assert zero_shot.run(space["model"], space["classifier"], loader, args)[0] == 0.75
+    batch = torch.stack([image for image, _ in space["data"]])
+    with torch.inference_mode():
+        features = space["model"](batch)["image_features"]
+    assert space["classifier"].shape == (known.weight.shape[1] + 1, len(NAMES))
+    found = torch.softmax(100 * features @ space["classifier"], dim=1).numpy()
+    np.testing.assert_allclose(found, known.predict_proba(features[:, :-1]), atol=1e-5)
+    order = [Path(path).name for path, _ in space["data"].samples]
+    wanted = {path.name: answer for path, answer in zip(paths, answers, strict=True)}
+    for name, row in zip(order, found, strict=True):
+        # open_clip decodes JPEGs whole, and leaves them as they lie.
+        if not name.endswith(".jpg"):
+            np.testing.assert_allclose(np.sort(row)[::-1], wanted[name].probabilities, atol=1e-3)
+    assert space["known"]["encoder"] == "tiny-vit-32"
+    assert str(tmp_path) not in json.dumps(space["known"])
+    make_probe(tmp_path, "tiny-vit-32", views="weak,mirror")
+    export_job(ExportJob(probe=probe, out=str(tmp_path / "pets.safetensors")))
+    assert "mean of an image and its mirror image" in capsys.readouterr().out
+
+
+def test_open_clip_has_no_lite(lite: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="lite, which open_clip does not have"):
+        export_job(ExportJob(probe=lite, out=str(tmp_path / "pets.safetensors")))
+    assert list(tmp_path.iterdir()) == []

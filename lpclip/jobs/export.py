@@ -5,48 +5,54 @@ from __future__ import annotations
 from pathlib import Path
 
 from lpclip import files
-from lpclip.config import ExportJob, UserError, check, counted, is_onnx
+from lpclip.config import ExportJob, UserError, check, counted
 from lpclip.jobs.console import shown
+from lpclip.method.probe import Probe, load_probe, probe_digest
 from lpclip.report.tables import format_table
+from lpclip.serving.hub_folder import write_hub_folder
+from lpclip.serving.onnx_file import float16_name, write_onnx
+from lpclip.serving.open_clip_head import write_open_clip
+
+FORMS = {
+    "onnx": "an ONNX graph from pixels to probabilities",
+    "open_clip": "a classifier for open_clip's zero-shot evaluation",
+    "folder": "a folder for the Hugging Face Hub: the probe, config.json and a model card",
+}
 
 
 def export_job(job: ExportJob) -> None:
     """Write a saved probe to OUT. The name of OUT says in which form."""
     check(job)
-    if not is_onnx(job.out):
-        raise UserError(f"--out {job.out}: its name must end in .onnx")
-    _export_onnx(job)
-
-
-def _export_onnx(job: ExportJob) -> None:
-    from lpclip.method.probe import load_probe, probe_digest
-    from lpclip.serving.onnx_file import float16_name, write_onnx
-
     probe = load_probe(job.probe)
     print(f"probe     {shown(job.probe)}: {counted(len(probe.class_names), 'class name')}")
-    print(f"writes    {shown(job.out)}: an ONNX graph from pixels to probabilities", flush=True)
+    print(f"writes    {shown(job.out)}: {FORMS[job.form]}", flush=True)
     if job.float16:
         print(
             f"          {shown(float16_name(job.out))}: the same with weights stored as float16", flush=True
         )
-    _make_place(job.out)
-    written, notes = write_onnx(
-        probe,
-        job.out,
-        digest=probe_digest(job.probe),
-        pretrained=job.pretrained,
-        float16=job.float16,
-    )
+    notes, told = _write(job, probe, digest=probe_digest(job.probe))
     for note in notes:
         print(f"note      {note}")
+    print(told)
+
+
+def _write(job: ExportJob, probe: Probe, *, digest: str) -> tuple[list[str], str]:
+    """Write what the job asks for. Returns notes, and what is to be told at the end."""
+    if job.form == "folder":
+        notes = write_hub_folder(probe, job.probe, job.out, digest=digest)
+        return notes, f"written: look at README.md, then `hf upload OWNER/NAME {shown(job.out)}`"
+    _make_place(job.out)
+    if job.form == "open_clip":
+        return write_open_clip(probe, job.out, digest=digest), f"written: {shown(job.out)}"
+    written, notes = write_onnx(probe, job.out, digest=digest, pretrained=job.pretrained, float16=job.float16)
     rows = [
         {"file": shown(one.path), "MB": f"{one.num_bytes / 1e6:.1f}", "difference": f"{one.difference:.1e}"}
         for one in written
     ]
-    print(format_table(rows))
-    print(
+    told = (
         "difference: the largest of a probability from the original's, as onnxruntime computes random pixels"
     )
+    return notes, f"{format_table(rows)}\n{told}"
 
 
 def _make_place(out: str) -> None:
