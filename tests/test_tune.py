@@ -38,6 +38,7 @@ from lpclip.features.encode_stage import store_identity
 from lpclip.features.store import Store
 from lpclip.features.store_writer import Part, StoreWriter
 from lpclip.images.views import parse_views
+from lpclip.jobs.mlflow_model import LOADER
 from lpclip.jobs.tracking import track
 from lpclip.jobs.tune import ALIAS
 from lpclip.jobs.tune_runs import OUTCOMES
@@ -328,25 +329,28 @@ def test_the_champion_of_the_registry_is_the_winners_probe(swept: Summary, work:
     folder = mlflow.artifacts.download_artifacts(
         artifact_uri=f"models:/lpclip-labelled@{ALIAS}", tracking_uri=os.environ["MLFLOW_TRACKING_URI"]
     )
-    probe, own = load_probe(folder), load_probe(f"{work.folder}/main/probe")
+    probe, own = load_probe(f"{folder}/data/lpclip/probe"), load_probe(f"{work.folder}/main/probe")
     assert torch.equal(probe.weight, own.weight)
     assert (probe.temperature, probe.class_names) == (own.temperature, own.class_names)
+    assert mlflow.models.Model.load(folder).flavors["python_function"]["loader_module"] == LOADER
 
 
 def test_a_run_has_one_version_of_a_model_however_often_it_is_registered(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "probe").mkdir()
-    (tmp_path / "probe" / "probe.json").write_text("{}")
     config = TrackingConfig(experiment="registry")
-    options = {"folder": "probe", "alias": ALIAS}
+
+    def write(folder: Path, model: mlflow.models.Model) -> None:
+        folder.mkdir()
+        model.save(str(folder / "MLmodel"))
+
     with track(config, name="first", params={}, resume_key="first") as first:
-        first.artifact(tmp_path / "probe")
-        assert [first.register("model", **options) for _ in range(2)] == ["1", "1"]
-        assert first.register("other", **options) == "1", "a model of another name is another model"
+        first.model("probe", write)
+        assert [first.register("model", alias=ALIAS) for _ in range(2)] == ["1", "1"]
+        assert first.register("other", alias=ALIAS) == "1", "a model of another name is another model"
     with track(config, name="second", params={}) as second:
-        second.artifact(tmp_path / "probe")
-        assert second.register("model", **options) == "2"
+        second.model("probe", write)
+        assert second.register("model", alias=ALIAS) == "2"
     client = MlflowClient()
     found = client.search_model_versions("name='model'")
     runs = {str(version.version): version.run_id for version in found}
@@ -354,10 +358,13 @@ def test_a_run_has_one_version_of_a_model_however_often_it_is_registered(
     assert client.get_model_version_by_alias("model", ALIAS).run_id == second.run_id
     assert capsys.readouterr().err == ""
     with track(config, name="third", params={}) as third:
-        third.artifact(tmp_path / "probe")
-        assert third.register("a/b:c", **options) is None
+        assert third.register("model", alias=ALIAS) is None
+        third.model("probe", write)
+        assert third.register("a/b:c", alias=ALIAS) is None
         third.log({"accuracy": 0.5}, step=0)
-    assert "warning: MLflow did not take the artifact as model a/b:c" in capsys.readouterr().err
+    warnings = capsys.readouterr().err
+    assert "warning: MLflow did not take the artifact as model model (the run has no model)" in warnings
+    assert "warning: MLflow did not take the artifact as model a/b:c" in warnings
     assert client.get_run(third.run_id).data.metrics == {"accuracy": 0.5}, "the run goes on without it"
 
 
@@ -846,7 +853,9 @@ def test_images_are_decoded_once_and_a_server_holds_the_sweep(
         folder = mlflow.artifacts.download_artifacts(
             artifact_uri=f"models:/shapes@{ALIAS}", tracking_uri=uri, dst_path=str(tmp_path / "downloaded")
         )
-        assert torch.equal(load_probe(folder).weight, load_probe(f"{tmp_path}/out/probe").weight)
+        assert Path(folder, "MLmodel").is_file()
+        probe = load_probe(f"{folder}/data/lpclip/probe")
+        assert torch.equal(probe.weight, load_probe(f"{tmp_path}/out/probe").weight)
 
     # From here on no picture can be decoded, and nothing tells that from outside.
     for path in images.glob("*/*.png"):
@@ -878,6 +887,7 @@ def test_images_are_decoded_once_and_a_server_holds_the_sweep(
 SWEEP = """
 import sys
 from lpclip.config import TrackingConfig
+from lpclip.jobs.mlflow_model import LOADER
 from lpclip.jobs.tracking import track
 driver = sys.argv[1]
 config = TrackingConfig(experiment="crowd")

@@ -5,25 +5,36 @@ This module does not import torch.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from lpclip.config import EncoderConfig, Engine, UserError
 from lpclip.encoders.engine import computes_bfloat16
 from lpclip.encoders.head import EncoderInfo
 
+BESIDE = "open_clip_config.json"
+"""The file beside a checkpoint that says how its images are preprocessed."""
+
 
 def config_again(
-    known: dict[str, Any], *, pretrained: str | None = None, engine: Engine = "auto", on_gpu: bool
+    known: dict[str, Any],
+    *,
+    encoder: str | None = None,
+    pretrained: str | None = None,
+    engine: Engine = "auto",
+    on_gpu: bool,
 ) -> EncoderConfig:
-    """The configuration of the encoder that a probe knows as `known`; `pretrained` is where its checkpoint lies now.
+    """The configuration of the encoder that a probe knows as `known`.
 
-    Its precision is the one that the probe was trained in. A CPU that does not compute in it takes float32.
+    `encoder` and `pretrained` are where its files lie now. Its precision is the one that the probe was trained in. A
+    CPU that does not compute in it takes float32.
     """
     made, precision = known["config"], known["identity"]["precision"]
     if not on_gpu and (precision == "float16" or (precision == "bfloat16" and not computes_bfloat16())):
         precision = "float32"
     return EncoderConfig(
-        encoder=made["encoder"],
+        encoder=encoder or made["encoder"],
         pretrained=pretrained or made["pretrained"],
         precision=precision,
         engine=engine,
@@ -50,3 +61,31 @@ def noted_again(known: dict[str, Any], info: EncoderInfo) -> list[str]:
         f"the probe was trained on features in {trained['precision']}, and this machine computes them in {used}: a few "
         "labels may differ"
     ]
+
+
+def own_files(known: dict[str, Any]) -> dict[str, Path | str]:
+    """The files by which the encoder can be loaded anywhere, by name: paths of those that are there, texts of others.
+
+    They are its checkpoint and, where it has one of its own, its configuration. Published weights need none.
+    """
+    made = known["config"]
+    names = [name for name in (made["encoder"], made["pretrained"]) if name is not None]
+    paths = [Path(name).expanduser() for name in names]
+    found: dict[str, Path | str] = {path.name: path.absolute() for path in paths if path.is_file()}
+    if made["pretrained"] is not None and Path(made["pretrained"]).name in found:
+        # The preprocessing of a checkpoint may follow from where it lies.
+        preprocess = known["identity"]["preprocess"]
+        found[BESIDE] = json.dumps(
+            {
+                "model_cfg": {"quick_gelu": made["encoder"].endswith("-quickgelu")},
+                "preprocess_cfg": {
+                    "mean": preprocess["mean"],
+                    "std": preprocess["std"],
+                    "interpolation": preprocess["interpolation"],
+                    "resize_mode": preprocess["resize"],
+                    "fill_color": preprocess["fill"],
+                },
+            },
+            indent=2,
+        )
+    return found

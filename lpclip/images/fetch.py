@@ -58,7 +58,7 @@ def _join(root: str, path: str) -> str:
 
 def embedded(text: str) -> bytes | None:
     """The image that a text holds in base64, as data: URIs do; None when the text is a path or a URI."""
-    match = re.match(r"data:image/[^,]*;base64,|(?=/9j/|iVBORw0KGgo)", text)
+    match = re.match(r"data:image/[^,]*;base64,|(?=/9j/|iVBORw0KGgo|UklGR|R0lGOD)", text)
     if not match:
         return None
     try:

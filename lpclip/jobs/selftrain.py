@@ -23,6 +23,7 @@ from lpclip.jobs import tracking
 from lpclip.jobs.console import print_plan, print_result, print_training
 from lpclip.jobs.counts import check_strict
 from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
+from lpclip.jobs.mlflow_model import log_data, log_probe
 from lpclip.jobs.process import start_ray
 from lpclip.jobs.run import check_job, job_run, provenance, single_metrics
 from lpclip.jobs.runtime import Stopwatch, check_workers, claim, output_folder
@@ -106,6 +107,8 @@ def selftrain_job(job: SelftrainJob) -> dict[str, Any]:
                 **provenance(job, run.run_id),
             }
             files.write_json(files.join(out, "summary.json"), summary)
+            log_data(run, job, inputs, known)
+            log_probe(run, trained.probe, saved=files.join(out, "probe"))
             _track(run, summary, out)
             print_result(summary, inputs.data, known.encoded, inputs.test, known.tested, out, run)
     check_strict(job.source, stores=summary["features"].values())

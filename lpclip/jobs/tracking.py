@@ -1,4 +1,4 @@
-"""Runs in MLflow: the only file that imports it, and only the driver of a job does so.
+"""Runs in MLflow: this file and the two beside it alone import it, and only the driver of a job does so.
 
 Everything goes through a client and a run id. MLflow's module-level functions keep a current run and a
 current server in the process, where two users of one process meet.
@@ -32,10 +32,12 @@ import lpclip
 from lpclip import files
 from lpclip.config import TrackingConfig, UserError, digest
 from lpclip.credentials import redact
+from lpclip.jobs.mlflow_entries import DataInput, log_inputs, log_model, register_model
 from lpclip.patience import patiently
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.models import Model
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 KEY_TAG = "lpclip.resume_key"
@@ -78,6 +80,7 @@ class Run:
         """How `track` marks the run at the end of its block, where that raises nothing."""
         self._experiment_id = experiment_id
         self._client = client
+        self._model_id: str | None = None
         self._lost = False
         self._ended_at = ended_at
         self._steps: dict[str, set[int]] = {}
@@ -134,13 +137,24 @@ class Run:
         """Log parameters. MLflow keeps a parameter's first value for good, so those of a resumed run stay."""
         self._attempt("parameters", lambda: self._log_params(params))
 
-    def register(self, name: str, *, folder: str, alias: str) -> str | None:
-        """Enter an artifact folder of the run into the model registry; `alias` then stands for this version.
+    def model(self, name: str, write: Callable[[Path, Model], None]) -> None:
+        """Log a model, once, which `write` writes into a folder that is not there yet, as MLflow's own entry for it.
 
-        Returns the version. A registry that refuses is a warning, and None.
+        The measures of tests that are logged later are the model's as well. A refused upload is a warning.
+        """
+        self._attempt(f"artifact of model {name}", lambda: self._log_model(name, write))
+
+    def inputs(self, datasets: Sequence[DataInput]) -> None:
+        """Log the data that the run works on, by which MLflow's pages compare runs."""
+        self._attempt("names of the data", lambda: log_inputs(self._client, datasets, run_id=self.run_id))
+
+    def register(self, name: str, *, alias: str) -> str | None:
+        """Enter the run's model into the model registry; `alias` then stands for this version.
+
+        Returns the version. A registry that refuses, or a model that was not logged, is a warning, and None.
         """
         found: list[str] = []
-        self._attempt(f"artifact as model {name}", lambda: found.append(self._register(name, folder, alias)))
+        self._attempt(f"artifact as model {name}", lambda: found.append(self._register(name, alias)))
         return found[0] if found else None
 
     def end(self, status: str) -> None:
@@ -148,20 +162,17 @@ class Run:
         at = self._ended_at
         self._attempt("status", lambda: self._client.set_terminated(self.run_id, status, at))
 
-    def _register(self, name: str, folder: str, alias: str) -> str:
+    def _log_model(self, name: str, write: Callable[[Path, Model], None]) -> None:
+        self._model_id = log_model(
+            self._client, name, run_id=self.run_id, experiment_id=self._experiment_id, write=write
+        )
+
+    def _register(self, name: str, alias: str) -> str:
         from mlflow.exceptions import MlflowException
 
-        with contextlib.suppress(MlflowException):  # it is there already; if not, the next call tells why
-            self._client.create_registered_model(name)
-        source = f"{self._client.get_run(self.run_id).info.artifact_uri}/{folder}"
-        there = [v for v in self._client.search_model_versions(f"run_id='{self.run_id}'") if v.name == name]
-        version = (
-            there[0]
-            if there
-            else self._client.create_model_version(name, source, self.run_id, await_creation_for=0)
-        )
-        self._client.set_registered_model_alias(name, alias, version.version)
-        return str(version.version)
+        if self._model_id is None:
+            raise MlflowException("the run has no model")
+        return register_model(self._client, name, alias=alias, run_id=self.run_id, model_id=self._model_id)
 
     def _log_new(self, steps: Sequence[tuple[int, float, Mapping[str, float | None]]]) -> None:
         from mlflow.entities import Metric
@@ -173,7 +184,8 @@ class Run:
                 if not math.isfinite(value):
                     warn(f"{key} at step {step} is {value}, which MLflow cannot keep")
                 elif step not in self._logged_steps(key):
-                    new.setdefault((key, step), Metric(key, value, int(1000 * at), step))
+                    model_id = self._model_id if key.startswith("test/") else None
+                    new.setdefault((key, step), Metric(key, value, int(1000 * at), step, model_id=model_id))
         batch = list(new.values())
         for start in range(0, len(batch), 1000):
             self._client.log_batch(self.run_id, metrics=batch[start : start + 1000], synchronous=True)

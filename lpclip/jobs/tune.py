@@ -32,6 +32,7 @@ from lpclip.jobs import tracking
 from lpclip.jobs.console import LITE_NOTE, command_line, print_classes, print_plan
 from lpclip.jobs.counts import check_strict
 from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
+from lpclip.jobs.mlflow_model import log_data, log_probe
 from lpclip.jobs.process import start_ray
 from lpclip.jobs.run import check_job, job_run, provenance, single_metrics
 from lpclip.jobs.runtime import Stopwatch, claim, output_folder
@@ -234,6 +235,8 @@ class _Sweep:
         summary = self._summary(known, records, choice)
         watch.lap("choose")
         summary["timings"] = watch.seconds
+        log_data(self._run, self._job, self._inputs, known)
+        log_probe(self._run, choice.probe, saved=files.join(out, "probe"))
         self._tell_all(summary)
         print_sweep(summary, out=out, run=self._run)
         return summary
@@ -599,7 +602,7 @@ class _Sweep:
         ):
             return  # nothing that deserves the alias
         model = self._job.register or f"lpclip-{self._inputs.data.name}"
-        version = run.register(model, folder="probe", alias=ALIAS)
+        version = run.register(model, alias=ALIAS)
         if version is not None:
             print(f"registry  {model} version {version}, alias {ALIAS}", flush=True)
 

@@ -87,8 +87,9 @@ def load_probe(folder: str) -> Probe:
         data = files.read_bytes(files.join(folder, "probe.safetensors"))
         tensors = load_tensors(data)
     except FileNotFoundError as error:
-        inside = files.join(folder, "probe")
-        hint = f"; {inside} holds one" if files.exists(files.join(inside, "probe.json")) else ""
+        inside = [files.join(folder, *names) for names in (("probe",), ("data", "lpclip", "probe"))]
+        holding = [place for place in inside if files.exists(files.join(place, "probe.json"))]
+        hint = f"; {holding[0]} holds one" if holding else ""
         raise UserError(
             f"{folder} holds no probe: probe.json and probe.safetensors belong there{hint}"
         ) from error

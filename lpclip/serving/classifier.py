@@ -15,6 +15,7 @@ from lpclip.encoders.again import config_again, noted_again
 from lpclip.encoders.head import EncoderInfo
 from lpclip.encoders.on_cpu import describe_on_cpu, load_tower
 from lpclip.encoders.passes import CpuPasses, mean_view
+from lpclip.images.fetch import reason
 from lpclip.images.pixels import decode_image
 from lpclip.images.render import weak_view
 from lpclip.images.views import WEAK, View, base_views
@@ -64,6 +65,7 @@ class Classifier:
         cls,
         folder: str,
         *,
+        encoder: str | None = None,
         pretrained: str | None = None,
         engine: Engine = "auto",
         device: Device = "auto",
@@ -72,12 +74,15 @@ class Classifier:
     ) -> Classifier:
         """The probe in `folder`, with its encoder on this machine's GPU or on `num_threads` CPUs, by default all.
 
-        `pretrained` is where the encoder's checkpoint lies now, if it has moved. `limits` are those on sizes.
+        `pretrained` is where the encoder's checkpoint lies now, if it has moved, and `encoder` where its configuration
+        does, if that is a file. `limits` are those on sizes.
         Raises UserError when the probe or its encoder cannot be had.
         """
         probe = load_probe(folder)
         on_gpu = _takes_gpu(device)
-        config = config_again(probe.encoder, pretrained=pretrained, engine=engine, on_gpu=on_gpu)
+        config = config_again(
+            probe.encoder, encoder=encoder, pretrained=pretrained, engine=engine, on_gpu=on_gpu
+        )
         info, encode = (_on_gpu if on_gpu else partial(_on_cpus, num_threads=num_threads))(config)
         notes = [*info.notes, *noted_again(probe.encoder, info)]
         return cls(probe, info=info, encode=encode, limits=limits or SourceConfig(), notes=notes)
@@ -105,7 +110,7 @@ class Classifier:
         found = []
         for pixels in decoded:
             if isinstance(pixels, Exception):
-                found.append(Answer(error=str(pixels) or type(pixels).__name__))
+                found.append(Answer(error=reason(pixels)))
                 continue
             places, probabilities, is_sound = next(rows)
             if not is_sound:
