@@ -536,7 +536,8 @@ class EvaluateJob:
     well an encoder finds the texts of images, and the images of texts."""
 
     probe: tuple[str, ...] = ()
-    """FOLDER or NAME=FOLDER of saved probes, all of one encoder: OUT/probe and OUT/supervised of lpclip selftrain."""
+    """FOLDER or NAME=FOLDER of saved probes, all of one encoder: OUT/probe and OUT/supervised of lpclip selftrain. A
+    FOLDER may also be hf-hub:OWNER/NAME."""
     data: tuple[str, ...] = ()
     """Labelled images that the probes are measured on: a folder, Parquet, a WebDataset tar, a manifest, a named
     data set (its test part) or a feature store. Several values of one kind, also patterns in quotes, are read as
@@ -620,7 +621,7 @@ class PredictJob:
     """Label images with a saved probe."""
 
     probe: str
-    """Folder of a saved probe, such as OUT/probe of lpclip selftrain."""
+    """Folder of a saved probe, such as OUT/probe of lpclip selftrain, or hf-hub:OWNER/NAME."""
     data: tuple[str, ...]
     """Images to label: a folder, Parquet, a WebDataset tar, a CSV/JSONL manifest, a named data set or a feature
     store. Several values of one kind, also patterns in quotes, are read as one."""
@@ -659,7 +660,7 @@ class ExportJob:
     """Write a saved probe in a form that other programs read."""
 
     probe: str
-    """Folder of a saved probe, such as OUT/probe of lpclip selftrain."""
+    """Folder of a saved probe, such as OUT/probe of lpclip selftrain, or hf-hub:OWNER/NAME."""
     out: str
     """What to write. A name that ends in .onnx is an ONNX graph from pixels to probabilities, one in .safetensors a
     classifier for open_clip's zero-shot evaluation, and any other name a folder for the Hugging Face Hub."""

@@ -1,4 +1,4 @@
-"""Files on any file system that pyarrow reaches: local paths, s3://, gs://, hdfs://."""
+"""Files on any file system that pyarrow reaches: local paths, s3://, gs://, hdfs://; and hf://, which is read alone."""
 
 from __future__ import annotations
 
@@ -79,6 +79,10 @@ def locate(uri: str) -> tuple[fs.FileSystem, str]:
     refuse_secrets(uri)
     if scheme == "file":
         return fs.LocalFileSystem(), urllib.parse.unquote(rest)
+    if scheme == "hf":
+        if not re.match(r"(datasets/)?(?!datasets/)\w[\w.-]*/\w[\w.-]*(?=[@/]|$)", rest):
+            raise UserError(f"{uri}: a data set on the Hugging Face hub is hf://datasets/OWNER/NAME/PATH")
+        return _hub(), rest.rstrip("/")
     # Object names may hold what a URI may not: only the authority and the options are parsed as one.
     authority, _, path = rest.partition("/")
     if scheme == "s3" and "allow_delayed_open" not in options:
@@ -107,6 +111,38 @@ def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     # An S3 file system that is made now keeps as many connections.
     pa.set_io_thread_count(max(READERS, pa.io_thread_count()))
     return fs.FileSystem.from_uri(uri)
+
+
+@lru_cache(maxsize=1)
+def _hub() -> fs.FileSystem:
+    from huggingface_hub import HfFileSystem
+
+    return fs.PyFileSystem(_HubFiles(HfFileSystem()))
+
+
+class _HubFiles(fs.FSSpecHandler):
+    """Files of the Hugging Face hub, to be read."""
+
+    @staticmethod
+    def _create_file_info(path: str, info: dict[str, Any]) -> fs.FileInfo:
+        found = fs.FSSpecHandler._create_file_info(path, info)
+        # The hub tells no time of change. A number made of the content's digest is another one when a file changes.
+        content = info.get("blob_id")
+        return (
+            fs.FileInfo(path, found.type, size=found.size, mtime=int(content[:8], 16)) if content else found
+        )
+
+    def create_dir(self, path: str, recursive: bool) -> None:
+        self._refuse(path)
+
+    def open_output_stream(self, path: str, metadata: Any) -> None:
+        self._refuse(path)
+
+    @staticmethod
+    def _refuse(path: str) -> None:
+        raise UserError(
+            f"hf://{path}: nothing is written to the hub: give a local folder, and `hf upload` it"
+        )
 
 
 def each(function: Callable[[S], T], items: Iterable[S], *, folder: str) -> Iterator[T]:

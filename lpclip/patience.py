@@ -14,17 +14,16 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-import pyarrow as pa
-
 from lpclip.config import StoreAwayError
 
-# What pyarrow's S3, GCS and Azure say when a store is busy or cannot be reached. Its S3 has then asked 31 times within
-# six seconds, its GCS for 15 minutes, its Azure four times.
+# What pyarrow's S3, GCS and Azure, and the client of the Hugging Face hub, say when a store is busy or away. The S3
+# has then asked 31 times within six seconds, the GCS for 15 minutes, the Azure four times.
 _AWAY = re.compile(
     r"AWS Error (?:SLOW_DOWN|THROTTLING|NETWORK_CONNECTION|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT"
     r"|UNKNOWN \(HTTP status (?:429|5\d\d)\))"
     r"|google::cloud::Status\((?:UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|INTERNAL)\b"
     r"|Azure Error: \[\w*\] (?:429|5\d\d|(?!\d{3}\b))"
+    r"|^(?:429 Client|5\d\d Server) Error\b"
 )
 PATIENCE_SECONDS = 300.0
 MAX_WAIT_SECONDS = 30.0
@@ -34,7 +33,10 @@ T = TypeVar("T")
 
 def is_away(error: BaseException) -> bool:
     """Say whether an error is that of a store that is busy or away. Any other error is about the file itself."""
-    return isinstance(error, (ConnectionError, TimeoutError)) or bool(_AWAY.search(str(error)))
+    # The hub's client has one of two libraries for HTTP, whose errors are no OSErrors.
+    kinds = {(kind.__module__.partition(".")[0].rstrip("2"), kind.__name__) for kind in type(error).__mro__}
+    is_of_network = ("httpx", "TransportError") in kinds or isinstance(error, (ConnectionError, TimeoutError))
+    return is_of_network or bool(_AWAY.search(str(error)))
 
 
 def patiently(path: str, work: Callable[[], T]) -> T:
@@ -48,7 +50,7 @@ def patiently(path: str, work: Callable[[], T]) -> T:
     for attempt in itertools.count():
         try:
             return work()
-        except (OSError, pa.ArrowException) as error:
+        except Exception as error:
             if not is_away(error):
                 raise
             wait = random.uniform(0, min(MAX_WAIT_SECONDS, 2.0**attempt))

@@ -27,9 +27,9 @@ from safetensors.torch import load_file, save_file
 from lpclip.config import EncoderConfig, UserError
 from lpclip.encoders import lite
 from lpclip.encoders.encoder import resolve_precision
+from lpclip.encoders.hub import reachable
 from lpclip.encoders.load import load_encoder
 from lpclip.encoders.open_clip import SMALL
-from lpclip.encoders.weights import reachable
 from lpclip.images.pixels import decode_image
 from lpclip.images.render import render, weak_view
 from lpclip.images.views import View

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from lpclip.config import ModelConfig, UserError, digest
 from lpclip.encoders.encoder import ImageNetwork, to_input, weights_digest
+from lpclip.encoders.hub import HUB, cached_or_online
 from lpclip.encoders.weights import (
-    HUB,
     PREPROCESS_KEYS,
-    cached_or_online,
     check_name,
     create_model,
     load_model,

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
 import pickle
 import re
-import ssl
-import threading
-import urllib.error
-import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import huggingface_hub.constants
 import open_clip
 from open_clip.factory import get_model_config
 from open_clip.pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg
@@ -24,20 +18,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lpclip.config import UserError
-
-T = TypeVar("T")
-
-
-HUB = "hf-hub:"
-
+from lpclip.encoders.hub import HUB, cached_or_online, first_line
 
 QUICK_GELU = "-quickgelu"
 
 
 PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
-
-
-REACH_SECONDS = 5.0
 
 
 def load_model(name: str, pretrained: str | None) -> Any:
@@ -105,9 +91,9 @@ def create_model(name: str, *, what: str, **options: Any) -> Any:
         TypeError,
         UnicodeError,
     ) as error:
-        raise UserError(f"{what}: the weights do not fit the model ({_first_line(error)})") from error
+        raise UserError(f"{what}: the weights do not fit the model ({first_line(error)})") from error
     except ValueError as error:  # such as a text tower that comes with code of its own
-        raise UserError(f"{what}: {_first_line(error)}") from error
+        raise UserError(f"{what}: {first_line(error)}") from error
 
 
 def load_tokenizer(name: str) -> Callable[[list[str]], Tensor]:
@@ -125,7 +111,7 @@ def load_tokenizer(name: str) -> Callable[[list[str]], Tensor]:
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{what}: {_first_line(error)}") from error
+        raise UserError(f"{what}: {first_line(error)}") from error
 
 
 def check_name(name: str) -> None:
@@ -215,63 +201,3 @@ def _warn_activation(name: str, quick_gelu: bool | None, *, weights: str) -> Non
             f" accuracy{hint}",
             stacklevel=2,
         )
-
-
-def cached_or_online(action: Callable[[], T], *, what: str) -> T:
-    """Run an action on what is cached and, only if that fails, with the hub, which must answer in seconds.
-
-    Left to itself the hub's client retries for most of a minute on a machine without a network.
-    """
-    try:
-        with _offline():
-            return action()
-    except OSError as error:
-        endpoint = huggingface_hub.constants.ENDPOINT
-        if huggingface_hub.constants.HF_HUB_OFFLINE or not reachable(endpoint, seconds=REACH_SECONDS):
-            raise UserError(
-                f"{what} is not in the Hugging Face cache and {endpoint} cannot be reached: connect to a"
-                " network, set HF_HOME to a cache that has it, or pass a checkpoint file as --pretrained FILE"
-            ) from error
-    try:
-        return action()
-    except OSError as error:
-        raise UserError(f"cannot load {what}: {_first_line(error)}") from error
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """Make the hub's client use its cache alone."""
-    before = huggingface_hub.constants.HF_HUB_OFFLINE
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        huggingface_hub.constants.HF_HUB_OFFLINE = before
-
-
-def reachable(url: str, *, seconds: float) -> bool:
-    """Say whether a server answers, with anything at all, within so many seconds. Proxies are honoured."""
-    answers: list[bool] = []
-
-    def ask() -> None:
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds):
-                answers.append(True)
-        except urllib.error.HTTPError:
-            answers.append(True)
-        except urllib.error.URLError as error:
-            answers.append(isinstance(error.reason, ssl.SSLError))
-        except OSError:
-            answers.append(False)
-
-    # A name look-up has no timeout of its own, hence the thread.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return any(answers)
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of an error, and the next if the first ends with a colon and says nothing without it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lpclip import files
 from lpclip.config import ExportJob, UserError, check, counted
+from lpclip.encoders.hub import local_probe
 from lpclip.jobs.console import shown
 from lpclip.method.probe import Probe, load_probe, probe_digest
 from lpclip.report.tables import format_table
@@ -23,23 +24,24 @@ FORMS = {
 def export_job(job: ExportJob) -> None:
     """Write a saved probe to OUT. The name of OUT says in which form."""
     check(job)
-    probe = load_probe(job.probe)
+    folder = local_probe(job.probe)
+    probe = load_probe(folder)
     print(f"probe     {shown(job.probe)}: {counted(len(probe.class_names), 'class name')}")
     print(f"writes    {shown(job.out)}: {FORMS[job.form]}", flush=True)
     if job.float16:
         print(
             f"          {shown(float16_name(job.out))}: the same with weights stored as float16", flush=True
         )
-    notes, told = _write(job, probe, digest=probe_digest(job.probe))
+    notes, told = _write(job, probe, folder=folder, digest=probe_digest(folder))
     for note in notes:
         print(f"note      {note}")
     print(told)
 
 
-def _write(job: ExportJob, probe: Probe, *, digest: str) -> tuple[list[str], str]:
+def _write(job: ExportJob, probe: Probe, *, folder: str, digest: str) -> tuple[list[str], str]:
     """Write what the job asks for. Returns notes, and what is to be told at the end."""
     if job.form == "folder":
-        notes = write_hub_folder(probe, job.probe, job.out, digest=digest)
+        notes = write_hub_folder(probe, folder, job.out, digest=digest)
         return notes, f"written: look at README.md, then `hf upload OWNER/NAME {shown(job.out)}`"
     _make_place(job.out)
     if job.form == "open_clip":

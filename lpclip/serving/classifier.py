@@ -13,6 +13,7 @@ import numpy as np
 from lpclip.config import Device, EncoderConfig, Engine, SourceConfig, UserError
 from lpclip.encoders.again import config_again, noted_again
 from lpclip.encoders.head import EncoderInfo
+from lpclip.encoders.hub import local_probe
 from lpclip.encoders.on_cpu import describe_on_cpu, load_tower
 from lpclip.encoders.passes import CpuPasses, mean_view
 from lpclip.images.fetch import reason
@@ -74,11 +75,11 @@ class Classifier:
     ) -> Classifier:
         """The probe in `folder`, with its encoder on this machine's GPU or on `num_threads` CPUs, by default all.
 
-        `pretrained` is where the encoder's checkpoint lies now, if it has moved, and `encoder` where its configuration
-        does, if that is a file. `limits` are those on sizes.
+        `folder` may also be hf-hub:OWNER/NAME. `pretrained` is where the encoder's checkpoint lies now, if it has
+        moved, and `encoder` where its configuration does, if that is a file. `limits` are those on sizes.
         Raises UserError when the probe or its encoder cannot be had.
         """
-        probe = load_probe(folder)
+        probe = load_probe(local_probe(folder))
         on_gpu = _takes_gpu(device)
         config = config_again(
             probe.encoder, encoder=encoder, pretrained=pretrained, engine=engine, on_gpu=on_gpu

@@ -7,11 +7,9 @@ from typing import Any
 import lpclip
 from lpclip import files
 from lpclip.config import UserError
+from lpclip.encoders.hub import PROBE_FILES
 from lpclip.method.probe import Probe
 from lpclip.serving.model_card import is_local, model_card
-
-PROBE_FILES = ("probe.safetensors", "probe.json")
-"""The probe itself. The second is written last: with it, the folder is whole."""
 
 NAMES = {*PROBE_FILES, "config.json", "README.md"}
 
@@ -32,7 +30,8 @@ def write_hub_folder(probe: Probe, folder: str, out: str, *, digest: str) -> lis
     files.make_folder(out)
     files.write_json(files.join(out, "config.json"), _config(probe, digest=digest))
     files.write_bytes(files.join(out, "README.md"), card.encode())
-    for file, data in kept.items():
+    # probe.json last: with it, the folder is whole.
+    for file, data in reversed(kept.items()):
         files.write_bytes(files.join(out, file), data)
     if not is_local(probe.encoder):
         return []

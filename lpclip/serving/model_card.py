@@ -12,7 +12,7 @@ from typing import Any
 
 from lpclip import files
 from lpclip.config import counted
-from lpclip.encoders.weights import HUB
+from lpclip.encoders.hub import HUB
 from lpclip.method.probe import Probe
 
 UNKNOWN = "unknown"
@@ -70,7 +70,7 @@ def _front_matter(probe: Probe) -> str:
     ]
     repository = probe.encoder["identity"]["name"].removeprefix(HUB)
     if probe.encoder["identity"]["name"].startswith(HUB) and re.fullmatch(
-        r"[\w.-]+/[\w.-]+", repository, re.ASCII
+        r"\w[\w.-]*/\w[\w.-]*", repository, re.ASCII
     ):
         lines.append(f"base_model: {json.dumps(repository)}")
     return "\n".join([*lines, "---"])
