@@ -41,13 +41,16 @@ class StallWatch:
     def __init__(self, what: str, limits: StallLimits) -> None:
         self._what, self._limits = what, limits
         self._moved = time.monotonic()
+        self._has_begun = False
         self._longest = 0.0
         self._told = -float("inf")
 
     def moved(self) -> None:
         """Something was committed."""
         now = time.monotonic()
-        self._longest, self._moved = max(self._longest, now - self._moved), now
+        if self._has_begun:  # what comes before the first commit are processes that start and models that load
+            self._longest = max(self._longest, now - self._moved)
+        self._has_begun, self._moved = True, now
 
     def look(self) -> None:
         """Tell of a stall, if there is one. A slow pipeline has none: its commits came as slowly before."""
