@@ -124,7 +124,10 @@ def test_the_program_of_the_page_labels_images_without_lpclip_and_torch(lite: st
     images.mkdir()
     packages.mkdir()
     paths = photos(images)
-    export_job(ExportJob(probe=lite, out=str(out)))
+    # As a user does, and without a Ray that would take seconds.
+    command = [sys.executable, ROOT / "jobs/export.py", "--probe", lite, "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     for name in ("numpy", "onnxruntime", "PIL"):
         spec = find_spec(name)
         assert spec is not None
@@ -246,14 +249,18 @@ def hostile(folder: Path, probe: str) -> tuple[str, tuple[str, ...]]:
     return str(folder / "probe"), names
 
 
-def test_a_folder_for_the_hub_holds_the_probe_as_it_is_and_a_card_of_plain_text(tmp_path: Path) -> None:
+def test_a_folder_for_the_hub_holds_the_probe_as_it_is_and_a_card_of_plain_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from markdown_it import MarkdownIt
 
     probe, names = hostile(tmp_path, make_probe(tmp_path / "made", "tiny-vit-32"))
     out = tmp_path / "hub"
     for _ in range(2):  # its own files are written again
         export_job(ExportJob(probe=probe, out=str(out)))
-    assert {path.name for path in out.iterdir()} == {
+        (out / ".gitattributes").write_text("")
+    assert f"holds paths of this machine: {tmp_path}/made/weights.pt" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} - {".gitattributes"} == {
         "README.md",
         "config.json",
         "probe.json",

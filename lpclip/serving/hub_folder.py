@@ -19,7 +19,8 @@ def write_hub_folder(probe: Probe, folder: str, out: str, *, digest: str) -> lis
 
     The probe's own files are copied as they are. Raises UserError when `out` holds other files.
     """
-    others = sorted({*files.list_names(out), *files.list_folders(out)} - NAMES)
+    there = {*files.list_names(out), *files.list_folders(out)}
+    others = sorted(name for name in there - NAMES if not name.startswith("."))  # Git's files are left alone
     if others:
         raise UserError(
             f"--out {out} holds other files, such as {others[0]}: name a new folder, or NAME.onnx or NAME.safetensors"
@@ -33,12 +34,17 @@ def write_hub_folder(probe: Probe, folder: str, out: str, *, digest: str) -> lis
     # probe.json last: with it, the folder is whole.
     for file, data in reversed(kept.items()):
         files.write_bytes(files.join(out, file), data)
-    if not is_local(probe.encoder):
-        return []
-    return [
-        "probe.json, which is copied as it is, names the encoder's checkpoint by its path here, "
-        f"{probe.encoder['config']['pretrained']}; elsewhere --pretrained FILE says where it is"
-    ]
+    if paths := _paths(probe):
+        return [f"probe.json, which is copied as it is, holds paths of this machine: {', '.join(paths)}"]
+    return []
+
+
+def _paths(probe: Probe) -> list[str]:
+    """The paths of local files that the probe's own file names."""
+    config, training = probe.encoder["config"], probe.summary.get("training", {})
+    found = [config["encoder"]] if config["encoder"].endswith(".json") else []
+    found += [config["pretrained"]] if is_local(probe.encoder) else []
+    return found + [training[flag] for flag in ("prior", "present") if "/" in training.get(flag, "")]
 
 
 def _config(probe: Probe, *, digest: str) -> dict[str, Any]:
