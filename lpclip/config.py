@@ -77,6 +77,11 @@ def _check_seed(config: Any) -> None:
         _refuse(config, "seed", f"between 0 and {MAX_SEED}")
 
 
+def _check_port(config: Any) -> None:
+    if not 0 < config.port < 2**16:
+        _refuse(config, "port", f"between 1 and {2**16 - 1}")
+
+
 def _at_least(config: Any, lowest: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
@@ -685,6 +690,52 @@ class ExportJob:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServeJob:
+    """Answer requests over HTTP with a saved probe."""
+
+    probe: str
+    """Folder of a saved probe, such as OUT/probe of lpclip selftrain."""
+    host: str = "127.0.0.1"
+    """Address to listen at. By default other machines do not reach it; 0.0.0.0 is every address of this one. Anyone
+    who reaches it may use it."""
+    port: int = 8000
+    """Port to listen at."""
+    replicas: int | None = None
+    """Number of copies of the encoder, which share the requests. The default is one for each GPU, or one with all
+    CPUs. Several may share a GPU: each decodes on a CPU of its own."""
+    top_k: int = 5
+    """Number of most probable labels in an answer, unless a request asks for another."""
+    max_bytes: int = 20_000_000
+    """Requests with a larger body are refused before all of it is in memory."""
+    max_pixels: int = 50_000_000
+    """Images with more pixels than this are refused before they are decoded."""
+    max_images: int = 16
+    """Most images in a request."""
+    max_waiting: int = 256
+    """Most images that wait for an encoder. Further requests are told to come again later."""
+    body_timeout: float = 30.0
+    """Seconds that the body of a request may take to arrive."""
+    batch_size: int = 32
+    """Most images, of all requests, that are encoded together."""
+    pretrained: str | None = None
+    """New place of the local checkpoint of the encoder, if the file has moved since training."""
+    engine: Engine = EncoderConfig.engine
+    """Library that computes image features on CPUs: auto, openvino or torch, as for lpclip selftrain."""
+    device: Device = EncodeConfig.device
+    """Where images are encoded: auto, cpu or gpu, as for lpclip selftrain."""
+
+    def check(self) -> None:
+        """Raise UserError for values out of range."""
+        _check_port(self)
+        _at_least(self, 1, "replicas", "top_k", "max_bytes", "max_pixels", "max_images", "batch_size")
+        if self.max_waiting < self.max_images:
+            raise UserError(
+                f"--max-waiting {self.max_waiting} has no room for a request of --max-images {self.max_images}"
+            )
+        _above_zero(self, "body_timeout")
+
+
+@dataclass(frozen=True, kw_only=True)
 class UiJob:
     """Show the runs in MLflow's pages, in the browser of this machine."""
 
@@ -695,5 +746,4 @@ class UiJob:
 
     def check(self) -> None:
         """Raise UserError for a port that is none."""
-        if not 0 < self.port < 2**16:
-            _refuse(self, "port", f"between 1 and {2**16 - 1}")
+        _check_port(self)

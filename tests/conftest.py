@@ -34,6 +34,7 @@ from lpclip.config import (
     PredictJob,
     PretrainJob,
     SelftrainJob,
+    ServeJob,
     TuneJob,
     UiJob,
 )
@@ -45,6 +46,7 @@ from lpclip.jobs.predict import predict_job
 from lpclip.jobs.pretrain import pretrain_job
 from lpclip.jobs.process import start_ray
 from lpclip.jobs.selftrain import selftrain_job
+from lpclip.jobs.serve import serve_job
 from lpclip.jobs.tune import tune_job
 from lpclip.jobs.ui import ui_job
 
@@ -146,6 +148,7 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "predict.py": (predict_job, PredictJob),
         "pretrain.py": (pretrain_job, PretrainJob),
         "selftrain.py": (selftrain_job, SelftrainJob),
+        "serve.py": (serve_job, ServeJob),
         "tune.py": (tune_job, TuneJob),
         "ui.py": (ui_job, UiJob),
     }

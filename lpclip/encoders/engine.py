@@ -27,8 +27,11 @@ CPU_BATCH = 8
 class Tower(Protocol):
     """An image tower on a CPU that runs some passes of one thread each at a time."""
 
+    pass_size: int
+    """Images in a pass: CPU_BATCH, unless the tower was loaded for passes of another size."""
+
     def __call__(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Features of each batch, in order: uint8 (CPU_BATCH, S, S, 3) to float32 (CPU_BATCH, d) of unit norm."""
+        """Features of each batch, in order: uint8 (pass_size, S, S, 3) to float32 (pass_size, d) of unit norm."""
         ...
 
 
@@ -52,8 +55,11 @@ def runs(precision: str) -> bool:
 class OpenVinoTower:
     """A `Tower` that OpenVINO runs, with `num_threads` passes of one thread each at a time."""
 
-    def __init__(self, path: Path, *, precision: str, num_threads: int) -> None:
-        """`path` is a network that `convert` wrote, `precision` float32 or bfloat16."""
+    def __init__(self, path: Path, *, precision: str, num_threads: int, pass_size: int = CPU_BATCH) -> None:
+        """`path` is a network that `convert` wrote, `precision` float32 or bfloat16.
+
+        A network that is bound to passes of CPU_BATCH keeps them.
+        """
         import openvino
 
         core = openvino.Core()
@@ -64,7 +70,17 @@ class OpenVinoTower:
             # Pinned threads would wait for a CPU on which an image is being decoded.
             "ENABLE_CPU_PINNING": False,
         }
-        network = core.compile_model(core.read_model(path), "CPU", options)
+        model = core.read_model(path)
+        if pass_size != CPU_BATCH:
+            try:
+                model.reshape([pass_size, *list(model.inputs[0].shape)[1:]])
+                is_free = model.outputs[0].shape[0] == pass_size
+            except RuntimeError:  # the trace has the number of images in it
+                is_free = False
+            if not is_free:
+                model, pass_size = core.read_model(path), CPU_BATCH
+        self.pass_size = pass_size
+        network = core.compile_model(model, "CPU", options)
         self._requests = [network.create_infer_request() for _ in range(num_threads)]
 
     def __call__(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

@@ -71,10 +71,14 @@ class Kept:
                 part.unlink()
             log.warning("zero-shot weights could not be kept for the next run: %s", error)
 
-    def tower(self, *, num_threads: int) -> OpenVinoTower:
+    def tower(self, *, num_threads: int, pass_size: int) -> OpenVinoTower:
         """The image tower."""
-        precision = self.info.identity["precision"]
-        return OpenVinoTower(self.folder / NETWORK[0], precision=precision, num_threads=num_threads)
+        return OpenVinoTower(
+            self.folder / NETWORK[0],
+            precision=self.info.identity["precision"],
+            num_threads=num_threads,
+            pass_size=pass_size,
+        )
 
     def _head_path(self, names: Sequence[str], templates: Sequence[str]) -> Path:
         return self.folder / "heads" / f"{digest([list(names), list(templates)])}.npy"

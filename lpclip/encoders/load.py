@@ -12,6 +12,7 @@ import torch
 
 from lpclip.config import EncoderConfig, UserError
 from lpclip.encoders.encoder import Encoder, resolve_precision
+from lpclip.encoders.engine import CPU_BATCH
 
 
 def load_encoder(config: EncoderConfig, *, device: torch.device | str = "cpu") -> Encoder:
@@ -44,9 +45,9 @@ def load_again(config: EncoderConfig, identity: dict[str, Any], *, device: torch
 class TorchTower:
     """The image tower of an encoder on the CPU as a `Tower`."""
 
-    def __init__(self, encoder: Encoder, *, num_threads: int) -> None:
+    def __init__(self, encoder: Encoder, *, num_threads: int, pass_size: int = CPU_BATCH) -> None:
         torch.set_num_threads(1)
-        self.encoder = encoder
+        self.encoder, self.pass_size = encoder, pass_size
         self.threads = ThreadPoolExecutor(num_threads)
 
     def __call__(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

@@ -55,8 +55,12 @@ def describe_on_cpu(config: EncoderConfig, names: tuple[str, ...], templates: tu
     return replace(info, head=head)
 
 
-def load_tower(config: EncoderConfig, info: EncoderInfo, *, num_threads: int) -> Tower:
+def load_tower(
+    config: EncoderConfig, info: EncoderInfo, *, num_threads: int, pass_size: int = CPU_BATCH
+) -> Tower:
     """The image tower of an encoder that was described, with `num_threads` passes of one thread each at a time.
+
+    Passes of another size than CPU_BATCH give the same features to float rounding only.
 
     Raises UserError when this machine has another encoder, or cannot run its engine.
     """
@@ -66,13 +70,13 @@ def load_tower(config: EncoderConfig, info: EncoderInfo, *, num_threads: int) ->
 
         encoder = load_again(config, info.identity, device="cpu")
         refuse_another(full_identity(encoder), info.identity)
-        return TorchTower(encoder, num_threads=num_threads)
+        return TorchTower(encoder, num_threads=num_threads, pass_size=pass_size)
     config = replace(config, precision=precision, engine="openvino")
     # On another machine than the driver's it may have to be converted first.
     refuse_another(describe_on_cpu(config, (), ()).identity, info.identity)
     kept = find(config, precision=precision)
     assert kept is not None
-    return kept.tower(num_threads=num_threads)
+    return kept.tower(num_threads=num_threads, pass_size=pass_size)
 
 
 def _precision(config: EncoderConfig) -> str:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from lpclip.encoders.engine import CPU_BATCH, Tower
+from lpclip.encoders.engine import Tower
 from lpclip.images.views import View
 
 
@@ -33,21 +33,22 @@ class CpuPasses:
 
     def __call__(self, pixels: Mapping[View, np.ndarray], views: Sequence[View]) -> np.ndarray:
         """As `Passes`. Batches run on from view to view."""
-        total = len(views) * len(pixels[views[0].pixels])
+        total, size = len(views) * len(pixels[views[0].pixels]), self.tower.pass_size
         out = np.empty((total, self.dim), np.float16)
-        for start, found in zip(
-            range(0, total, CPU_BATCH), self.tower(_batches(pixels, views, total)), strict=True
-        ):
-            out[start : start + CPU_BATCH] = found[: total - start]
+        batches = _batches(pixels, views, total, size)
+        for start, found in zip(range(0, total, size), self.tower(batches), strict=True):
+            out[start : start + size] = found[: total - start]
         return out
 
 
-def _batches(pixels: Mapping[View, np.ndarray], views: Sequence[View], total: int) -> Iterator[np.ndarray]:
+def _batches(
+    pixels: Mapping[View, np.ndarray], views: Sequence[View], total: int, size: int
+) -> Iterator[np.ndarray]:
     """All images of all views in batches of one shape; the last is filled up with black images."""
     count, *shape = pixels[views[0].pixels].shape
-    for start in range(0, total, CPU_BATCH):
-        batch = np.zeros((CPU_BATCH, *shape), np.uint8)
-        place, stop = start, min(start + CPU_BATCH, total)
+    for start in range(0, total, size):
+        batch = np.zeros((size, *shape), np.uint8)
+        place, stop = start, min(start + size, total)
         while place < stop:
             number, row = divmod(place, count)
             view = views[number]

@@ -28,6 +28,7 @@ from lpclip.config import (
     PredictJob,
     PretrainJob,
     SelftrainJob,
+    ServeJob,
     StoreAwayError,
     TuneJob,
     UiJob,
@@ -48,9 +49,11 @@ COMMANDS: dict[str, type] = {
     "predict": PredictJob,
     "pretrain": PretrainJob,
     "export": ExportJob,
+    "serve": ServeJob,
     "ui": UiJob,
 }
-WITHOUT_RAY = ("export", "ui")
+LATER = ("export", "serve", "ui")
+"""Commands that need no Ray, or start it by themselves."""
 DESCRIPTION = "Train linear probes on CLIP without labels, and measure them."
 EPILOG = """\
 lpclip COMMAND --help explains the flags of a command.
@@ -96,7 +99,7 @@ def run_command(name: str, *, prog: str | None = None, args: Sequence[str] | Non
     """Run one command with `args`, the process's own arguments by default, and end the process. See `main`."""
 
     def run(job: Any) -> None:
-        if name not in WITHOUT_RAY:
+        if name not in LATER:
             begin_command()
         module = importlib.import_module(f"lpclip.jobs.{name}")
         getattr(module, f"{name}_job")(job)
@@ -214,7 +217,7 @@ def users_mistake(error: BaseException) -> str | None:
     for inner in _wrapped(error):
         if message := users_mistake(inner):
             return message
-    return _mistake_in_traceback(str(error))
+    return mistake_in_traceback(str(error))
 
 
 def _is_ray(error: BaseException) -> bool:
@@ -231,7 +234,7 @@ def _wrapped(error: BaseException) -> Iterator[BaseException]:
             yield inner
 
 
-def _mistake_in_traceback(text: str) -> str | None:
+def mistake_in_traceback(text: str) -> str | None:
     """Find the user's mistake in the text of a traceback, all that Ray Data and a dead actor keep of an exception."""
     errors = re.findall(r"^([\w.]*(?:Error|Exception)): (.+)$", text, re.MULTILINE)
     own = [(name, message) for name, message in errors if not name.startswith("ray.")]

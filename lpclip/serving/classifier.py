@@ -12,6 +12,7 @@ import numpy as np
 
 from lpclip.config import Device, EncoderConfig, Engine, SourceConfig, UserError
 from lpclip.encoders.again import config_again, noted_again
+from lpclip.encoders.engine import CPU_BATCH
 from lpclip.encoders.head import EncoderInfo
 from lpclip.encoders.hub import local_probe
 from lpclip.encoders.on_cpu import describe_on_cpu, load_tower
@@ -71,20 +72,25 @@ class Classifier:
         engine: Engine = "auto",
         device: Device = "auto",
         num_threads: int | None = None,
+        pass_size: int = CPU_BATCH,
         limits: SourceConfig | None = None,
     ) -> Classifier:
         """The probe in `folder`, with its encoder on this machine's GPU or on `num_threads` CPUs, by default all.
 
         `folder` may also be hf-hub:OWNER/NAME. `pretrained` is where the encoder's checkpoint lies now, if it has
-        moved, and `encoder` where its configuration does, if that is a file. `limits` are those on sizes.
+        moved, and `encoder` where its configuration does, if that is a file. `limits` are those on sizes. `pass_size`
+        is the number of images in a pass on a CPU, which the last images are filled up to: with 1, few images are
+        answered soonest.
         Raises UserError when the probe or its encoder cannot be had.
         """
         probe = load_probe(local_probe(folder))
-        on_gpu = _takes_gpu(device)
+        on_gpu = takes_gpu(device)
         config = config_again(
             probe.encoder, encoder=encoder, pretrained=pretrained, engine=engine, on_gpu=on_gpu
         )
-        info, encode = (_on_gpu if on_gpu else partial(_on_cpus, num_threads=num_threads))(config)
+        info, encode = (
+            _on_gpu if on_gpu else partial(_on_cpus, num_threads=num_threads, pass_size=pass_size)
+        )(config)
         notes = [*info.notes, *noted_again(probe.encoder, info)]
         return cls(probe, info=info, encode=encode, limits=limits or SourceConfig(), notes=notes)
 
@@ -134,7 +140,8 @@ class Classifier:
         return weak_view(decoded, preprocess)
 
 
-def _takes_gpu(device: Device) -> bool:
+def takes_gpu(device: Device) -> bool:
+    """Say whether a GPU of this machine encodes. Raises UserError when one is asked for and torch sees none."""
     if device == "cpu":
         return False
     import torch
@@ -144,9 +151,10 @@ def _takes_gpu(device: Device) -> bool:
     return torch.cuda.is_available()
 
 
-def _on_cpus(config: EncoderConfig, *, num_threads: int | None) -> tuple[EncoderInfo, Encode]:
+def _on_cpus(config: EncoderConfig, *, num_threads: int | None, pass_size: int) -> tuple[EncoderInfo, Encode]:
     info = describe_on_cpu(config, (), ())
-    tower = load_tower(config, info, num_threads=num_threads or len(os.sched_getaffinity(0)))
+    threads = num_threads or len(os.sched_getaffinity(0))
+    tower = load_tower(config, info, num_threads=threads, pass_size=pass_size)
     return info, CpuPasses(tower, dim=info.identity["dim"])
 
 

@@ -1,0 +1,102 @@
+"""What the server takes and answers, as OpenAPI: GET /openapi.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lpclip import __version__
+
+REFUSALS = {
+    400: "The body is empty, or no such JSON.",
+    408: "The body came too slowly.",
+    413: "The body is too large.",
+    415: "The body is of a type that is not taken.",
+    422: "The image cannot be used; the error says why.",
+    503: "Too much waits, or the replica ended: ask again after Retry-After seconds.",
+}
+
+
+def description() -> dict[str, Any]:
+    """The interface in OpenAPI 3.1."""
+    answer, error = _schema("Answer"), _schema("Error")
+    refusals: dict[str, Any] = {
+        str(status): {"description": told, "content": {"application/json": {"schema": error}}}
+        for status, told in REFUSALS.items()
+    }
+    refusals["503"]["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    classify = {
+        "summary": "Labels of an image, or of several.",
+        "parameters": [
+            {"name": "top_k", "in": "query", "schema": {"type": "integer", "minimum": 1}, "required": False}
+        ],
+        "requestBody": {
+            "required": True,
+            "content": {
+                "image/*": binary,
+                "application/octet-stream": binary,
+                "application/json": {"schema": _schema("Images")},
+            },
+        },
+        "responses": {
+            "200": {
+                "description": "An answer for an image; for JSON a list, with an answer or an error for each image.",
+                "content": {
+                    "application/json": {
+                        "schema": {"oneOf": [answer, {"type": "array", "items": {"oneOf": [answer, error]}}]}
+                    }
+                },
+            },
+            **refusals,
+        },
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "lpclip", "version": __version__},
+        "paths": {
+            "/classify": {"post": classify},
+            "/": {"get": _plain("The encoder, the classes, the probe's digest and the limits.", refusals)},
+            "/health": {"get": _plain("A replica answers.", refusals)},
+        },
+        "components": {
+            "schemas": {
+                "Answer": _object(
+                    label={"type": "string"},
+                    probability={"type": "number"},
+                    labels={"type": "array", "items": {"type": "string"}},
+                    probabilities={"type": "array", "items": {"type": "number"}},
+                ),
+                "Error": _object(error={"type": "string"}),
+                "Images": {
+                    "type": "object",
+                    "required": ["images"],
+                    "properties": {
+                        "images": {
+                            "type": "array",
+                            "items": {"type": "string", "contentEncoding": "base64"},
+                        },
+                        "top_k": {"type": "integer", "minimum": 1},
+                    },
+                    "additionalProperties": False,
+                },
+            }
+        },
+    }
+
+
+def _schema(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _object(**properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def _plain(told: str, refusals: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "summary": told,
+        "responses": {
+            "200": {"description": told, "content": {"application/json": {"schema": {"type": "object"}}}},
+            "503": refusals["503"],
+        },
+    }
