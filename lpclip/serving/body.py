@@ -71,7 +71,7 @@ class Held:
 
     @contextmanager
     def body(self) -> Iterator[Callable[[int], None]]:
-        """A body for the length of the block. The function adds bytes to it, or raises Refused when they are too many."""
+        """A body for the length of the block. The function adds bytes to it, or raises Refused."""
         mine = 0
 
         def add(count: int) -> None:
