@@ -694,7 +694,7 @@ class ServeJob:
     """Answer requests over HTTP with a saved probe."""
 
     probe: str
-    """Folder of a saved probe, such as OUT/probe of lpclip selftrain."""
+    """Folder of a saved probe, such as OUT/probe of lpclip selftrain, or hf-hub:OWNER/NAME."""
     host: str = "127.0.0.1"
     """Address to listen at. By default other machines do not reach it; 0.0.0.0 is every address of this one. Anyone
     who reaches it may use it."""

@@ -11,10 +11,14 @@ from typing import Any
 
 import pytest
 import yaml
+from ray._common.utils import import_attr
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve.schema import ServeDeploySchema
 
-from lpclip.config import SelftrainJob
+from lpclip.config import SelftrainJob, ServeJob, UserError, check
 from lpclip.jobs.cli import main
+from lpclip.serving import application
+from lpclip.serving.door import APPLICATION, middlewares
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,6 +51,32 @@ def test_the_rayjob_runs_a_job_of_this_project_with_flags_it_knows(
 def test_the_rayjob_has_the_images_ray(rayjob: dict[str, Any]) -> None:
     version = rayjob["spec"]["rayClusterSpec"]["rayVersion"]
     assert f"\nray=={version} " in (ROOT / "requirements.lock").read_text()
+
+
+def test_the_rayservice_serves_an_application_of_this_project_with_the_door_before_it() -> None:
+    service = yaml.safe_load((ROOT / "docs" / "serve.yaml").read_text())
+    assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
+    config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    (told,) = config.applications
+    assert (told.name, import_attr(told.import_path)) == (APPLICATION, application.build)
+    job = ServeJob(**told.args)
+    check(job)
+    cluster = service["spec"]["rayClusterConfig"]
+    assert f"\nray=={cluster['rayVersion']} " in (ROOT / "requirements.lock").read_text()
+    head, (workers,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    assert job.replicas == workers["replicas"] == workers["maxReplicas"]
+    for group in (head, workers):
+        (container,) = group["template"]["spec"]["containers"]
+        assert {"name": application.DOOR_VARIABLE, "value": application.DOOR} in container["env"]
+    assert import_attr(application.DOOR) is middlewares
+    assert {"containerPort": config.http_options.port, "name": "serve"} in head["template"]["spec"][
+        "containers"
+    ][0]["ports"]
+
+
+def test_an_application_refuses_arguments_that_it_does_not_know() -> None:
+    with pytest.raises(UserError, match="args has prob; it may have probe, host"):
+        application.build({"prob": "s3://bucket/probe"})
 
 
 def test_the_image_is_of_this_version_and_installs_as_make_does() -> None:

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +25,10 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from conftest import CLASSES, ROOT, descendants, draw, refusal, start
 from PIL import Image
 
 import lpclip
-from lpclip.config import ServeJob, UserError
 from lpclip.method.probe import zero_shot_probe
 from lpclip.serving.classifier import Answer, Classifier
 
@@ -62,8 +60,8 @@ class Served:
     def replica(self) -> int:
         """The process of the replica."""
         titles = descendants(self.process.pid)
-        (pid,) = [pid for pid, title in titles.items() if title.startswith("ray::ServeReplica")]
-        return pid
+        # While one is killed and another starts, there is none.
+        return next((pid for pid, title in titles.items() if title.startswith("ray::ServeReplica")), 0)
 
 
 def free_port() -> int:
@@ -150,6 +148,16 @@ def test_answers_are_those_of_the_classifier_whatever_they_were_batched_with(
     status, told, _ = served.ask(images[0], path="/classify?top_k=1", kind=None)
     assert status == 200
     assert is_of(told, expected[0], k=1)
+
+
+def test_the_page_says_how_to_ask(
+    served: Served, images: list[bytes], expected: list[Answer], tmp_path: Path
+) -> None:
+    (command,) = re.findall("^curl .*classify$", (ROOT / "docs" / "serving.md").read_text(), re.MULTILINE)
+    (tmp_path / "photo.jpg").write_bytes(images[-1])
+    words = shlex.split(command.replace(":8000", f":{served.port}"))
+    done = subprocess.run([*words, "--silent"], cwd=tmp_path, capture_output=True, check=True)
+    assert is_of(json.loads(done.stdout), expected[-1], k=2)
 
 
 def in_json(*images: Any, **others: Any) -> bytes:
@@ -310,34 +318,41 @@ def test_when_too_much_waits_requests_are_told_to_come_again(served: Served, ima
     assert sum(status == 200 for status, _, _ in answers) >= MAX_WAITING
 
 
-def test_a_killed_replica_costs_no_more_than_the_requests_that_it_had(
-    served: Served, images: list[bytes]
-) -> None:
+def test_a_killed_replica_costs_no_more_than_the_requests_that_it_had(served: Served) -> None:
     statuses: list[int] = []
     ends = threading.Event()
+    buffer = io.BytesIO()
+    Image.new("RGB", (1000, 1000)).save(buffer, "PNG")  # takes a while to decode
+    large = buffer.getvalue()
 
     def client() -> None:
         while not ends.is_set():
-            status, told, headers = served.ask(images[0])
+            status, told, headers = served.ask(large)
             assert status == 200 or "ask again" in told["error"]
             assert status == 200 or int(headers["retry-after"]) > 0
             statuses.append(status)
 
     with ThreadPoolExecutor(6) as threads:
         clients = [threads.submit(client) for _ in range(6)]
-        while len(statuses) < 30:
-            time.sleep(0.05)
-        os.kill(served.replica(), signal.SIGKILL)
-        while statuses.count(503) < 1:
-            time.sleep(0.05)
-        before = len(statuses)
-        while len(statuses) < before + 30:
-            time.sleep(0.05)
+
+        def until(found: Callable[..., bool]) -> None:
+            while not found() and not any(one.done() for one in clients):
+                time.sleep(0.05)
+
+        until(lambda: len(statuses) >= 30)
+        kills = 0
+        # Ray Serve itself sends a request again that the replica had not taken yet.
+        while 503 not in statuses and kills < 5:
+            killed, kills = served.replica(), kills + 1
+            os.kill(killed, signal.SIGKILL)
+            until(lambda before=killed: served.replica() not in (before, 0))
+            before = len(statuses)
+            until(lambda least=before + 30: len(statuses) >= least)
         ends.set()
         for one in clients:
             one.result()
     assert set(statuses) == {200, 503}
-    assert statuses.count(503) <= 2 * BATCH
+    assert statuses.count(503) <= 2 * BATCH * kills
     assert statuses[-20:] == [200] * 20
 
 

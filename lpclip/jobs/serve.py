@@ -11,6 +11,7 @@ import threading
 
 from lpclip.config import ServeJob, UserError, check, to_dict
 from lpclip.encoders.again import config_again, noted_again
+from lpclip.encoders.hub import local_probe
 from lpclip.encoders.on_cpu import describe_on_cpu
 from lpclip.jobs.cli import Terminated, mistake_in_traceback
 from lpclip.jobs.console import LITE_NOTE, print_encoder, shown
@@ -38,7 +39,7 @@ def serve_job(job: ServeJob) -> None:
         from lpclip.serving.door import APPLICATION
     except ImportError as error:
         raise UserError(f"lpclip serve needs Ray Serve, pip install 'lpclip[serve]' ({error})") from error
-    probe = load_probe(job.probe)
+    probe = load_probe(local_probe(job.probe))
     _refuse_taken(job.host, job.port)
     _print_plan(job, probe)
     os.environ[DOOR_VARIABLE] = DOOR

@@ -18,6 +18,7 @@ from ray.serve import Application
 
 from lpclip import files
 from lpclip.config import ServeJob, SourceConfig, UserError, check
+from lpclip.encoders.hub import local_probe
 from lpclip.serving.batches import IN_WORK, Answer
 from lpclip.serving.classifier import Classifier
 from lpclip.serving.door import DEPLOYMENT, Facts
@@ -27,12 +28,6 @@ DOOR_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 """Names the door to Ray Serve's proxy, in the environment in which Ray starts."""
 
 
-@serve.deployment(
-    name=DEPLOYMENT,
-    health_check_period_s=2,  # so long a replica that died may go unnoticed
-    max_ongoing_requests=4
-    * IN_WORK,  # each proxy of a cluster counts for itself, and facts wait for no image
-)
 class Replica:
     """A classifier in a process of its own."""
 
@@ -47,6 +42,8 @@ class Replica:
             pass_size=1,
             limits=SourceConfig(max_pixels=job.max_pixels, max_bytes=job.max_bytes),
         )
+        known = files.read_json(files.join(local_probe(job.probe), "probe.json"))
+        self._digest: str | None = known.get("digest")
         # A first pass takes longer than others, and would be a user's.
         buffer = io.BytesIO()
         Image.new("RGB", (64, 64)).save(buffer, "PNG")
@@ -83,7 +80,7 @@ class Replica:
             "precision": info.identity["precision"],
             "engine": info.engine,
             "classes": self._classifier.probe.class_names,
-            "probe": files.read_json(files.join(job.probe, "probe.json")).get("digest"),
+            "probe": self._digest,
             "notes": self._classifier.notes,
         }
 
@@ -112,6 +109,13 @@ def build(args: dict[str, Any]) -> Application:
         largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
         resources = {"num_cpus": max(1, int(largest) // replicas)}
     job = dataclasses.replace(job, replicas=replicas, device="gpu" if on_gpu else "cpu")
-    return Replica.options(num_replicas=replicas, ray_actor_options=resources).bind(
-        job, resources["num_cpus"]
-    )
+    deployment: Any = serve.deployment(
+        name=DEPLOYMENT,
+        num_replicas=replicas,
+        ray_actor_options=resources,
+        # Each proxy of a cluster counts its own batches, and a question for the facts waits for no batch.
+        max_ongoing_requests=4 * IN_WORK,
+        # So many seconds a replica that died may go unnoticed.
+        health_check_period_s=2,
+    )(Replica)
+    return deployment.bind(job, resources["num_cpus"])
