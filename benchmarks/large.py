@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -176,24 +177,30 @@ def proportional_bytes(pid: int) -> int:
     return 1024 * sum(map(int, re.findall(r"^Pss: +(\d+)", text, re.MULTILINE)))
 
 
-def run(name: str, command: list[str], *, log: Path) -> dict[str, str]:
-    """Run a job. Returns a row of the table."""
+def run(name: str, command: list[str], *, log: Path, num_cpus: int = 1) -> dict[str, str]:
+    """Run a job on as many CPUs as it needs, be they there or not. Returns a row of the table."""
+    cpus = max(num_cpus, len(os.sched_getaffinity(0)))
+    env = {**os.environ, "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": cpus})}
     print(f"{name}: {shlex.join(command)}", flush=True)
     begin = time.monotonic()
     with log.open("w") as output:
-        job = subprocess.Popen([sys.executable, "-u", *command], stdout=output, stderr=subprocess.STDOUT)
+        job = subprocess.Popen(
+            [sys.executable, "-u", *command], stdout=output, stderr=subprocess.STDOUT, env=env
+        )
         memory = Memory(job.pid)
         code = job.wait()
     seconds = time.monotonic() - begin
     memory.join()
     if code:
         raise SystemExit(f"{name} ended with {code}, see {log}")
-    return {
+    row = {
         "job": name,
         "minutes": f"{seconds / 60:.1f}",
         "GB of all processes": f"{memory.most / 1e9:.1f}",
         "GB of the largest": f"{memory.largest / 1e9:.1f}",
     }
+    print(row, flush=True)
+    return row
 
 
 def main(options: Options) -> None:
@@ -228,7 +235,8 @@ def main(options: Options) -> None:
         if options.neighbours != "auto":
             command += ["--neighbours", options.neighbours]
         name = "selftrain" if workers == "0" else f"selftrain, workers: {workers}"
-        rows.append(run(name, command, log=folder / f"selftrain-{workers}.log") | figures(out))
+        row = run(name, command, log=folder / f"selftrain-{workers}.log", num_cpus=int(workers))
+        rows.append(row | figures(out))
         probe = probe or str(out / "probe")
     labels = folder / "labels.parquet"
     command = ["jobs/predict.py", "--probe", probe, "--data", str(many), "--out", str(labels)]

@@ -31,6 +31,7 @@ from PIL import Image, ImageDraw
 from lpclip.config import (
     EncodeJob,
     EvaluateJob,
+    ExportJob,
     PredictJob,
     PretrainJob,
     SelftrainJob,
@@ -42,6 +43,7 @@ from lpclip.images.source import ROWS, Reader
 from lpclip.jobs.cli import main
 from lpclip.jobs.encode import encode_job
 from lpclip.jobs.evaluate import evaluate_job
+from lpclip.jobs.export import export_job
 from lpclip.jobs.predict import predict_job
 from lpclip.jobs.pretrain import pretrain_job
 from lpclip.jobs.process import start_ray
@@ -145,6 +147,7 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     jobs: dict[str, Any] = {
         "encode.py": (encode_job, EncodeJob),
         "evaluate.py": (evaluate_job, EvaluateJob),
+        "export.py": (export_job, ExportJob),
         "predict.py": (predict_job, PredictJob),
         "pretrain.py": (pretrain_job, PretrainJob),
         "selftrain.py": (selftrain_job, SelftrainJob),

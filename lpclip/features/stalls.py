@@ -48,7 +48,9 @@ class StallWatch:
     def moved(self) -> None:
         """Something was committed."""
         now = time.monotonic()
-        if self._has_begun:  # what comes before the first commit are processes that start and models that load
+        if (
+            self._has_begun
+        ):  # what comes before the first commit are processes that start and models that load
             self._longest = max(self._longest, now - self._moved)
         self._has_begun, self._moved = True, now
 
