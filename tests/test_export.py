@@ -205,6 +205,15 @@ def test_a_probe_of_an_earlier_version_and_a_checkpoint_that_has_moved_are_expor
     out = tmp_path / "model.onnx"
     export_job(ExportJob(probe=str(probe), out=str(out), pretrained=str(tmp_path / "moved.pt")))
     assert onnxruntime.InferenceSession(out).get_modelmeta().custom_metadata_map["probe"] == digest
+    export_job(ExportJob(probe=str(probe), out=str(tmp_path / "hub")))
+    assert load_probe(str(tmp_path / "hub")).class_names == NAMES
+    assert digest in (tmp_path / "hub" / "README.md").read_text()
+
+
+def test_a_probe_of_features_from_elsewhere_is_refused(lite: str, tmp_path: Path) -> None:
+    replace(load_probe(lite), encoder={}).save(str(tmp_path / "probe"))
+    with pytest.raises(UserError, match="does not say how its encoder sees images"):
+        export_job(ExportJob(probe=str(tmp_path / "probe"), out=str(tmp_path / "hub")))
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,11 @@ def export_job(job: ExportJob) -> None:
     check(job)
     folder = local_probe(job.probe)
     probe = load_probe(folder)
+    if not {"config", "identity", "views"} <= probe.encoder.keys():
+        raise UserError(
+            f"{shown(job.probe)} does not say how its encoder sees images: it was trained on features from elsewhere, "
+            "and a program that has such features can use it (docs/api.md)"
+        )
     print(f"probe     {shown(job.probe)}: {counted(len(probe.class_names), 'class name')}")
     print(f"writes    {shown(job.out)}: {FORMS[job.form]}", flush=True)
     if job.float16:
