@@ -22,9 +22,11 @@ from open_clip_train import zero_shot
 from PIL import Image
 
 import lpclip
-from lpclip.config import EncoderConfig, ExportJob, UserError, to_dict
+from lpclip.config import EncoderConfig, ExportJob, PredictJob, UserError, to_dict
 from lpclip.encoders.zero_shot import load_noting
+from lpclip.jobs.evaluate_probes import load_probes
 from lpclip.jobs.export import export_job
+from lpclip.jobs.predict import predict_job
 from lpclip.method.probe import Probe, load_probe
 from lpclip.serving import onnx_file
 from lpclip.serving.classifier import Classifier
@@ -210,10 +212,22 @@ def test_a_probe_of_an_earlier_version_and_a_checkpoint_that_has_moved_are_expor
     assert digest in (tmp_path / "hub" / "README.md").read_text()
 
 
-def test_a_probe_of_features_from_elsewhere_is_refused(lite: str, tmp_path: Path) -> None:
-    replace(load_probe(lite), encoder={}).save(str(tmp_path / "probe"))
-    with pytest.raises(UserError, match="does not say how its encoder sees images"):
-        export_job(ExportJob(probe=str(tmp_path / "probe"), out=str(tmp_path / "hub")))
+@pytest.mark.parametrize("missing", ["views", "config"])
+def test_a_probe_of_features_from_elsewhere_is_refused_wherever_it_would_need_its_encoder(
+    missing: str, lite: str, tmp_path: Path
+) -> None:
+    known = load_probe(lite)
+    encoder = {key: value for key, value in known.encoder.items() if key != missing}
+    folder, out = str(tmp_path / "probe"), str(tmp_path / "out")
+    replace(known, encoder=encoder).save(folder)
+    for use in (
+        lambda: export_job(ExportJob(probe=folder, out=out)),
+        lambda: predict_job(PredictJob(probe=folder, data=("photos",), out=f"{out}.parquet")),
+        lambda: load_probes((folder,)),
+        lambda: Classifier.load(folder),
+    ):
+        with pytest.raises(UserError, match="does not say how its encoder sees images"):
+            use()
 
 
 @pytest.mark.parametrize(

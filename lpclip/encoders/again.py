@@ -17,6 +17,15 @@ BESIDE = "open_clip_config.json"
 """The file beside a checkpoint that says how its images are preprocessed."""
 
 
+def refuse_unknown(known: dict[str, Any]) -> None:
+    """Raise UserError when a probe does not know its encoder: `lpclip.fit` trains on arrays from anywhere."""
+    if not {"config", "identity", "views"} <= known.keys():
+        raise UserError(
+            "the probe does not say how its encoder sees images: it was trained on features from elsewhere, and a "
+            "program that has such features can use it (docs/api.md)"
+        )
+
+
 def config_again(
     known: dict[str, Any],
     *,
@@ -28,8 +37,9 @@ def config_again(
     """The configuration of the encoder that a probe knows as `known`.
 
     `encoder` and `pretrained` are where its files lie now. Its precision is the one that the probe was trained in. A
-    CPU that does not compute in it takes float32.
+    CPU that does not compute in it takes float32. Raises UserError when the probe does not know its encoder.
     """
+    refuse_unknown(known)
     made, precision = known["config"], known["identity"]["precision"]
     if not on_gpu and (precision == "float16" or (precision == "bfloat16" and not computes_bfloat16())):
         precision = "float32"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from lpclip import files
 from lpclip.config import UserError
+from lpclip.encoders.again import refuse_unknown
 from lpclip.encoders.hub import local_probe
 from lpclip.evaluation.results import ZERO_SHOT
 from lpclip.images.views import base_views
@@ -33,6 +34,8 @@ def load_probes(specs: tuple[str, ...]) -> Probes:
     """Read the probes that --probe names. Raises UserError when two have one name or do not fit each other."""
     paths = {name: local_probe(path) for name, path in _name_paths(specs).items()}
     probes = {name: load_probe(path) for name, path in paths.items()}
+    for probe in probes.values():
+        refuse_unknown(probe.encoder)
     if probes:
         (first, reference), *others = probes.items()
         for name, probe in others:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lpclip import files
 from lpclip.config import ExportJob, UserError, check, counted
+from lpclip.encoders.again import refuse_unknown
 from lpclip.encoders.hub import local_probe
 from lpclip.jobs.console import shown
 from lpclip.method.probe import Probe, load_probe, probe_digest
@@ -26,11 +27,7 @@ def export_job(job: ExportJob) -> None:
     check(job)
     folder = local_probe(job.probe)
     probe = load_probe(folder)
-    if not {"config", "identity", "views"} <= probe.encoder.keys():
-        raise UserError(
-            f"{shown(job.probe)} does not say how its encoder sees images: it was trained on features from elsewhere, "
-            "and a program that has such features can use it (docs/api.md)"
-        )
+    refuse_unknown(probe.encoder)
     print(f"probe     {shown(job.probe)}: {counted(len(probe.class_names), 'class name')}")
     print(f"writes    {shown(job.out)}: {FORMS[job.form]}", flush=True)
     if job.float16:

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from lpclip import files
 from lpclip.config import PredictJob, UserError, check, counted
+from lpclip.encoders.again import refuse_unknown
 from lpclip.encoders.hub import local_probe
 from lpclip.encoders.passes import mean_view
 from lpclip.features.data import open_data
@@ -40,6 +41,7 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
     check(job)
     watch = Stopwatch()
     probe = load_probe(local_probe(job.probe))
+    refuse_unknown(probe.encoder)
     data = open_data(job.data, config=job.source, split="test", limit=job.limit)
     if "://" not in job.out:
         # With --features, a place that cannot be written would be found at the end.
