@@ -9,7 +9,11 @@ alone. Both have passes of eight images, as `lpclip predict` has; the server's r
 
 Then come the hostile requests, a twentieth of all: truncated JPEGs, PNGs that say they are huge, texts, bodies beyond
 the limit, and bodies that stop half-way. Each must get the status that is meant for it, and each good image its own
-answer. At last a replica is killed while requests come in. The server and its clients share this machine's CPUs.
+answer. At last a replica is killed while requests come in.
+
+The server and its clients share this machine's CPUs. `CPU ms` is what an image costs of them, without the clients: it
+tells more than images a second where other work runs as well. Ray gives its workers a low priority, which matters
+there: RAY_worker_niceness=0 in the environment measures without.
 """
 
 from __future__ import annotations
@@ -206,6 +210,15 @@ def memory(server: int) -> dict[str, float]:
     return found
 
 
+def cpu_seconds(server: int) -> float:
+    """Seconds that Ray Serve's processes have computed for."""
+    total = 0
+    for pid in serve_processes(server):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total += int(fields[11]) + int(fields[12])
+    return total / os.sysconf("SC_CLK_TCK")
+
+
 # Arms
 
 
@@ -362,21 +375,28 @@ def main(options: Options) -> None:
     expected = [(answer.labels[0], answer.probabilities[0]) for answer in answers]
     print(f"{options.encoder}, {engine.info.engine}, {CORES} cores, photos of 500x375", flush=True)
     rates: dict[str, list[float]] = {}
+    costs: dict[str, list[float]] = {}
     latencies: dict[str, list[float]] = {}
     with served(probe, port=options.port) as process:
         asyncio.run(load(options.port, images, concurrent=8, seconds=2))
         for _ in range(options.turns):
             for name, measure in (("tower alone", rate_of_tower), ("engine alone", rate_of_classifier)):
+                began, wall = time.process_time(), time.perf_counter()
                 rates.setdefault(name, []).append(measure(engine, images, seconds=options.seconds))
+                share = (time.process_time() - began) / (time.perf_counter() - wall)
+                costs.setdefault(name, []).append(share / rates[name][-1])
             for concurrent in CONCURRENT:
                 name = f"served, {concurrent} clients"
+                computed = cpu_seconds(process.pid)
                 rate, some = asyncio.run(
                     load(options.port, images, concurrent=concurrent, seconds=options.seconds)
                 )
+                costs.setdefault(name, []).append((cpu_seconds(process.pid) - computed) / len(some))
                 rates.setdefault(name, []).append(rate)
                 latencies.setdefault(name, []).extend(some)
         rows = [
-            _row(name, found, rates["engine alone"], latencies.get(name)) for name, found in rates.items()
+            _row(name, found, rates["engine alone"], costs[name], latencies.get(name))
+            for name, found in rates.items()
         ]
         print(format_table(rows), flush=True)
         hostile = asyncio.run(ask_hostile(process.pid, images, expected=expected, options=options))
@@ -384,16 +404,25 @@ def main(options: Options) -> None:
         killed = asyncio.run(kill_a_replica(process.pid, images, port=options.port))
         print(json.dumps(killed, indent=1))
     if options.json:
-        found = {"rates": rates, "rows": rows, "hostile": hostile, "killed": killed}
+        found = {"rates": rates, "costs": costs, "rows": rows, "hostile": hostile, "killed": killed}
         Path(options.json).write_text(json.dumps(found, indent=1))
 
 
 def _row(
-    name: str, found: Sequence[float], engine: Sequence[float], latencies: Sequence[float] | None
+    name: str,
+    found: Sequence[float],
+    engine: Sequence[float],
+    cost: Sequence[float],
+    latencies: Sequence[float] | None,
 ) -> dict[str, Any]:
     """A row of the table. The share is the median of the turns', each beside the engine of the same turn."""
     shares = [rate / beside for rate, beside in zip(found, engine, strict=True)]
-    row = {"arm": name, "images/s": f"{np.median(found):.1f}", "of the engine": f"{np.median(shares):.2f}"}
+    row = {
+        "arm": name,
+        "images/s": f"{np.median(found):.1f}",
+        "of the engine": f"{np.median(shares):.2f}",
+        "CPU ms": f"{1000 * np.median(cost):.2f}",
+    }
     p50, p99 = np.percentile(latencies, (50, 99)) * 1000 if latencies else (np.nan, np.nan)
     return {**row, "p50 ms": f"{p50:.0f}" if latencies else "", "p99 ms": f"{p99:.0f}" if latencies else ""}
 

@@ -30,6 +30,7 @@ from PIL import Image
 
 import lpclip
 from lpclip.method.probe import zero_shot_probe
+from lpclip.serving.batches import IN_WORK
 from lpclip.serving.classifier import Answer, Classifier
 
 MAX_BYTES, MAX_PIXELS, MAX_IMAGES, MAX_WAITING, BATCH = 100_000, 1_000_000, 4, 8, 4
@@ -303,8 +304,8 @@ def test_when_too_much_waits_requests_are_told_to_come_again(served: Served, ima
     try:
         with ThreadPoolExecutor(40) as threads:
             found = [threads.submit(served.ask, images[0]) for _ in range(40)]
-            # Two batches are with the replica, and MAX_WAITING images wait.
-            while sum(one.done() for one in found) < 40 - MAX_WAITING - 2 * BATCH:
+            # Batches are with the replica, and MAX_WAITING images wait.
+            while sum(one.done() for one in found) < 40 - MAX_WAITING - IN_WORK * BATCH:
                 time.sleep(0.05)
             os.kill(replica, signal.SIGCONT)
             answers = [one.result() for one in found]
@@ -352,7 +353,7 @@ def test_a_killed_replica_costs_no_more_than_the_requests_that_it_had(served: Se
         for one in clients:
             one.result()
     assert set(statuses) == {200, 503}
-    assert statuses.count(503) <= 2 * BATCH * kills
+    assert statuses.count(503) <= IN_WORK * BATCH * kills
     assert statuses[-20:] == [200] * 20
 
 

@@ -18,9 +18,9 @@ from lpclip.serving.body import Refused
 Answer = dict[str, Any]
 """What is answered of an image, as it is in JSON."""
 
-IN_WORK = 2
-"""Batches that a replica has at a time: it decodes one while it encodes the other."""
-GATHER = 0.002
+IN_WORK = 4
+"""Batches that a replica has at a time: it decodes one while it encodes another, and the next are at hand."""
+GATHER = 0.001
 """Seconds that a batch waits for more images while another one is in work."""
 
 
