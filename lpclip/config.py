@@ -667,7 +667,7 @@ class ExportJob:
     probe: str
     """Folder of a saved probe, such as OUT/probe of lpclip selftrain, or hf-hub:OWNER/NAME."""
     out: str
-    """What to write. A name that ends in .onnx is an ONNX graph from pixels to probabilities, one in .safetensors a
+    """Path to write. A name that ends in .onnx is an ONNX graph from pixels to probabilities, one in .safetensors a
     classifier for open_clip's zero-shot evaluation, and any other name a folder for the Hugging Face Hub."""
     pretrained: str | None = None
     """With an ONNX graph: new place of the local checkpoint of the encoder, if the file has moved since training."""
