@@ -403,7 +403,7 @@ def test_without_ray_serve_a_sentence_says_what_to_install(probe: str, tmp_path:
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: lpclip serve needs Ray Serve, pip install 'lpclip[serve]'")
+    assert done.stderr.startswith("error: lpclip serve needs Ray Serve, pip install 'ray[serve]'")
     assert len(done.stderr.splitlines()) == 1
 
 

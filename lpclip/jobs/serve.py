@@ -38,7 +38,7 @@ def serve_job(job: ServeJob) -> None:
         from lpclip.serving.application import DOOR, DOOR_VARIABLE, build
         from lpclip.serving.door import APPLICATION
     except ImportError as error:
-        raise UserError(f"lpclip serve needs Ray Serve, pip install 'lpclip[serve]' ({error})") from error
+        raise UserError(f"lpclip serve needs Ray Serve, pip install 'ray[serve]' ({error})") from error
     probe = load_probe(local_probe(job.probe))
     _refuse_taken(job.host, job.port)
     _print_plan(job, probe)

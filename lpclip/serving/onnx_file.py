@@ -143,7 +143,7 @@ def _refuse_missing() -> None:
         import onnxruntime  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"writing ONNX needs onnx and onnxruntime ({error}): pip install 'lpclip[onnx]'"
+            f"writing ONNX needs onnx and onnxruntime ({error}): pip install onnx onnxruntime"
         ) from error
 
 
