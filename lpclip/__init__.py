@@ -26,10 +26,14 @@ if TYPE_CHECKING:
     from lpclip.method.fit import fit as fit
     from lpclip.method.fit import self_train as self_train
     from lpclip.method.probe import Probe as Probe
+    from lpclip.serving.classifier import Answer as Answer
+    from lpclip.serving.classifier import Classifier as Classifier
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Answer": "lpclip.serving.classifier",
+    "Classifier": "lpclip.serving.classifier",
     "Head": "lpclip.encoders.head",
     "Probe": "lpclip.method.probe",
     "SelfTrainedProbe": "lpclip.method.estimator",

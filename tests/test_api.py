@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CLASSES, Training
+from conftest import CLASSES, Training, draw
 from sklearn.base import clone
 from sklearn.utils.estimator_checks import check_estimator
 
@@ -318,6 +318,8 @@ def test_the_pages_examples_run_and_give_the_jobs_probe(
     blind: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(blind.summary["features"]["train"], tmp_path / "runs/selftrain/features/photos")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.png").write_bytes(draw(1, 7))
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs/api.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
@@ -325,7 +327,10 @@ def test_the_pages_examples_run_and_give_the_jobs_probe(
     names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "docs/api.md", "exec"), names)
-    assert "row 0 has norm 3" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "row 0 has norm 3" in out
+    assert "not an image that can be decoded" in out
+    assert len(names["answer"].labels) == 2
     assert names["after"]["accuracy"] > names["before"]["accuracy"]
     assert_equal(lpclip.Probe.load("runs/notebook/probe"), lpclip.Probe.load(str(blind.out / "probe")))
     assert set(re.findall(r"^\| `(\w+)", text, re.MULTILINE)) | {"SelfTraining", "__version__"} == set(
