@@ -206,14 +206,17 @@ PHOTO = draw(0, 0)
         (PHOTO, "application/x-www-form-urlencoded", 415, "Content-Type image/jpeg"),
         (bytes(MAX_BYTES + 1), "image/png", 413, "100,000 bytes"),
         (b"", "image/png", 400, "the body is empty"),
-        (b"{", "application/json", 400, "not JSON"),
-        (b"[" * 50_000, "application/json", 400, "not JSON"),
+        (b"{\n  x", "application/json", 400, "the body is not JSON: see line 2, column 3"),
+        (b'["\xff"]', "application/json", 400, "the body is not JSON: its text is not UTF-8 at byte 3"),
+        (b"[" * 50_000, "application/json", 400, "the JSON is nested too deeply"),
+        (b"9" * 5_000, "application/json", 400, "the JSON has a number with too many digits"),
         (b"[]", "application/json", 400, "must be"),
         (b'{"images": "a.png"}', "application/json", 400, "must be"),
         (in_json(), "application/json", 400, "at least one"),
         (in_json(*[PHOTO] * 5), "application/json", 400, "at most 4"),
         (in_json(PHOTO, top_k=0), "application/json", 400, "top_k"),
         (in_json(PHOTO, top_k=True), "application/json", 400, "top_k"),
+        (in_json(PHOTO, top_k=10**30), "application/json", 400, "top_k must be a whole number from 1 to"),
         (in_json(PHOTO, paths=["a.png"]), "application/json", 400, "'paths'"),
     ],
 )
@@ -227,20 +230,52 @@ def test_what_cannot_be_used_is_refused_in_a_sentence(
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status"),
+    ("path", "body", "status", "sentence"),
     [
-        ("/classify", None, 405),
-        ("/", b"x", 405),
-        ("/docs", None, 404),
-        ("/classify?top_k=x", PHOTO, 400),
-        ("/classify?path=/etc/passwd", PHOTO, 400),
+        ("/classify", None, 405, "takes POST alone"),
+        ("/", b"x", 405, "takes GET and HEAD alone"),
+        ("/docs", None, 404, "nothing at this path"),
+        ("/-/nope", None, 404, "nothing at this path"),
+        ("/classify?top_k=x", PHOTO, 400, "top_k must be a whole number from 1 to 999,999,999"),
+        ("/classify?top_k=-1", PHOTO, 400, "top_k must be"),
+        ("/classify?top_k=", PHOTO, 400, "top_k must be"),
+        ("/classify?top_k=" + "9" * 5_000, PHOTO, 400, "top_k must be"),
+        ("/classify?path=/etc/passwd", PHOTO, 400, "the only query that is known"),
+        ("/classify?top_k=1&top_k=2", PHOTO, 400, "the only query that is known"),
     ],
 )
-def test_other_paths_and_methods_are_refused(
-    served: Served, path: str, body: bytes | None, status: int
+def test_other_paths_methods_and_queries_are_refused(
+    served: Served, path: str, body: bytes | None, status: int, sentence: str
 ) -> None:
-    found, told, _ = served.ask(body, path=path)
+    found, told, headers = served.ask(body, path=path)
     assert (found, told.keys()) == (status, {"error"})
+    assert sentence in told["error"]
+    allowed = {"/classify": "POST", "/": "GET, HEAD"}[path] if status == 405 else None
+    assert headers.get("allow") == allowed
+
+
+def test_a_query_beside_json_is_refused_and_not_ignored(served: Served) -> None:
+    status, told, _ = served.ask(in_json(PHOTO), path="/classify?top_k=1", kind="application/json")
+    assert (status, "send it without a query" in told["error"]) == (400, True)
+
+
+def test_ray_serve_answers_its_own_paths(served: Served) -> None:
+    for path, text in (("/-/healthz", b"success"), ("/-/routes", b'{"/":"lpclip"}')):
+        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=120)
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        assert (answer.status, answer.read()) == (200, text)
+        connection.close()
+
+
+def test_a_websocket_is_refused(served: Served) -> None:
+    headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=120)
+    connection.request(
+        "GET", "/", headers={**headers, "Sec-WebSocket-Key": base64.b64encode(bytes(16)).decode()}
+    )
+    assert connection.getresponse().status == 403
+    connection.close()
 
 
 def received(connection: socket.socket) -> tuple[int, str]:
@@ -374,6 +409,17 @@ def test_ctrl_c_ends_everything(served: Served) -> None:
     while [pid for pid in below if Path(f"/proc/{pid}").exists()] and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not [pid for pid in below if Path(f"/proc/{pid}").exists()]
+
+
+def test_ctrl_c_before_it_answers_promises_no_kept_work(probe: str) -> None:
+    process = start(f"serve.py --probe {probe} --port {free_port()}")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("Ray Serve starts"):
+            break
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert (process.returncode, stdout, stderr) == (130, "\nended\n", "")
 
 
 @pytest.mark.parametrize(

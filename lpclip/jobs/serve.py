@@ -6,14 +6,13 @@ import ipaddress
 import logging
 import os
 import socket
-import sys
 import threading
 
 from lpclip.config import ServeJob, UserError, check, to_dict
 from lpclip.encoders.again import config_again, noted_again
 from lpclip.encoders.hub import local_probe
 from lpclip.encoders.on_cpu import describe_on_cpu
-from lpclip.jobs.cli import Terminated, mistake_in_traceback
+from lpclip.jobs.cli import mistake_in_traceback
 from lpclip.jobs.console import LITE_NOTE, print_encoder, shown
 from lpclip.jobs.process import start_ray
 from lpclip.method.probe import Probe, load_probe
@@ -56,13 +55,8 @@ def serve_job(job: ServeJob) -> None:
         if mistake := mistake_in_traceback(str(error)):
             raise UserError(mistake) from error
         raise
-    try:
-        print(f"ready: POST images to http://{job.host}:{job.port}/classify; Ctrl-C ends it", flush=True)
-        threading.Event().wait()
-    except KeyboardInterrupt as stop:
-        # Other jobs say that their work is kept: here is none.
-        print("\nended", flush=True)
-        sys.exit(143 if isinstance(stop, Terminated) else 130)
+    print(f"ready: POST images to http://{job.host}:{job.port}/classify; Ctrl-C ends it", flush=True)
+    threading.Event().wait()
 
 
 def _print_plan(job: ServeJob, probe: Probe) -> None:

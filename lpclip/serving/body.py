@@ -23,6 +23,8 @@ Receive = Callable[[], Awaitable[Message]]
 JSON_TYPE = "application/json"
 RETRY_AFTER = 2
 """Seconds after which a client that was refused for now may ask again."""
+MOST_TOP_K = 999_999_999
+"""More than any probe has classes. Without a limit a number might be too large for a tensor's size."""
 
 
 class Refused(Exception):  # noqa: N818 - it is an answer
@@ -128,10 +130,7 @@ async def read_body(
 
 def images_of_json(body: bytes, *, max_images: int) -> Request:
     """The images of `{"images": [BASE64, ...], "top_k": K}`. Raises Refused when it is no such thing."""
-    try:
-        told = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise Refused(400, f"the body is not JSON: {str(error) or type(error).__name__}") from error
+    told = _json(body)
     if not isinstance(told, dict) or not isinstance(told.get("images"), list):
         raise Refused(400, 'the JSON must be {"images": [BASE64, ...]}, with "top_k" if you like')
     if others := told.keys() - {"images", "top_k"}:
@@ -145,18 +144,38 @@ def images_of_json(body: bytes, *, max_images: int) -> Request:
     )
 
 
-def image_of_bytes(body: bytes, query: str) -> Request:
-    """The one image that a body is, with `?top_k=K` in the query. Raises Refused for another query."""
+def top_k_of_query(query: str, *, kind: str) -> int | None:
+    """How many labels `?top_k=K` asks for. Raises Refused for another query, and for any with a body of JSON."""
+    if not query:
+        return None
+    if kind == JSON_TYPE:
+        raise Refused(400, 'a body of JSON has "top_k" in the JSON: send it without a query')
     name, _, value = query.partition("=")
-    if query and (name != "top_k" or not value.isascii() or not value.isdecimal() or len(value) > 9):
+    if name != "top_k" or "&" in value:
         raise Refused(400, "the only query that is known is ?top_k= with a number")
-    return Request(images=[body], top_k=_top_k(int(value)) if query else None, is_list=False)
+    is_number = value.isascii() and value.isdecimal() and len(value) <= len(str(MOST_TOP_K))
+    return _top_k(int(value) if is_number else value)
 
 
 def _top_k(value: Any) -> int | None:
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_TOP_K):
         return value
-    raise Refused(400, "top_k must be a whole number of at least 1")
+    raise Refused(400, f"top_k must be a whole number from 1 to {MOST_TOP_K:,}")
+
+
+def _json(body: bytes) -> Any:
+    """What a body of JSON says. Raises Refused in words of our own: Python's are for its programmers."""
+    try:
+        return json.loads(body)
+    except json.JSONDecodeError as error:
+        why = f"the body is not JSON: see line {error.lineno}, column {error.colno}"
+    except UnicodeDecodeError as error:
+        why = f"the body is not JSON: its text is not {error.encoding.upper()} at byte {error.start + 1}"
+    except ValueError:
+        why = "the JSON has a number with too many digits"
+    except RecursionError:
+        why = "the JSON is nested too deeply"
+    raise Refused(400, why)
 
 
 def _image(text: Any) -> bytes | UserError:

@@ -33,10 +33,10 @@ from lpclip.serving.body import (
     Receive,
     Refused,
     Request,
-    image_of_bytes,
     images_of_json,
     kind_of,
     read_body,
+    top_k_of_query,
 )
 from lpclip.serving.openapi import description
 
@@ -49,6 +49,15 @@ LINGER_SECONDS = 5
 """How long bytes of a refused body are still taken, and dropped: many clients read no answer before all is sent."""
 HELD_BODIES = 16
 """Bodies of the largest size that are in memory at a time."""
+
+OF_RAY = ("/-/healthz", "/-/routes")
+"""Paths that Ray Serve answers itself: what runs a cluster asks there whether a proxy is well."""
+METHODS = {
+    "/classify": ("POST",),
+    "/": ("GET", "HEAD"),
+    "/health": ("GET", "HEAD"),
+    "/openapi.json": ("GET", "HEAD"),
+}
 
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[dict[str, Any], Receive, Send], Awaitable[None]]
@@ -83,7 +92,7 @@ def middlewares() -> list[Middleware]:
 
 
 class Door:
-    """An ASGI application around Ray Serve's own, to which it leaves the paths that begin with `/-/`."""
+    """An ASGI application around Ray Serve's own, to which it leaves the paths `OF_RAY`."""
 
     def __init__(self, app: App) -> None:
         self._serve = app
@@ -93,7 +102,11 @@ class Door:
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """Answer a request."""
-        if scope["type"] != "http" or scope["path"].startswith("/-/"):
+        if scope["type"] == "websocket":
+            # Before it is accepted: the client gets status 403.
+            await send({"type": "websocket.close"})
+            return
+        if scope["type"] != "http" or scope["path"] in OF_RAY:
             await self._serve(scope, receive, send)
             return
         body = Body(receive)
@@ -106,16 +119,16 @@ class Door:
         except Exception:
             log.exception("a request failed")
             status, told = 500, {"error": "this is a fault of the server: its log says more"}
-        await _tell(status, told, body=body, send=send)
+        allow = METHODS[scope["path"]] if status == 405 else ()
+        await _tell(status, told, allow=allow, body=body, send=send)
 
     async def _answer(self, scope: dict[str, Any], body: Body) -> Any:
         """What is told in JSON. Raises Refused."""
         method, path = scope["method"], scope["path"]
-        known = {"/classify": "POST", "/": "GET", "/health": "GET", "/openapi.json": "GET"}
-        if path not in known:
-            raise Refused(404, f"there is nothing at this path: the paths are {', '.join(known)}")
-        if method != known[path] and not (method == "HEAD" and known[path] == "GET"):
-            raise Refused(405, f"{path} takes {known[path]} alone")
+        if path not in METHODS:
+            raise Refused(404, f"there is nothing at this path: the paths are {', '.join(METHODS)}")
+        if method not in METHODS[path]:
+            raise Refused(405, f"{path} takes {' and '.join(METHODS[path])} alone")
         if path == "/classify":
             return await self._classify(scope, body)
         if path == "/openapi.json":
@@ -127,6 +140,7 @@ class Door:
         facts = self._facts or await self._ask()
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         kind = kind_of(headers)
+        asked = top_k_of_query(scope["query_string"].decode("latin-1"), kind=kind)
         with self._held.body() as add:
             data = await read_body(
                 body, headers, max_bytes=facts.max_bytes, seconds=facts.body_timeout, add=add
@@ -135,7 +149,7 @@ class Door:
                 async with self._parsing:
                     request = await asyncio.to_thread(images_of_json, data, max_images=facts.max_images)
             else:
-                request = image_of_bytes(data, scope["query_string"].decode("latin-1"))
+                request = Request(images=[data], top_k=asked, is_list=False)
             del data
             return await self._answers(request, top_k=request.top_k or facts.top_k)
 
@@ -184,12 +198,14 @@ def _refusal(error: Exception) -> Refused | None:
     return None
 
 
-async def _tell(status: int, told: Any, *, body: Body, send: Send) -> None:
+async def _tell(status: int, told: Any, *, allow: tuple[str, ...], body: Body, send: Send) -> None:
     """Send an answer in JSON. When the body was refused before its end, the connection ends with it."""
     text = json.dumps(told, ensure_ascii=False).encode()
     headers = [(b"content-type", JSON_TYPE.encode()), (b"content-length", str(len(text)).encode())]
     if status == 503:
         headers.append((b"retry-after", str(RETRY_AFTER).encode()))
+    if allow:
+        headers.append((b"allow", ", ".join(allow).encode()))
     is_cut = status != 200 and not body.is_complete
     if is_cut:
         headers.append((b"connection", b"close"))

@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from lpclip import __version__
+from lpclip.serving.body import MOST_TOP_K
 
 REFUSALS = {
-    400: "The body is empty, or no such JSON.",
+    400: "The body is empty or no such JSON, or the query is not known.",
     408: "The body came too slowly.",
     413: "The body is too large.",
     415: "The body is of a type that is not taken.",
     422: "The image cannot be used; the error says why.",
+    500: "A fault of the server; its log says more.",
     503: "Too much waits, or the replica ended: ask again after Retry-After seconds.",
 }
+TOP_K = {"type": "integer", "minimum": 1, "maximum": MOST_TOP_K}
 
 
 def description() -> dict[str, Any]:
@@ -28,7 +31,13 @@ def description() -> dict[str, Any]:
     classify = {
         "summary": "Labels of an image, or of several.",
         "parameters": [
-            {"name": "top_k", "in": "query", "schema": {"type": "integer", "minimum": 1}, "required": False}
+            {
+                "name": "top_k",
+                "in": "query",
+                "description": "For the bytes of an image alone: JSON has its own top_k, and is refused with a query.",
+                "schema": TOP_K,
+                "required": False,
+            }
         ],
         "requestBody": {
             "required": True,
@@ -75,7 +84,7 @@ def description() -> dict[str, Any]:
                             "type": "array",
                             "items": {"type": "string", "contentEncoding": "base64"},
                         },
-                        "top_k": {"type": "integer", "minimum": 1},
+                        "top_k": TOP_K,
                     },
                     "additionalProperties": False,
                 },
