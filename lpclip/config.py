@@ -683,7 +683,7 @@ class ExportJob:
     @property
     def form(self) -> Literal["onnx", "open_clip", "folder"]:
         """What is written, as the name of `out` says."""
-        path = self.out.partition("?")[0]
+        path = self.out.partition("?")[0].lower()
         if path.endswith(".onnx"):
             return "onnx"
         return "open_clip" if path.endswith(".safetensors") else "folder"

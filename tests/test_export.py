@@ -23,6 +23,7 @@ from PIL import Image
 
 import lpclip
 from lpclip.config import EncoderConfig, ExportJob, PredictJob, UserError, to_dict
+from lpclip.encoders.again import config_again
 from lpclip.encoders.zero_shot import load_noting
 from lpclip.jobs.evaluate_probes import load_probes
 from lpclip.jobs.export import export_job
@@ -165,6 +166,15 @@ def test_the_program_of_the_page_labels_images_without_lpclip_and_torch(lite: st
         [float(found) for _, _, found in lines], [answer.probabilities[0] for answer in answers], atol=1e-4
     )
     assert len({answer.probabilities[0] for answer in answers}) == len(paths)
+    done = subprocess.run(
+        [*alone, "label.py", out],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (1, "usage: python label.py MODEL.onnx IMAGE ...\n")
 
 
 def test_a_graph_with_other_probabilities_is_not_written(
@@ -322,6 +332,54 @@ def test_a_folder_for_the_hub_holds_the_probe_as_it_is_and_a_card_of_plain_text(
         assert said in card
 
 
+CHANCE = {"agreement": 0.9, "kappa": 0.7, "entropy": 0.9, "confidence": 0.2, "chance": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("method", "tried", "said", "unsaid"),
+    [
+        ("zero-shot (fallback)", CHANCE, ("fit these images no better than random ones",), ("repeated",)),
+        (
+            "zero-shot (fallback)",
+            {**CHANCE, "kappa": 0.1, "chance": 0.1},
+            ("the halves hardly confirm them",),
+            ("random",),
+        ),
+        ("zero-shot (fallback)", {"kappa": 0.1}, ("not trusted\\*\\*\\. This is",), ("halves",)),
+        ("zero-shot (chosen by a sweep)", CHANCE, ("fit these images no better than random ones",), ()),
+        ("self-trained", {**CHANCE, "chance": 0.1}, ("repeated enough",), ("not trusted",)),
+    ],
+)
+def test_a_card_gives_the_reason_of_the_training_itself(
+    method: str, tried: dict[str, float], said: tuple[str, ...], unsaid: tuple[str, ...], lite: str
+) -> None:
+    summary = {"method": method, "training": {"solver": "gaussian", "rounds": 20, "seed": 7}, "rounds": 21}
+    trusted = method == "self-trained"
+    prior = {"name": "weak", "trusted": trusted, "absent": [NAMES[1]], "tried": {"weak": tried}}
+    run = {"prior": prior, "versions": {"lpclip": "0.1.0"}}
+    card = model_card(replace(load_probe(lite), summary=summary), name="probe", run=run, digest="0" * 64)
+    for text in said:
+        assert re.search(text, card)
+    rows = ("| solver |", "| rounds run |", "| class prior |", "| seed |", "No images were found of these")
+    for text in rows:
+        assert (text in card) == trusted
+    for text in unsaid:
+        assert text not in card
+    assert ("21\\: 20, and one more for the last student, with the strong views" in card) == trusted
+
+
+def test_a_card_claims_nothing_of_a_training_that_nothing_is_known_of(lite: str) -> None:
+    known = load_probe(lite)
+    for summary, name, said in (
+        ({}, "probe", "| method | unknown |"),
+        ({}, "zero_shot", "| method | zero-shot |"),
+        (known.summary, "probe", "is unknown"),
+    ):
+        card = model_card(replace(known, summary=summary), name=name, run=None, digest="0" * 64)
+        assert said in card
+        assert "repeated enough" not in card
+
+
 def test_a_card_says_what_the_guard_decided_and_nothing_of_another_run(lite: str, tmp_path: Path) -> None:
     fallen = replace(load_probe(lite), summary={"method": "zero-shot (fallback)", "images": 60})
     fallen.save(str(tmp_path / "probe"))
@@ -344,6 +402,46 @@ def test_the_card_names_the_model_on_the_hub_that_it_rests_on(lite: str) -> None
         assert "license" not in front
 
 
+def test_the_line_to_upload_with_is_fit_for_a_shell_and_the_probe_itself_is_no_place(
+    lite: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export_job(ExportJob(probe=lite, out=str(tmp_path / "demo hub")))
+    assert f"`hf upload OWNER/NAME '{tmp_path}/demo hub'`" in capsys.readouterr().out
+    (tmp_path / "link").symlink_to(lite)
+    for out in (lite, f"{lite}/../probe/", str(tmp_path / "link")):
+        with pytest.raises(UserError, match="is the probe's own folder"):
+            export_job(ExportJob(probe=lite, out=out))
+    assert {path.name for path in Path(lite).iterdir()} == {"probe.json", "probe.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("out", "form"), [("x.ONNX", "onnx"), ("x.Onnx", "onnx"), ("x.SAFETENSORS", "open_clip"), ("X", "folder")]
+)
+def test_capitals_in_the_end_of_a_name_mean_the_same(out: str, form: str) -> None:
+    assert ExportJob(probe="probe", out=out).form == form
+
+
+def test_a_checkpoint_that_is_not_there_is_named_with_the_flag_that_mends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    probe = str(tmp_path / make_probe(Path("oc probe"), "tiny-vit-32"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    relative = r"checkpoint oc probe/weights\.pt, which is not there from this folder: .* --pretrained"
+    with pytest.raises(UserError, match=relative):
+        export_job(ExportJob(probe=probe, out="x.onnx"))
+    with pytest.raises(UserError, match=relative):
+        Classifier.load(probe, engine="torch")
+    probe = make_probe(tmp_path / "other", "tiny-vit-32")
+    (tmp_path / "other" / "weights.pt").unlink()
+    with pytest.raises(UserError, match=r"other/weights\.pt, which is not there: .* --pretrained"):
+        export_job(ExportJob(probe=probe, out="x.onnx"))
+    known = load_probe(probe).encoder
+    # The machine with the GPU may have it.
+    assert config_again(known, on_gpu=True).pretrained == str(tmp_path / "other" / "weights.pt")
+
+
 def test_a_folder_with_other_files_is_left_alone(lite: str, tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"mine")
     with pytest.raises(UserError, match=r"holds other files, such as photo\.jpg"):
@@ -357,6 +455,7 @@ def test_the_program_of_the_page_gives_open_clip_the_probe(
     probe = make_probe(tmp_path, "tiny-vit-32", views="weak")
     known, images = load_probe(probe), tmp_path / "labelled"
     export_job(ExportJob(probe=probe, out=str(tmp_path / "pets.safetensors")))
+    assert "calls lpclip.encoders.open_clip.register('tiny-vit-32')" in capsys.readouterr().out
     for name in NAMES:
         (images / name).mkdir(parents=True)
     paths = photos(tmp_path / "labelled" / NAMES[0])
@@ -373,7 +472,9 @@ def test_the_program_of_the_page_gives_open_clip_the_probe(
     (program,) = (program for program in programs if "open_clip" in program)
     monkeypatch.chdir(tmp_path)
     space: dict[str, Any] = {}
-    exec(program.replace('known["pretrained"]', f'"{tmp_path}/weights.pt"'), space)
+    with pytest.raises(RuntimeError, match=r"clip\.safetensors"):  # no random weights
+        exec(program, {})
+    exec(program.replace("clip.safetensors", f"{tmp_path}/weights.pt"), space)
     assert capsys.readouterr().out.endswith("75.0%\n")
     # open_clip's own count of right answers does not know NumPy 2.4.
     monkeypatch.setattr(

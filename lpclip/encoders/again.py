@@ -37,9 +37,12 @@ def config_again(
     """The configuration of the encoder that a probe knows as `known`.
 
     `encoder` and `pretrained` are where its files lie now. Its precision is the one that the probe was trained in. A
-    CPU that does not compute in it takes float32. Raises UserError when the probe does not know its encoder.
+    CPU that does not compute in it takes float32. Raises UserError when the probe does not know its encoder, or its
+    checkpoint was a local file that is no longer there.
     """
     refuse_unknown(known)
+    if pretrained is None:
+        _refuse_missing(known, on_gpu=on_gpu)
     made, precision = known["config"], known["identity"]["precision"]
     if not on_gpu and (precision == "float16" or (precision == "bfloat16" and not computes_bfloat16())):
         precision = "float32"
@@ -48,6 +51,19 @@ def config_again(
         pretrained=pretrained or made["pretrained"],
         precision=precision,
         engine=engine,
+    )
+
+
+def _refuse_missing(known: dict[str, Any], *, on_gpu: bool) -> None:
+    made = known["config"]["pretrained"]
+    if made is None or known["identity"].get("pretrained", made) is not None or Path(made).is_file():
+        return
+    is_relative = not Path(made).is_absolute()
+    if on_gpu and not is_relative:
+        return  # the GPU may be another machine's, which has the file
+    raise UserError(
+        f"the probe was trained with the checkpoint {made}, which is not there"
+        f"{' from this folder' if is_relative else ''}: name its place now with --pretrained"
     )
 
 

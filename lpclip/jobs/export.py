@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from lpclip import files
@@ -44,7 +45,7 @@ def _write(job: ExportJob, probe: Probe, *, folder: str, digest: str) -> tuple[l
     """Write what the job asks for. Returns notes, and what is to be told at the end."""
     if job.form == "folder":
         notes = write_hub_folder(probe, folder, job.out, digest=digest)
-        return notes, f"written: look at README.md, then `hf upload OWNER/NAME {shown(job.out)}`"
+        return notes, f"written: look at README.md, then `hf upload OWNER/NAME {shlex.quote(shown(job.out))}`"
     _make_place(job.out)
     if job.form == "open_clip":
         return write_open_clip(probe, job.out, digest=digest), f"written: {shown(job.out)}"

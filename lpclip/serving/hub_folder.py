@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import lpclip
@@ -19,6 +20,10 @@ def write_hub_folder(probe: Probe, folder: str, out: str, *, digest: str) -> lis
 
     The probe's own files are copied as they are. Raises UserError when `out` holds other files.
     """
+    if os.path.realpath(files.absolute(folder)) == os.path.realpath(files.absolute(out)):
+        raise UserError(
+            f"--out {out} is the probe's own folder: name a new folder, or NAME.onnx or NAME.safetensors"
+        )
     there = {*files.list_names(out), *files.list_folders(out)}
     others = sorted(name for name in there - NAMES if not name.startswith("."))  # Git's files are left alone
     if others:

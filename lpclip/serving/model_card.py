@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from lpclip import files
 from lpclip.config import counted
 from lpclip.encoders.hub import HUB
+from lpclip.images.views import base_views, parse_views
+from lpclip.method.confirmation import Confirmation
 from lpclip.method.probe import Probe
 
 UNKNOWN = "unknown"
@@ -46,9 +49,9 @@ def model_card(probe: Probe, *, name: str, run: Mapping[str, Any] | None, digest
         f"# A linear probe on {escaped(_encoder_name(probe))}, {counted(len(probe.class_names), 'class name')}",
         _what(probe),
         f"## Class names\n\n~~~~json\n{json.dumps(list(probe.class_names), ensure_ascii=False)}\n~~~~",
-        f"## Training\n\n{_training(probe, run, digest=digest)}",
+        f"## Training\n\n{_training(probe, run, name=name, digest=digest)}",
         f"## Figures\n\n{_figures(run, name=name)}",
-        f"## Limits\n\n{_limits(probe, run)}",
+        f"## Limits\n\n{_limits(run, method=_method(probe, name=name))}",
         f"## Use\n\n{_use(probe)}",
         f"## Licences\n\n{_licences(probe, run)}",
     ]
@@ -92,10 +95,14 @@ def _what(probe: Probe) -> str:
     return text
 
 
-def _training(probe: Probe, run: Mapping[str, Any] | None, *, digest: str) -> str:
+def _method(probe: Probe, *, name: str) -> str:
+    """How the probe was made. The baseline in a run's folder zero_shot says nothing of it in its own file."""
+    return str(probe.summary.get("method", "zero-shot" if name == "zero_shot" else UNKNOWN))
+
+
+def _training(probe: Probe, run: Mapping[str, Any] | None, *, name: str, digest: str) -> str:
     summary, identity = probe.summary, probe.encoder["identity"]
-    method = summary.get("method", "zero-shot")
-    training = summary.get("training", {})
+    method = _method(probe, name=name)
     store = probe.encoder.get("features")
     rows = {
         "method": method,
@@ -106,31 +113,58 @@ def _training(probe: Probe, run: Mapping[str, Any] | None, *, digest: str) -> st
         "weights of the encoder": identity["weights"],
         "precision": identity["precision"],
         "views": probe.encoder["views"],
-        "solver": training.get("solver", UNKNOWN),
-        "rounds": str(summary.get("rounds", UNKNOWN)),
-        "class prior": run["prior"]["name"] if run and run.get("prior") else UNKNOWN,
-        "seed": str(training.get("seed", UNKNOWN)),
+        **(_rounds(probe, run) if method.startswith("self-trained") else {}),
         "lpclip": run["versions"]["lpclip"] if run else UNKNOWN,
         "digest of the probe": digest,
     }
-    return f"{_table(['', ''], [[key, str(value)] for key, value in rows.items()])}\n\n{_verdict(method)}"
+    return (
+        f"{_table(['', ''], [[key, str(value)] for key, value in rows.items()])}\n\n{_verdict(method, run)}"
+    )
 
 
-def _verdict(method: str) -> str:
-    """What the guard, which asks whether the rounds can be trusted, has decided."""
+def _rounds(probe: Probe, run: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The rows on the rounds, for a probe that comes from them."""
+    summary, views = probe.summary, probe.encoder["views"]
+    training, rounds = summary.get("training", {}), summary.get("rounds", UNKNOWN)
+    has_strong = len(parse_views(views)) > len(base_views(views))
+    if summary["method"] == "self-trained" and training.get("solver") == "gaussian" and has_strong:
+        # Beyond --rounds.
+        rounds = f"{rounds}: {rounds - 1}, and one more for the last student, with the strong views"
+    return {
+        "solver": training.get("solver", UNKNOWN),
+        "rounds run": rounds,
+        "class prior": run["prior"]["name"] if run and run.get("prior") else UNKNOWN,
+        "seed": training.get("seed", UNKNOWN),
+    }
+
+
+def _verdict(method: str, run: Mapping[str, Any] | None) -> str:
+    """What the guard, which asks whether the rounds can be trusted, has decided, and why."""
+    prior = (run.get("prior") if run else None) or {}
+    if method == UNKNOWN:
+        return "How it was trained, and whether the training could be trusted, is unknown."
     if method == "supervised":
         return "The probe was trained on the true labels of the images."
     if method.startswith("self-trained"):
         text = "The probe was trained without labels, on those that the encoder itself gives (pseudo-labels)."
         if "sweep" in method:
             return f"{text} A sweep chose its settings, without labels too."
-        return (
-            f"{text} Rounds in halves of the features repeated enough of them for the training to be trusted."
-        )
+        if prior.get("trusted"):
+            return f"{text} Rounds in halves of the features repeated enough of them for the training to be trusted."
+        return f"{text} How well rounds in halves of the features repeated them is unknown."
     text = "This is the encoder's zero-shot classifier: its weights come from the class names alone."
-    if "fallback" in method:
-        return f"**The training was not trusted**: rounds in halves of the features repeated too few labels. {text}"
+    if "fallback" in method or ("sweep" in method and prior.get("trusted") is False):
+        doubts = "; ".join(_doubts(prior))
+        return f"**The training was not trusted**{f': {escaped(doubts)}' if doubts else ''}. {text}"
     return text
+
+
+def _doubts(prior: Mapping[str, Any]) -> list[str]:
+    """The reasons that a training gave not to trust its rounds; none where they are not known."""
+    found = prior.get("tried", {}).get(prior.get("name"), {})
+    if found.keys() != {field.name for field in fields(Confirmation)}:
+        return []  # earlier versions measured less
+    return Confirmation(**found).doubts
 
 
 def _data_name(run: Mapping[str, Any] | None) -> str | None:
@@ -171,13 +205,13 @@ def _number(value: float | None, measure: str) -> str:
     return f"{value:.3f}" if measure == "nll" else f"{100 * value:.1f}"
 
 
-def _limits(probe: Probe, run: Mapping[str, Any] | None) -> str:
+def _limits(run: Mapping[str, Any] | None, *, method: str) -> str:
     found = [
         "It knows the classes above and no others: an image of something else gets one of their names.",
         "What the encoder cannot tell apart, and what it learnt wrongly, the probe inherits.",
     ]
     absent = run["prior"]["absent"] if run and run.get("prior") else []
-    if absent:
+    if absent and method.startswith("self-trained"):
         names = ", ".join(map(escaped, absent))
         found.append(
             f"No images were found of these classes in training, so it knows them less well: {names}."

@@ -29,6 +29,8 @@ def write_open_clip(probe: Probe, out: str, *, digest: str) -> list[str]:
 
     Raises UserError when the probe's encoder is none of open_clip's.
     """
+    from lpclip.encoders.open_clip import SMALL  # seconds, which other forms do without
+
     identity = probe.encoder["identity"]
     if identity["name"] == "lite":
         raise UserError(
@@ -44,9 +46,15 @@ def write_open_clip(probe: Probe, out: str, *, digest: str) -> list[str]:
         "lpclip": lpclip.__version__,
     }
     files.write_bytes(out, save({"classifier": open_clip_classifier(probe)}, metadata=about))
-    if len(base_views(probe.encoder["views"])) == 1:
-        return []
-    return [
-        "the probe was trained on the mean of an image and its mirror image; from the image alone, as open_clip "
-        "encodes it, some labels may differ"
-    ]
+    notes, source = [], probe.encoder["config"]["encoder"]
+    if identity["name"] in SMALL or source.endswith(".json"):
+        notes.append(
+            f"open_clip itself has no encoder {identity['name']}: a program that uses the file needs lpclip too, and "
+            f"calls lpclip.encoders.open_clip.register({source!r}) before it creates the model"
+        )
+    if len(base_views(probe.encoder["views"])) > 1:
+        notes.append(
+            "the probe was trained on the mean of an image and its mirror image; from the image alone, as open_clip "
+            "encodes it, some labels may differ"
+        )
+    return notes
