@@ -26,6 +26,7 @@ import pytest
 import torch
 from conftest import CLASSES, ROOT, Training, draw, run
 from mlflow import MlflowClient
+from mlflow.pyfunc.scoring_server import infer_and_parse_data
 from safetensors.torch import save_file
 
 import lpclip
@@ -135,8 +136,37 @@ def test_the_number_of_labels_is_a_parameter(model: mlflow.pyfunc.PyFuncModel) -
     (labels,) = model.predict(images(PICTURES[0]), params={"top_k": 2})["labels"]
     assert len(labels) == 2
     assert set(model.predict(images(PICTURES[0]))["labels"][0]) == set(CLASSES)
-    with pytest.raises(UserError, match="top_k must be at least 1, not 0"):
-        model.predict(images(PICTURES[0]), params={"top_k": 0})
+    assert list(model.predict(images(PICTURES[0]), params={"top_k": 0})["error"]) == [
+        "top_k must be at least 1, not 0"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"device": "tpu"}, "device is 'tpu', and must be one of auto, cpu, gpu"),
+        ({"num_threads": -1}, "num_threads is -1, and must be a number"),
+        ({"num_threads": "x"}, "num_threads is 'x', and must be a number"),
+        ({"schemes": ["file"]}, "schemes is \\['file'\\], and must be a text such as 'file,https'"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_refused(
+    config: dict[str, Any], reason: str, folder: Path
+) -> None:
+    with pytest.raises(UserError, match=reason):
+        mlflow.pyfunc.load_model(str(folder), model_config=config)
+
+
+@pytest.mark.parametrize(
+    "body", [{"inputs": {"image": [0, 1]}}, {"inputs": [0, 1]}, {"instances": [0, 1]}], ids=str
+)
+def test_each_form_of_a_request_to_mlflows_server_gives_a_row_for_each_image(
+    body: dict[str, Any], model: mlflow.pyfunc.PyFuncModel
+) -> None:
+    texts = [text(PICTURES[0]), text(PICTURES[3])]
+    asked = json.loads(json.dumps(body).replace("[0, 1]", json.dumps(texts)))
+    data = infer_and_parse_data(asked, model.metadata.get_input_schema())
+    assert list(model.predict(data)["label"]) == list(model.predict(images(*texts))["label"])
 
 
 def test_a_table_in_batches_has_the_answers_of_the_whole(model: mlflow.pyfunc.PyFuncModel) -> None:

@@ -20,7 +20,7 @@ from lpclip.jobs.inputs import EncodedInputs, Inputs
 from lpclip.jobs.mlflow_entries import DataInput
 from lpclip.jobs.tracking import Run
 from lpclip.method.probe import Probe
-from lpclip.serving.pyfunc import CONFIG
+from lpclip.serving.pyfunc import CONFIG, TOP_K
 
 if TYPE_CHECKING:
     from mlflow.models import Model
@@ -95,7 +95,7 @@ def write_model(folder: Path, *, model: Model, probe: Probe, saved: str) -> None
         signature=ModelSignature(
             inputs=Schema([ColSpec(AnyType(), "image")]),
             outputs=Schema(columns),
-            params=ParamSchema([ParamSpec("top_k", DataType.long, 5)]),
+            params=ParamSchema([ParamSpec("top_k", DataType.long, TOP_K)]),
         ),
         input_example=pd.DataFrame({"image": [_example()]}),
         pip_requirements=requirements(),

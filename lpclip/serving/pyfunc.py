@@ -11,9 +11,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from lpclip.config import UserError
+from lpclip.config import Device, UserError
 from lpclip.encoders.again import BESIDE
 from lpclip.images.fetch import embedded, fetch_all, scheme, scheme_names
 from lpclip.serving.classifier import Answer, Classifier
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 SCHEMES = "LPCLIP_SCHEMES"
 """Environment variable with the schemes that a model follows, for programs that load it without a configuration."""
+
+TOP_K = 5
+"""Labels of an image, where no other number is asked for."""
 
 CONFIG: dict[str, Any] = {"schemes": "", "device": "auto", "num_threads": 0}
 """What a program that loads the model may set: comma-separated schemes to follow, the device (auto, cpu or gpu) and
@@ -41,14 +44,17 @@ class ProbeModel:
 
         An image is bytes, base64, or a path or URI of a scheme that is followed. The columns are label, probability,
         labels and probabilities (the `top_k` most probable, 5 by default), and error, which says in a line why an
-        image has none of these. Raises UserError when there is no such column, or top_k is no positive number.
+        image has none of these. A cell may be a list of images: MLflow's server makes one of `inputs`. Raises UserError
+        when there is no such column.
         """
         import pandas as pd
 
-        top_k = (params or {}).get("top_k", 5)
-        if top_k < 1:
-            raise UserError(f"top_k must be at least 1, not {top_k}")
-        answers = self.classifier(self._read(_images(model_input)), top_k=int(top_k))
+        top_k, images = (params or {}).get("top_k"), _images(model_input)
+        if top_k is not None and top_k < 1:
+            # MLflow's server would answer an exception with its own paths.
+            answers = [Answer(error=f"top_k must be at least 1, not {top_k}")] * len(images)
+        else:
+            answers = self.classifier(self._read(images), top_k=int(top_k or TOP_K))
         found = pd.DataFrame([_row(answer) for answer in answers], columns=list(_row(Answer())))
         # A NaN where there is nothing would be no JSON.
         is_whole = found["label"].notna().all()
@@ -88,24 +94,35 @@ class ProbeModel:
 def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> ProbeModel:
     """MLflow's way in. It takes the keys of CONFIG, with which the model is saved, and warns of others."""
     config = {**CONFIG, **(model_config or {})}
+    device, num_threads, schemes = config["device"], config["num_threads"], config["schemes"]
+    if device not in get_args(Device):
+        raise UserError(
+            f"model_config: device is {device!r}, and must be one of {', '.join(get_args(Device))}"
+        )
+    if not isinstance(num_threads, int) or num_threads < 0:
+        raise UserError(f"model_config: num_threads is {num_threads!r}, and must be a number, 0 for all CPUs")
+    if not isinstance(schemes, str):
+        raise UserError(f"model_config: schemes is {schemes!r}, and must be a text such as 'file,https'")
     files = [file for file in sorted(Path(path, "encoder").glob("*")) if file.name != BESIDE]
     classifier = Classifier.load(
         str(Path(path, "probe")),
         encoder=next((str(file) for file in files if file.suffix == ".json"), None),
         pretrained=next((str(file) for file in files if file.suffix != ".json"), None),
-        device=config["device"],
-        num_threads=config["num_threads"] or None,
+        device=device,
+        num_threads=num_threads or None,
     )
-    return ProbeModel(classifier, schemes=config["schemes"] or os.environ.get(SCHEMES, ""))
+    return ProbeModel(classifier, schemes=schemes or os.environ.get(SCHEMES, ""))
 
 
 def _images(model_input: Any) -> list[Any]:
     columns = getattr(model_input, "columns", None)
     if columns is None:
-        return list(model_input)
-    if "image" not in columns and len(columns) != 1:
+        cells = model_input
+    elif "image" in columns or len(columns) == 1:
+        cells = model_input["image" if "image" in columns else columns[0]]
+    else:
         raise UserError(f"the table needs a column image, and has {', '.join(map(str, columns))}")
-    return list(model_input["image" if "image" in columns else columns[0]])
+    return [image for cell in cells for image in (cell if isinstance(cell, list | tuple) else [cell])]
 
 
 def _row(answer: Answer) -> dict[str, Any]:
