@@ -241,6 +241,7 @@ def main(options: Options) -> None:
     labels = folder / "labels.parquet"
     command = ["jobs/predict.py", "--probe", probe, "--data", str(many), "--out", str(labels)]
     rows.append(run("predict", command, log=folder / "predict.log"))
+    shutil.rmtree(folder / "evaluate", ignore_errors=True)
     command = ["jobs/evaluate.py", "--probe", probe, "--data", str(few), "--out", str(folder / "evaluate")]
     rows.append(run("evaluate", command, log=folder / "evaluate.log"))
     columns = list(dict.fromkeys(key for row in rows for key in row))
