@@ -157,6 +157,19 @@ def test_how_a_job_ends(end: str, code: int, last_lines: list[str]) -> None:
     assert ("Traceback" in traced.stderr) == (end in ("value", "file", "bug"))
 
 
+def test_an_export_that_is_interrupted_promises_nothing() -> None:
+    code = JOB.replace("main(run, Job)", "from lpclip.config import ExportJob; main(stop, ExportJob)")
+    code = code.replace("def run(job):", "def stop(job):\n    raise KeyboardInterrupt\n\ndef run(job):")
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--probe", "probe", "--out", "model.onnx"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "\ninterrupted: no file is there by half\n")
+
+
 def test_a_letter_that_the_terminal_does_not_have_ends_no_job() -> None:
     done = subprocess.run(
         [sys.executable, "-c", JOB, "--end", "accent"],

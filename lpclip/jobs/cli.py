@@ -142,11 +142,14 @@ def main(
         # A second one ends the process at once.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         what, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
-        kept = f"\n{what}: finished work is kept, and the same command resumes from there"
         if isinstance(config, ServeJob):
             print("\nended")  # there is no work to keep
+        elif isinstance(config, ExportJob):
+            print(f"\n{what}: no file is there by half", file=sys.stderr)
         else:
-            print(kept, file=sys.stderr)
+            print(
+                f"\n{what}: finished work is kept, and the same command resumes from there", file=sys.stderr
+            )
         sys.exit(code)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
