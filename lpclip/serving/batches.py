@@ -18,9 +18,10 @@ from lpclip.serving.body import Refused
 Answer = dict[str, Any]
 """What is answered of an image, as it is in JSON."""
 
-IN_WORK = 4
-"""Batches that a replica has at a time: it decodes one while it encodes another, and the next are at hand."""
-GATHER = 0.001
+IN_WORK = 2
+"""Batches that a replica has at a time: it decodes one while it encodes the other. More of them are smaller, and leave
+processors of a large encoder idle."""
+GATHER = 0.002
 """Seconds that a batch waits for more images while another one is in work."""
 
 
