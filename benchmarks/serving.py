@@ -95,7 +95,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """What came back."""
+    """The server's answer to a request."""
 
     status: int
     headers: dict[str, str]

@@ -682,7 +682,7 @@ class ExportJob:
 
     @property
     def form(self) -> Literal["onnx", "open_clip", "folder"]:
-        """What is written, as the name of `out` says."""
+        """The form that the name of `out` asks for."""
         path = self.out.partition("?")[0].lower()
         if path.endswith(".onnx"):
             return "onnx"
@@ -710,13 +710,13 @@ class ServeJob:
     max_pixels: int = 50_000_000
     """Images with more pixels than this are refused before they are decoded."""
     max_images: int = 16
-    """Most images in a request."""
+    """Largest number of images in a request."""
     max_waiting: int = 256
-    """Most images that wait for an encoder. Further requests are told to come again later."""
+    """Largest number of images that wait for an encoder. A request beyond it gets status 503."""
     body_timeout: float = 30.0
     """Seconds that the body of a request may take to arrive."""
     batch_size: int = 32
-    """Most images, of all requests, that are encoded together."""
+    """Largest number of images, of all requests together, that are encoded at once."""
     pretrained: str | None = None
     """New place of the local checkpoint of the encoder, if the file has moved since training."""
     engine: Engine = EncoderConfig.engine

@@ -29,16 +29,15 @@ def refuse_unknown(known: dict[str, Any]) -> None:
 def config_again(
     known: dict[str, Any],
     *,
-    encoder: str | None = None,
     pretrained: str | None = None,
     engine: Engine = "auto",
     on_gpu: bool,
 ) -> EncoderConfig:
     """The configuration of the encoder that a probe knows as `known`.
 
-    `encoder` and `pretrained` are where its files lie now. Its precision is the one that the probe was trained in. A
-    CPU that does not compute in it takes float32. Raises UserError when the probe does not know its encoder, or its
-    checkpoint was a local file that is no longer there.
+    `pretrained` is where its checkpoint lies now. An encoder's own configuration is looked for beside it first. The
+    precision is the one that the probe was trained in. A CPU that does not compute in it takes float32. Raises
+    UserError when the probe does not know its encoder, or its checkpoint was a local file that is no longer there.
     """
     refuse_unknown(known)
     if pretrained is None:
@@ -46,8 +45,12 @@ def config_again(
     made, precision = known["config"], known["identity"]["precision"]
     if not on_gpu and (precision == "float16" or (precision == "bfloat16" and not computes_bfloat16())):
         precision = "float32"
+    encoder = made["encoder"]
+    if pretrained is not None and encoder.endswith(".json"):
+        beside = Path(pretrained).with_name(Path(encoder).name)
+        encoder = str(beside) if beside.is_file() else encoder
     return EncoderConfig(
-        encoder=encoder or made["encoder"],
+        encoder=encoder,
         pretrained=pretrained or made["pretrained"],
         precision=precision,
         engine=engine,

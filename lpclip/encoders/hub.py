@@ -30,6 +30,9 @@ HUB = "hf-hub:"
 PROBE_FILES = ("probe.json", "probe.safetensors")
 """All that is downloaded of a probe's repository."""
 
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+"""Names of repositories, OWNER/NAME."""
+
 REACH_SECONDS = 5.0
 
 
@@ -41,7 +44,7 @@ def local_probe(name: str) -> str:
     if not name.startswith(HUB):
         return name
     repository = name.removeprefix(HUB)
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository, re.ASCII):
+    if not REPOSITORY.fullmatch(repository):
         raise UserError(f"--probe {name}: a probe on the hub is hf-hub:OWNER/NAME")
 
     def download() -> list[Path]:

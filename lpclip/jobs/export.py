@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 
-from lpclip import files
-from lpclip.config import ExportJob, UserError, check, counted
+from lpclip.config import ExportJob, check, counted
 from lpclip.encoders.again import refuse_unknown
 from lpclip.encoders.hub import local_probe
 from lpclip.jobs.console import shown
+from lpclip.jobs.runtime import make_place
 from lpclip.method.probe import Probe, load_probe, probe_digest
 from lpclip.report.tables import format_table
 from lpclip.serving.hub_folder import write_hub_folder
@@ -46,7 +45,7 @@ def _write(job: ExportJob, probe: Probe, *, folder: str, digest: str) -> tuple[l
     if job.form == "folder":
         notes = write_hub_folder(probe, folder, job.out, digest=digest)
         return notes, f"written: look at README.md, then `hf upload OWNER/NAME {shlex.quote(shown(job.out))}`"
-    _make_place(job.out)
+    make_place(job.out)
     if job.form == "open_clip":
         return write_open_clip(probe, job.out, digest=digest), f"written: {shown(job.out)}"
     written, notes = write_onnx(probe, job.out, digest=digest, pretrained=job.pretrained, float16=job.float16)
@@ -58,10 +57,3 @@ def _write(job: ExportJob, probe: Probe, *, folder: str, digest: str) -> tuple[l
         "difference: the largest of a probability from the original's, as onnxruntime computes random pixels"
     )
     return notes, f"{format_table(rows)}\n{told}"
-
-
-def _make_place(out: str) -> None:
-    """Make the folder of a file that will be written. Raises UserError when it cannot be."""
-    if "://" not in out and Path(out).expanduser().is_dir():
-        raise UserError(f"--out {out} is a folder, and a file is written: name a file in it")
-    files.make_folder(files.split(files.absolute(out))[0])

@@ -1,4 +1,4 @@
-"""What hangs on a run in MLflow: the data that it worked on, its model, and the model's place in the registry."""
+"""Entries of a run in MLflow: its data, its model, and the model's version in the registry."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class DataInput:
 
     name: str
     digest: str
-    """Of the images, at most 36 characters: the same for equal images in any place."""
+    """Digest of the images, at most 36 characters. Equal images have the same one, wherever they lie."""
     source: str
     num_rows: int
     context: str
-    """What the run does with it: training or evaluation."""
+    """Use of the data in the run: training or evaluation."""
 
 
 def log_inputs(client: MlflowClient, datasets: Sequence[DataInput], *, run_id: str) -> None:

@@ -1,4 +1,4 @@
-"""What a run in MLflow keeps of a probe besides its numbers: a model that MLflow loads, and the data behind it."""
+"""The model and the data of a run, in the form in which MLflow keeps them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import lpclip
 from lpclip import files
 from lpclip.config import SelftrainJob, TuneJob
 from lpclip.encoders.again import own_files
+from lpclip.encoders.hub import PROBE_FILES
 from lpclip.images.pixels import encode_png
 from lpclip.jobs.inputs import EncodedInputs, Inputs
 from lpclip.jobs.mlflow_entries import DataInput
@@ -38,6 +39,7 @@ PACKAGES = (
     "pyarrow",
     "mlflow",
 )
+"""Packages that decide a model's answers. The others that it needs come with lpclip."""
 
 
 def log_probe(run: Run, probe: Probe, *, saved: str) -> None:
@@ -77,7 +79,7 @@ def write_model(folder: Path, *, model: Model, probe: Probe, saved: str) -> None
 
     data = folder.with_name("lpclip")
     (data / "probe").mkdir(parents=True)
-    for name in ("probe.json", "probe.safetensors"):
+    for name in PROBE_FILES:
         (data / "probe" / name).write_bytes(files.read_bytes(files.join(saved, name)))
     columns: list[ColSpec | TensorSpec] = [
         ColSpec(DataType.string, "label", required=False),

@@ -6,14 +6,13 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from lpclip import files
-from lpclip.config import PredictJob, UserError, check, counted
+from lpclip.config import PredictJob, check, counted
 from lpclip.encoders.again import refuse_unknown
 from lpclip.encoders.hub import local_probe
 from lpclip.encoders.passes import mean_view
@@ -27,7 +26,7 @@ from lpclip.jobs.counts import count_line, refuse_listed
 from lpclip.jobs.inputs import describe_probes_encoder
 from lpclip.jobs.process import start_ray
 from lpclip.jobs.run import job_run
-from lpclip.jobs.runtime import Stopwatch, output_folder
+from lpclip.jobs.runtime import Stopwatch, make_place, output_folder
 from lpclip.method.probe import Probe, load_probe
 from lpclip.progress import Progress
 from lpclip.report.tables import format_table
@@ -43,11 +42,7 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
     probe = load_probe(local_probe(job.probe))
     refuse_unknown(probe.encoder)
     data = open_data(job.data, config=job.source, split="test", limit=job.limit)
-    if "://" not in job.out:
-        # With --features, a place that cannot be written would be found at the end.
-        files.make_folder(files.split(files.absolute(job.out))[0])
-        if Path(job.out).expanduser().is_dir():
-            raise UserError(f"--out {job.out} is a folder, and a Parquet file is written: name a file in it")
+    make_place(job.out, kind="Parquet file")
     start_ray()
     encoder, info = describe_probes_encoder(probe, job=job, with_head=False)
     views = base_views(probe.encoder["views"])

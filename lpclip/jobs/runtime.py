@@ -142,6 +142,16 @@ class Stopwatch:
         return {stage: round(value, 3) for stage, value in self._seconds.items()}
 
 
+def make_place(out: str, *, kind: str = "file") -> None:
+    """Make the folder in which a file `out` will be written, so that a place that cannot be written is found at once.
+
+    Raises UserError when it cannot be made, or `out` is a folder.
+    """
+    if "://" not in out and Path(out).expanduser().is_dir():
+        raise UserError(f"--out {out} is a folder, and a {kind} is written: name a file in it")
+    files.make_folder(files.split(files.absolute(out))[0])
+
+
 def versions() -> dict[str, str]:
     """Versions of the packages that decide the numbers."""
     found = {"lpclip": lpclip.__version__, "python": platform.python_version()}

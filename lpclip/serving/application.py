@@ -19,7 +19,7 @@ from ray.serve import Application
 from lpclip import files
 from lpclip.config import ServeJob, SourceConfig, UserError, check
 from lpclip.encoders.hub import local_probe
-from lpclip.serving.batches import IN_WORK, Answer
+from lpclip.serving.batches import IN_WORK, JsonAnswer
 from lpclip.serving.classifier import Classifier
 from lpclip.serving.door import DEPLOYMENT, Facts
 
@@ -50,11 +50,11 @@ class Replica:
         (answer,) = self._classifier([buffer.getvalue()])
         assert answer.error is None, answer.error
 
-    async def classify(self, images: Sequence[bytes | UserError], top_k: Sequence[int]) -> list[Answer]:
+    async def classify(self, images: Sequence[bytes | UserError], top_k: Sequence[int]) -> list[JsonAnswer]:
         """The answers for images of several requests, each with a number of labels of its own."""
         # In a thread: the event loop has other batches, and questions for the facts.
         found = await asyncio.to_thread(self._classifier, images, top_k=max(top_k))
-        answers: list[Answer] = []
+        answers: list[JsonAnswer] = []
         for one, k in zip(found, top_k, strict=True):
             if one.error is not None:
                 answers.append({"error": one.error})
@@ -85,7 +85,7 @@ class Replica:
         }
 
     async def __call__(self, request: Any) -> str:
-        """What a proxy without the door gives to a replica."""
+        """Answer a request that comes from a proxy without the door."""
         return f"Ray was started without {DOOR_VARIABLE}={DOOR} in its environment: set it on all nodes"
 
 

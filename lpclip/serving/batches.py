@@ -15,8 +15,8 @@ from typing import Any
 from lpclip.config import UserError
 from lpclip.serving.body import Refused
 
-Answer = dict[str, Any]
-"""What is answered of an image, as it is in JSON."""
+JsonAnswer = dict[str, Any]
+"""The answer for an image, as a JSON object."""
 
 IN_WORK = 2
 """Batches that a replica has at a time: it decodes one while it encodes the other. More of them are smaller, and leave
@@ -31,7 +31,7 @@ class Waiting:
 
     image: bytes | UserError
     top_k: int
-    answer: asyncio.Future[Answer]
+    answer: asyncio.Future[JsonAnswer]
 
 
 class Batches:
@@ -39,7 +39,7 @@ class Batches:
 
     def __init__(
         self,
-        send: Callable[[list[bytes | UserError], list[int]], Awaitable[list[Answer]]],
+        send: Callable[[list[bytes | UserError], list[int]], Awaitable[list[JsonAnswer]]],
         *,
         size: int,
         replicas: int,
@@ -52,7 +52,7 @@ class Batches:
 
     async def answers(
         self, images: Sequence[bytes | UserError], *, top_k: int, seconds: float
-    ) -> list[Answer]:
+    ) -> list[JsonAnswer]:
         """The answers for the images of a request, in their order. Raises Refused when it is not the time for them."""
         if len(self._waiting) + len(images) > self._max_waiting:
             raise Refused(503, f"{len(self._waiting)} images wait already: ask again later")

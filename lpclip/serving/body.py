@@ -41,7 +41,10 @@ class Gone(Exception):  # noqa: N818
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a client asks: images, or for each that cannot be had the reason, and how many labels."""
+    """A request that was read: its images, and how many labels it asks for.
+
+    In place of an image that is not base64, there is the reason.
+    """
 
     images: list[bytes | UserError]
     top_k: int | None

@@ -67,7 +67,6 @@ class Classifier:
         cls,
         folder: str,
         *,
-        encoder: str | None = None,
         pretrained: str | None = None,
         engine: Engine = "auto",
         device: Device = "auto",
@@ -78,16 +77,13 @@ class Classifier:
         """The probe in `folder`, with its encoder on this machine's GPU or on `num_threads` CPUs, by default all.
 
         `folder` may also be hf-hub:OWNER/NAME. `pretrained` is where the encoder's checkpoint lies now, if it has
-        moved, and `encoder` where its configuration does, if that is a file. `limits` are those on sizes. `pass_size`
-        is the number of images in a pass on a CPU, which the last images are filled up to: with 1, few images are
-        answered soonest.
+        moved; a configuration of its own lies beside it. `limits` are those on sizes. `pass_size` is the number of
+        images in a pass on a CPU, to which the last images are filled up: with 1, few images are answered soonest.
         Raises UserError when the probe or its encoder cannot be had.
         """
         probe = load_probe(local_probe(folder))
         on_gpu = takes_gpu(device)
-        config = config_again(
-            probe.encoder, encoder=encoder, pretrained=pretrained, engine=engine, on_gpu=on_gpu
-        )
+        config = config_again(probe.encoder, pretrained=pretrained, engine=engine, on_gpu=on_gpu)
         info, encode = (
             _on_gpu if on_gpu else partial(_on_cpus, num_threads=num_threads, pass_size=pass_size)
         )(config)

@@ -22,7 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.middleware import Middleware
 
 from lpclip.config import UserError
-from lpclip.serving.batches import Answer, Batches
+from lpclip.serving.batches import Batches, JsonAnswer
 from lpclip.serving.body import (
     JSON_TYPE,
     RETRY_AFTER,
@@ -153,7 +153,7 @@ class Door:
             del data
             return await self._answers(request, top_k=request.top_k or facts.top_k)
 
-    async def _answers(self, request: Request, *, top_k: int) -> list[Answer] | Answer:
+    async def _answers(self, request: Request, *, top_k: int) -> list[JsonAnswer] | JsonAnswer:
         found = await self._batches.answers(request.images, top_k=top_k, seconds=ANSWER_SECONDS)
         if request.is_list:
             return found
@@ -181,7 +181,7 @@ class Door:
             )
         return facts
 
-    async def _call(self, images: list[bytes | UserError], top_k: list[int]) -> list[Answer]:
+    async def _call(self, images: list[bytes | UserError], top_k: list[int]) -> list[JsonAnswer]:
         assert self._handle is not None
         try:
             return await self._handle.classify.remote(images, top_k)

@@ -13,7 +13,7 @@ from typing import Any
 
 from lpclip import files
 from lpclip.config import counted
-from lpclip.encoders.hub import HUB
+from lpclip.encoders.hub import HUB, REPOSITORY
 from lpclip.images.views import base_views, parse_views
 from lpclip.method.confirmation import Confirmation
 from lpclip.method.probe import Probe
@@ -71,10 +71,9 @@ def _front_matter(probe: Probe) -> str:
         "tags:",
         *(f"- {tag}" for tag in ("clip", "linear-probe", "self-training", "image-classification")),
     ]
-    repository = probe.encoder["identity"]["name"].removeprefix(HUB)
-    if probe.encoder["identity"]["name"].startswith(HUB) and re.fullmatch(
-        r"\w[\w.-]*/\w[\w.-]*", repository, re.ASCII
-    ):
+    name = probe.encoder["identity"]["name"]
+    repository = name.removeprefix(HUB)
+    if name.startswith(HUB) and REPOSITORY.fullmatch(repository):
         lines.append(f"base_model: {json.dumps(repository)}")
     return "\n".join([*lines, "---"])
 

@@ -21,14 +21,50 @@ TOP_K = {"type": "integer", "minimum": 1, "maximum": MOST_TOP_K}
 
 def description() -> dict[str, Any]:
     """The interface in OpenAPI 3.1."""
-    answer, error = _schema("Answer"), _schema("Error")
+    error = _schema("Error")
     refusals: dict[str, Any] = {
         str(status): {"description": told, "content": {"application/json": {"schema": error}}}
         for status, told in REFUSALS.items()
     }
     refusals["503"]["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "lpclip", "version": __version__},
+        "paths": {
+            "/classify": {"post": _classify(refusals)},
+            "/": {"get": _plain("The encoder, the classes, the probe's digest and the limits.", refusals)},
+            "/health": {"get": _plain("A replica answers.", refusals)},
+        },
+        "components": {
+            "schemas": {
+                "Answer": _object(
+                    label={"type": "string"},
+                    probability={"type": "number"},
+                    labels={"type": "array", "items": {"type": "string"}},
+                    probabilities={"type": "array", "items": {"type": "number"}},
+                ),
+                "Error": _object(error={"type": "string"}),
+                "Images": {
+                    "type": "object",
+                    "required": ["images"],
+                    "properties": {
+                        "images": {
+                            "type": "array",
+                            "items": {"type": "string", "contentEncoding": "base64"},
+                        },
+                        "top_k": TOP_K,
+                    },
+                    "additionalProperties": False,
+                },
+            }
+        },
+    }
+
+
+def _classify(refusals: dict[str, Any]) -> dict[str, Any]:
+    answer, error = _schema("Answer"), _schema("Error")
     binary = {"schema": {"type": "string", "format": "binary"}}
-    classify = {
+    return {
         "summary": "Labels of an image, or of several.",
         "parameters": [
             {
@@ -57,38 +93,6 @@ def description() -> dict[str, Any]:
                 },
             },
             **refusals,
-        },
-    }
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "lpclip", "version": __version__},
-        "paths": {
-            "/classify": {"post": classify},
-            "/": {"get": _plain("The encoder, the classes, the probe's digest and the limits.", refusals)},
-            "/health": {"get": _plain("A replica answers.", refusals)},
-        },
-        "components": {
-            "schemas": {
-                "Answer": _object(
-                    label={"type": "string"},
-                    probability={"type": "number"},
-                    labels={"type": "array", "items": {"type": "string"}},
-                    probabilities={"type": "array", "items": {"type": "number"}},
-                ),
-                "Error": _object(error={"type": "string"}),
-                "Images": {
-                    "type": "object",
-                    "required": ["images"],
-                    "properties": {
-                        "images": {
-                            "type": "array",
-                            "items": {"type": "string", "contentEncoding": "base64"},
-                        },
-                        "top_k": TOP_K,
-                    },
-                    "additionalProperties": False,
-                },
-            }
         },
     }
 

@@ -106,7 +106,6 @@ def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> Probe
     files = [file for file in sorted(Path(path, "encoder").glob("*")) if file.name != BESIDE]
     classifier = Classifier.load(
         str(Path(path, "probe")),
-        encoder=next((str(file) for file in files if file.suffix == ".json"), None),
         pretrained=next((str(file) for file in files if file.suffix != ".json"), None),
         device=device,
         num_threads=num_threads or None,
