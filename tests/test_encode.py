@@ -123,6 +123,7 @@ def test_every_image_is_encoded_once_in_every_view(made: Made) -> None:
     assert made.manifest.num_quarantined == 0
     assert made.manifest.images_per_second
     assert made.manifest.images_per_second > 0
+    assert list(Store.open(str(made.path)).thumbnails()) == found.ids.tolist()
 
 
 @pytest.mark.slow
@@ -384,6 +385,8 @@ def test_an_interrupted_encoding_goes_on_with_the_missing_units_alone(
     assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert replace(manifest, images_per_second=None) == replace(made.manifest, images_per_second=None)
     assert features(path) == features(made.path)
+    for name in made.manifest.parts:
+        assert (path / name).read_bytes() == (made.path / name).read_bytes()
 
 
 def test_pseudo_labels_of_the_pass_equal_those_of_the_store(made: Made) -> None:
@@ -460,6 +463,7 @@ def test_bad_images_are_quarantined_with_their_reason(mixed: Path, kept: Store, 
     good = ["cmyk.jpg", "deep.png", "dot.png", "mirrored.png", "moving.gif", "palette.png"]
     assert sorted(found.ids) == good
     assert np.isfinite(found.base.astype(float)).all()
+    assert list(kept.thumbnails()) == found.ids.tolist()
     quarantine = {row["id"]: row for row in pq.read_table(f"{kept.path}/quarantine.parquet").to_pylist()}
     assert set(quarantine) == {"empty.png", "text.png", "truncated.png", "vast.png"}
     assert {row["stage"] for row in quarantine.values()} == {"decode"}

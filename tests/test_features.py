@@ -96,6 +96,8 @@ def test_only_missing_views_are_encoded(spread: Spread, table: Path, info: Encod
     assert (found.store.path, found.reused, now.reused) == (first.store.path, True, False)
     assert spread.both.latest is now
     assert now.store.manifest.views == ("weak", *NAMES)
+    assert now.store.thumbnails() == first.store.thumbnails()
+    assert sorted(now.store.thumbnails()) == IDS
     after = times(spread.folder)
     assert {name: after[name] for name in spread.written} == spread.written
 

@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lpclip.config import SourceConfig
+from lpclip.features.store import THUMBNAIL
+from lpclip.features.thumbnails import Sample, thumbnail, thumbnail_of_jpeg
 from lpclip.images.jpegs import JpegHeader, ordinary_jpeg
 from lpclip.images.pixels import Preprocess, decode_image
 from lpclip.images.render import render
@@ -37,12 +39,13 @@ def decode_unit(
     preprocess: Preprocess,
     seed: int,
     leave_jpegs: bool = False,
+    sample: Sample | None = None,
 ) -> Iterator[pa.Table]:
     """Decode units to tables with a row an image: id, label, error, place in the unit, digest, a pixel column a view.
 
     `units` has a row for each: the unit's number and what the reader needs to know of it. A reader of texts adds a
     column of them. With `leave_jpegs`, for the weak view alone, ordinary JPEGs stay as they are, in the columns jpeg,
-    orientation and area, and have no pixels.
+    orientation and area, and have no pixels. With a `sample`, its images have thumbnails in a column of that name.
     """
     assert not leave_jpegs or views == (WEAK,), views
     decode = partial(
@@ -52,6 +55,7 @@ def decode_unit(
         preprocess=preprocess,
         seed=seed,
         leave_jpegs=leave_jpegs,
+        sample=sample,
     )
     step, num_bytes = rows_at_once(views, preprocess), PIXEL_BYTES if leave_jpegs else None
     for unit, spec in zip(units["unit"].to_pylist(), units["spec"].to_pylist(), strict=True):
@@ -114,6 +118,7 @@ def _decode_rows(
     preprocess: Preprocess,
     seed: int,
     leave_jpegs: bool,
+    sample: Sample | None,
 ) -> pa.Table:
     ids, errors = rows["id"].to_pylist(), rows["error"].to_pylist()
     stages = [None if error is None else "read" for error in errors]
@@ -122,6 +127,8 @@ def _decode_rows(
     pixels = {view: np.zeros((len(ids), size, size, 3), np.uint8) for view in views}
     digests = []
     left: dict[int, JpegHeader] = {}
+    is_shown = sample.chosen(ids, start=start) if sample else np.zeros(len(ids), bool)
+    thumbnails: list[bytes | None] = [None] * len(ids)
     for i, data in enumerate(rows["image"]):
         image = data.as_py()
         content = ids[i].encode() + b"\0" + (image or b"") + b"".join(b"\0" + t.encode() for t in texts[i])
@@ -132,11 +139,13 @@ def _decode_rows(
             header = ordinary_jpeg(image, max_pixels=limits.max_pixels, max_bytes=limits.max_bytes)
             if header is not None:
                 left[i] = header
+                thumbnails[i] = thumbnail_of_jpeg(image, limits) if is_shown[i] else None
                 continue
         try:
             decoded = decode_image(image, max_pixels=limits.max_pixels, max_bytes=limits.max_bytes, size=size)
             for view in views:
                 pixels[view][i] = render(decoded, id=ids[i], view=view, preprocess=preprocess, seed=seed)
+            thumbnails[i] = thumbnail(decoded) if is_shown[i] else None
         except ValueError as error:
             errors[i], stages[i] = str(error), "decode"
     columns = {
@@ -149,6 +158,8 @@ def _decode_rows(
         "row": pa.array(np.arange(start, start + len(ids), dtype=np.int32)),
         "last": pa.array([False] * len(ids)),
     }
+    if sample:
+        columns[THUMBNAIL] = pa.array(thumbnails, pa.binary())
     if leave_jpegs:
         done = [
             image if errors[i] is None and i not in left else None for i, image in enumerate(pixels[WEAK])

@@ -33,9 +33,10 @@ from lpclip.features.encode_stage import (
 from lpclip.features.pipeline import check_quarantine, decode_units, fill_store, units_at_once
 from lpclip.features.pulse import Pulse
 from lpclip.features.stalls import CPU_LIMITS, LIMITS
-from lpclip.features.store import Store, fingerprint
+from lpclip.features.store import THUMBNAIL, Store, fingerprint
 from lpclip.features.store_writer import StoreWriter, find_or_make
 from lpclip.features.stored_views import Encoded, Views
+from lpclip.features.thumbnails import Sample
 from lpclip.features.zero_shot_labels import ZeroShotLabels
 from lpclip.images.source import Source
 from lpclip.images.views import STRONG_VERSION, WEAK, View, pixel_views
@@ -174,7 +175,7 @@ class Encoding:
             files.make_folder(zero_shot.folder)
         if self.decode == "gpu" and not self.plan().gpus_per_actor:
             raise UserError("--decode gpu needs a GPU, and there is none: leave it out, then CPUs decode")
-        columns = ("id", "label", "texts", *map(str, views))
+        columns = ("id", "label", "texts", *map(str, views), THUMBNAIL)
         beside = zero_shot.write if zero_shot is not None else None
         commit_parts = partial(commit, writer=writer, columns=columns, beside=beside)
 
@@ -206,6 +207,7 @@ class Encoding:
             seed=self.seed,
             num_consumers=plan.num_actors,
             leave_jpegs=self.decode == "gpu",
+            sample=Sample.of(source) if WEAK in views else None,
             # A unit of which nobody knows the number of rows is a tar, and large by itself.
             at_once=group if source.num_rows is not None else 1,
         )

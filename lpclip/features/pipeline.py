@@ -29,6 +29,7 @@ from lpclip.features.pulse import PULSE_SECONDS, Pulse, PulseTaker
 from lpclip.features.stalls import LIMITS, SeeExecutor, StallLimits, StallWatch
 from lpclip.features.store import Store
 from lpclip.features.store_writer import Facts, StoreWriter, write_quarantine
+from lpclip.features.thumbnails import Sample
 from lpclip.images.pixels import Preprocess
 from lpclip.images.source import Source
 from lpclip.images.views import View
@@ -119,6 +120,7 @@ def decode_units(
     seed: int,
     num_consumers: int,
     leave_jpegs: bool = False,
+    sample: Sample | None = None,
     at_once: int = 1,
 ) -> ray.data.Dataset:
     """The first stage: units of a source to tables of uint8 pixels, one column a view, or as `decode_unit` says.
@@ -134,6 +136,7 @@ def decode_units(
         preprocess=preprocess,
         seed=seed,
         leave_jpegs=leave_jpegs,
+        sample=sample,
     )
     groups = [todo[start : start + at_once] for start in range(0, len(todo), at_once)]
     units = ray.data.from_blocks(

@@ -2,7 +2,8 @@
 
     STORE/
       identity.json        written first: what the features are made of
-      part-*.parquet       id, label, texts of pairs, one fixed-size list<float16> column a view
+      part-*.parquet       id, label, texts of pairs, one fixed-size list<float16> column a view;
+                           JPEGs of some of the rows, to look at
       quarantine.parquet   id, stage, error: every row that could not be encoded, with the reason
       manifest.json        written last: the store is complete when it and the parts that it names are there
 
@@ -38,6 +39,9 @@ CHECKSUMS = b"checksums"
 SOUND = b"2"
 """Its value where all features had unit norm when they were written; it was 1 before they were looked at."""
 NORM_TOLERANCE = 0.01
+THUMBNAIL = "thumbnail"
+"""Column of JPEGs, null in most rows of a large store. Parts of earlier versions have none."""
+MOST_THUMBNAILS = 20_000
 # With fewer the move takes longer, with more the copy is larger.
 COLUMNS_AT_ONCE = 64
 _ENCODE_AGAIN = "run the command that made the store again, it encodes the images of this part alone"
@@ -223,6 +227,17 @@ class Store:
         """Unit-norm mean of these views, (N, d) float16; of one view, the view itself."""
         return self._load({"mean": views}, with_labels=False)["mean"]
 
+    def thumbnails(self) -> dict[str, bytes]:
+        """JPEGs by id of the first MOST_THUMBNAILS images that have one, in row order. They may be damaged."""
+        found: dict[str, bytes] = {}
+        for table in self.tables(["id", THUMBNAIL]):
+            if THUMBNAIL in table.column_names:
+                shown = table.filter(table[THUMBNAIL].is_valid())
+                found |= zip(shown["id"].to_pylist(), shown[THUMBNAIL].to_pylist(), strict=True)
+            if len(found) > 2 * MOST_THUMBNAILS:
+                found = _first(found)
+        return _first(found)
+
     def share(self, worker: int, *, num_workers: int) -> Store:
         """One worker's share of the parts, as a store; its manifest still counts all rows."""
         parts = self.manifest.parts[worker::num_workers]
@@ -293,6 +308,12 @@ def row_order(ids: np.ndarray) -> np.ndarray:
     order = np.argsort(keys, kind="stable")
     # Comparing ids costs seconds a million, and two of a million hashes are hardly ever the same.
     return np.lexsort((ids, keys)) if (np.diff(keys[order]) == 0).any() else order
+
+
+def _first(images: dict[str, bytes]) -> dict[str, bytes]:
+    """The first MOST_THUMBNAILS of these images by id, in row order."""
+    ids = np.array(list(images), dtype=object)
+    return {name: images[name] for name in ids[row_order(ids)[:MOST_THUMBNAILS]].tolist()}
 
 
 def row_keys(ids: np.ndarray) -> np.ndarray:
