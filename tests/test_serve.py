@@ -439,7 +439,9 @@ def test_what_cannot_be_served_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert sentence in refusal(f"serve.py {flags.replace('PROBE', probe)}", monkeypatch, capsys)
+    # A command takes the last of two ports.
+    command = f"serve.py --port {free_port()} {flags.replace('PROBE', probe)}"
+    assert sentence in refusal(command, monkeypatch, capsys)
 
 
 def test_without_ray_serve_a_sentence_says_what_to_install(probe: str, tmp_path: Path) -> None:
