@@ -665,34 +665,47 @@ class Killer(threading.Thread):
 
 
 @pytest.mark.slow
-def test_a_trial_whose_process_dies_twice_has_failed_and_may_be_tried_again(
+def test_a_trial_whose_process_dies_twice_begins_again_when_the_others_are_over(
     work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     space = work.space("two", '"threshold": tune.grid_search([0.0, 0.5]), "rounds": 6')
-    command = (
-        f"tune.py --space {space} --data {work.folder}/labelled --classes {WORDS} --prior weak --trials 2 "
-        f"--concurrent 1 --out {work.folder}/murdered --experiment murdered"
-    )
-    # Each trial is started twice at most. The default recipe is the first: it dies twice, and the next one once.
+    # The default recipe is the first: it dies twice, and the next one once.
     with Killer(3) as killer:
-        found = run(command, monkeypatch)
+        found = run(
+            f"tune.py --space {space} --data {work.folder}/labelled --classes {WORDS} --prior weak --trials 2 "
+            f"--concurrent 1 --out {work.folder}/murdered --experiment murdered",
+            monkeypatch,
+        )
     assert len(killer.killed) == 3
-    failed, finished = found["default"], found["trials"][0]
-    assert failed["status"] == "failed"
-    assert {trial["status"] for trial in found["trials"]} == {"finished"}
-    assert "died" in failed["error"]
-    assert (failed["criterion"], failed["accuracy"], failed["criteria"]) == (None, None, {})
-    assert found["chosen"]["name"] != "default"
+    assert {trial["status"] for trial in (found["default"], *found["trials"])} == {"finished"}
     _, children = experiment_runs("murdered")
-    assert {child.data.tags["status"] for child in children} == {"failed", "finished"}
-    assert {path.stem for path in (work.folder / "murdered" / "trials").glob("*.json")} == {
-        trial["name"] for trial in found["trials"]
-    }
+    assert [child.data.tags["status"] for child in children] == 3 * ["finished"]
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_always_dies_has_failed_and_may_be_tried_again(
+    work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = work.space("one", '"threshold": tune.grid_search([0.5]), "rounds": 6')
+    command = (
+        f"tune.py --space {space} --data {work.folder}/labelled --classes {WORDS} --prior weak --trials 1 "
+        f"--concurrent 1 --out {work.folder}/doomed --experiment doomed"
+    )
+    monkeypatch.setattr("lpclip.training.trials.PASSES", 1)
+    with Killer(100) as killer:
+        found = run(command, monkeypatch)
+    assert len(killer.killed) == 4  # of two trials, twice
+    failed = found["default"]
+    assert [failed["status"], found["trials"][0]["status"]] == ["failed", "failed"]
+    assert "died each time" in failed["error"]
+    assert (failed["criterion"], failed["accuracy"], failed["criteria"]) == (None, None, {})
+    assert found["chosen"]["name"] == "zero_shot"
+    _, children = experiment_runs("doomed")
+    assert {child.data.tags["status"] for child in children} == {"failed"}
+    assert not list((work.folder / "doomed" / "trials").glob("*.json"))
 
     again = run(command, monkeypatch)
-    assert again["default"]["status"] == "finished"
-    (kept,) = [trial for trial in again["trials"] if trial["name"] == finished["name"]]
-    assert kept["seconds"] == finished["seconds"]
+    assert [again["default"]["status"], again["trials"][0]["status"]] == ["finished", "finished"]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -54,6 +54,8 @@ FAILED = -1.0
 # Rounds before a scheduler may stop a trial.
 GRACE_ROUNDS = 4
 MAX_ROUNDS = 1000
+# Passes over a sweep: each begins what died in the one before it. A trial begins twice at most in each.
+PASSES = 3
 METRICS = (
     "round",
     "coverage",
@@ -196,17 +198,33 @@ def run_trials(
         RAY_CHDIR_TO_TRIAL_DIR="0",
         RAY_AIR_NEW_OUTPUT="0",
     )
+    if plan.search == "random" and not plan.trials:
+        return []
     watch = _Watch(material.task.folder, material.task.fixed, listener)
+    # The reference is in a list, so that Tune does not fetch it for every trial: each process does so once.
+    trainable = tune.with_parameters(_run_trial, shared=[ray.put(material)])
+    for number in range(1, PASSES + 1):
+        watch.is_last = number == PASSES
+        _run_pass(trainable, plan=plan, task=material.task, storage=storage, done=done, watch=watch)
+        if not watch.died:
+            break
+        # Those that a scheduler would compare them with are over.
+        plan = replace(plan, trials=watch.died, search="random", scheduler="none")
+        watch.died = []
+    return watch.records
+
+
+def _run_pass(
+    trainable: Any, *, plan: Plan, task: Task, storage: str, done: Mapping[str, TrialRecord], watch: _Watch
+) -> None:
     algorithm, num_samples = None, 1
     parameter_space: dict[str, Any] = {"parameters": tune.grid_search(plan.trials)}
     if plan.search == "optuna":
-        algorithm = _optuna(plan.space, done, seed=material.task.base.seed)
+        algorithm = _optuna(plan.space, done, seed=task.base.seed)
         num_samples = plan.count - len(done)
         parameter_space = {}  # the algorithm has it
-    if num_samples < 1 or (plan.search == "random" and not plan.trials):
-        return []
-    # The reference is in a list, so that Tune does not fetch it for every trial: each process does so once.
-    trainable = tune.with_parameters(_run_trial, shared=[ray.put(material)])
+        if num_samples < 1:
+            return
     tune.Tuner(
         tune.with_resources(trainable, {"cpu": 1}),
         param_space=parameter_space,
@@ -224,11 +242,11 @@ def run_trials(
             storage_path=storage,
             verbose=0,
             callbacks=[watch],
-            # A trial's own mistakes are caught in it: what fails here is a process that died.
+            # A trial's own mistakes are caught in it: what fails here is a process or a host that died. The trial
+            # begins again at once, but only once: a host that is cut off looks well to Ray for a minute.
             failure_config=tune.FailureConfig(max_failures=1),
         ),
     ).fit()
-    return watch.records
 
 
 def read_records(folder: str) -> dict[str, TrialRecord]:
@@ -342,6 +360,9 @@ class _Watch(tune.Callback):
 
     def __init__(self, folder: str, fixed: Parameters, listener: Listener) -> None:
         self.records: list[TrialRecord] = []
+        self.died: list[Parameters] = []
+        """What a later pass begins again."""
+        self.is_last = False
         self._folder, self._fixed, self._listener = folder, fixed, listener
         self._rounds: dict[str, list[dict[str, float]]] = {}
 
@@ -350,6 +371,7 @@ class _Watch(tune.Callback):
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._rounds[trial.trial_id] = []  # those of a process that died do not count
         parameters = _parameters(trial.config, fixed=self._fixed)
         self._listener.began(trial_name(parameters), parameters)
 
@@ -357,7 +379,7 @@ class _Watch(tune.Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         kept = {k: v for k, v in result.items() if k in METRICS}
-        self._rounds.setdefault(trial.trial_id, []).append(kept)
+        self._rounds[trial.trial_id].append(kept)
         if kept.get("criterion") != FAILED:
             self._listener.went_on(trial_name(_parameters(trial.config, fixed=self._fixed)), kept)
 
@@ -365,9 +387,12 @@ class _Watch(tune.Callback):
         self._end(trial, status="stopped", error=None)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        if not self.is_last:
+            self.died.append(_parameters(trial.config, fixed=self._fixed))
+            return
         # Ray's reason differs with the moment of the death: "The actor never ran" says little to a reader.
         lines = str(trial.get_error() or "no reason is known").strip().splitlines()
-        self._end(trial, status="failed", error=f"its process died: {lines[-1]}")
+        self._end(trial, status="failed", error=f"it died each time it was begun: {lines[-1]}")
 
     def _end(self, trial: Trial, *, status: Status, error: str | None) -> None:
         parameters = _parameters(trial.config, fixed=self._fixed)
