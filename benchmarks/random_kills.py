@@ -3,11 +3,12 @@
     python benchmarks/random_kills.py
     python benchmarks/random_kills.py --seconds 60 --seed 7 --json runs/kills.json
 
-encode, selftrain and tune run in turn on a cluster of three Ray nodes of this machine. Every few seconds something is
-chosen by a seeded generator: SIGKILL for the job's own process, for one of Ray's workers with what it encodes, trains
-or tries, or for all of a node, which is started anew; or for a while no worker can write a file of a part's size, as on
-a full disk. A job that ended with an error is given again, the same command. In the end, features, pseudo-labels, the
-probe and trials must be those of jobs that nothing befell, byte by byte. What the moments hit depends on the machine.
+encode, selftrain and tune run in turn on a cluster of three Ray nodes of this machine. Each has a third of the time for
+faults, as often as it ends, and is then brought to its end without them. Every few seconds something is chosen by a
+seeded generator: SIGKILL for the job's own process, for one of Ray's workers with what it encodes, trains or tries, or
+for all of a node, which is started anew; or for a while no worker can write a file of a part's size, as on a full disk.
+A job that ended with an error is given again, the same command. In the end, features, pseudo-labels, the probe and
+trials must be those of jobs that nothing befell, byte by byte. What the moments hit depends on the machine.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Options:
     """Let faults befall jobs at random moments."""
 
     seconds: float = 600
-    """A job that runs at their end is brought to its end without further faults."""
+    """In which faults come."""
     seed: int = 0
     num_images: int = 600
     """Images of selftrain and tune."""
@@ -67,8 +68,8 @@ class Chaos:
         """Seconds until the next fault."""
         return self._chance.uniform(SHORTEST, LONGEST)
 
-    def strike(self, job: Job) -> str:
-        """Let something befall the job. Returns what it was."""
+    def strike(self, job: Job) -> str | None:
+        """Let something befall the job. Returns what it was; None when nothing of its kind is at work yet."""
         fault = self._chance.choice(FAULTS)
         working = titled([p for node in self._nodes for p in processes_of(node)], *AT_WORK)
         if fault == "worker" and working:
@@ -82,9 +83,10 @@ class Chaos:
                 self._limit_files(FULL_BYTES)
                 time.sleep(0.1)
             self._limit_files(resource.RLIM_INFINITY)
-        else:
-            fault = "driver"
+        elif fault == "driver":
             job.kill()
+        else:
+            return None
         return fault
 
     def _limit_files(self, num_bytes: int) -> None:
@@ -133,27 +135,28 @@ def main(options: Options) -> int:
                     if job.ends():
                         raise RuntimeError(f"{name} failed without a fault:\n{job.told[-2000:]}")
                 undisturbed[name] = outcome(name, trial.folder / "out")
-            end = time.monotonic() + options.seconds
-            number = 0
-            while time.monotonic() < end:
-                name = list(WORKS)[number % len(WORKS)]
-                trial = trial_of(name, str(number))
-                number += 1
-                told, code = befall(trial, name, chaos=chaos, address=machines.address, end=end)
-                rows[name] += told
-                print(f"{name}: {dict(told)}", file=sys.stderr, flush=True)
-                if code:
-                    wrong.append(f"{name} {number}: ended with {code}:\n{trial.told[-2000:]}")
-                    continue
-                found = outcome(name, trial.folder / "out")
-                rows[name]["lost"] += len(undisturbed[name].keys() - found.keys())
-                rows[name]["other bytes"] += sum(
-                    value != undisturbed[name].get(key) for key, value in found.items()
-                )
-                if found != undisturbed[name]:
-                    wrong.append(f"{name} {number}: not what the undisturbed job made")
-                if "Traceback" in trial.told:
-                    wrong.append(f"{name} {number}: a traceback:\n{trial.told[-3000:]}")
+            for name in WORKS:
+                end = time.monotonic() + options.seconds / len(WORKS)
+                while time.monotonic() < end:
+                    trial = trial_of(name, str(rows[name]["jobs"]))
+                    told, code = befall(trial, name, chaos=chaos, address=machines.address, end=end)
+                    rows[name] += told
+                    print(f"{name}: {dict(told)}", file=sys.stderr, flush=True)
+                    found = outcome(name, trial.folder / "out") if not code else {}
+                    rows[name]["lost"] += len(undisturbed[name].keys() - found.keys())
+                    rows[name]["other bytes"] += sum(
+                        value != undisturbed[name].get(key) for key, value in found.items()
+                    )
+                    held = {
+                        f"ended with {code}": code == 0,
+                        "not what the undisturbed job made": found == undisturbed[name],
+                        "a traceback": "Traceback" not in trial.told,
+                    }
+                    wrong += [
+                        f"{name} {rows[name]['jobs']}: {claim}:\n{trial.told[-3000:]}"
+                        for claim, holds in held.items()
+                        if not holds
+                    ]
     columns = ("jobs", *FAULTS, "given again", "lost", "other bytes")
     shown = [{"job": name, **{column: row[column] for column in columns}} for name, row in rows.items()]
     print(format_table(shown))
@@ -173,8 +176,8 @@ def befall(trial: Trial, name: str, *, chaos: Chaos, address: str, end: float) -
                 moment = time.monotonic() + chaos.pause()
                 while job.runs and time.monotonic() < moment:
                     time.sleep(0.1)
-                if job.runs:
-                    told[chaos.strike(job)] += 1
+                if job.runs and (fault := chaos.strike(job)):
+                    told[fault] += 1
             code = job.ends()
         # An error without a fault left to blame is the job's own.
         if code == 0 or time.monotonic() > end + 300:
