@@ -9,6 +9,7 @@ image has process numbers and a network of its own, without a way outside, and i
 
 - rights: the user is no root and cannot become it; code and libraries cannot be written; there is no compiler;
 - help: `lpclip selftrain --help`; demo: the demo's command on fewer images; predict: its probe labels images;
+- model: MLflow loads the model of the demo's run, which gives these images the same labels;
 - ray: `ray start --head` as KubeRay starts it, in a login shell; KubeRay's own probe; a job by `ray job submit`.
 
 --out gets sbom.cdx.json (CycloneDX: Python's packages by cyclonedx-bom, and Debian's by dpkg-query) and container.json
@@ -20,6 +21,7 @@ image has process numbers and a network of its own, without a way outside, and i
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -54,6 +56,23 @@ UPGRADE = "apt-get update && apt-get upgrade --yes && apt-get clean && rm -rf /v
 LOOPBACK = 'ip link set lo up && exec "$@"'
 ALONE = ["unshare", "--net", "--pid", "--mount-proc", "--fork", "--kill-child", "sh", "-c", LOOPBACK, "sh"]
 DEMO = "python jobs/selftrain.py --limit 300 --eval-limit 100 --rounds 3"
+MODEL = """
+import json
+import mlflow
+import pyarrow.parquet as pq
+
+mlflow.set_tracking_uri("sqlite:///mlflow.db")
+run = mlflow.get_run(json.load(open("runs/demo/summary.json"))["mlflow_run"])
+model = mlflow.pyfunc.load_model(f"models:/{run.outputs.model_outputs[0].model_id}")
+labels = pq.read_table("labels.parquet", columns=["id", "label"]).to_pandas()
+images = pq.read_table("/data/test.parquet", columns=["id", "image"]).to_pandas()
+asked = labels.merge(images, on="id", validate="1:1")
+assert len(asked) == 100
+answers = model.predict(asked[["image"]])
+same = (answers["label"].to_numpy() == asked["label"].to_numpy()).sum()
+print(f"{same} of {len(asked)} labels are those of lpclip predict")
+assert same == len(asked)
+"""
 CHECKS = {
     "rights": """
         test "$(id -u):$(id -g)" = 1000:100
@@ -68,6 +87,7 @@ CHECKS = {
         {DEMO} --out runs/demo
     """,
     "predict": "lpclip predict --probe runs/demo/probe --data fashion-mnist --limit 100 --out labels.parquet",
+    "model": f"python -c {shlex.quote(MODEL)}",
     "ray": f"""
         export RAY_AUTH_MODE=token
         ray get-auth-token --generate >/dev/null
