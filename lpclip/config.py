@@ -635,6 +635,14 @@ class PredictJob:
     cannot be read are listed beside it, for labels.parquet in labels.quarantine.parquet."""
     top_k: int = 5
     """Number of most probable labels to keep for each image."""
+    probabilities: bool = False
+    """Add a column with the probabilities of all classes, in the order of the probe's classes. Their names are in
+    the metadata of the file's schema, under class_names."""
+    export_folder: str | None = None
+    """Local folder in which each image gets a place at CLASS/NAME, by its label. Image files of this machine are
+    linked, all others copied."""
+    min_probability: float = 0.0
+    """Images whose label is less probable than this get no place in --export-folder."""
     limit: int | None = None
     """Use only this many images. A hash of the ids chooses them."""
     pretrained: str | None = None
@@ -655,6 +663,9 @@ class PredictJob:
     def check(self) -> None:
         """Raise UserError for values out of range, or an output that is no Parquet file."""
         _at_least(self, 1, "top_k", "limit", "batch_size")
+        _below_one(self, "min_probability")
+        if self.min_probability and self.export_folder is None:
+            raise UserError("--min-probability is for --export-folder, which is not there")
         EncodeConfig(views="weak", device=self.device, decode=self.decode).check()
         if "://" not in self.out and not self.out.endswith(".parquet"):
             raise UserError(f"--out {self.out}: a Parquet file is written, so its name must end in .parquet")

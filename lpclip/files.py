@@ -10,6 +10,7 @@ import json
 import os
 import re
 import stat
+import tempfile
 import urllib.parse
 import uuid
 from collections import deque
@@ -31,6 +32,8 @@ from lpclip.patience import patiently
 READERS = 64
 # A remote Parquet file up to this size is read whole: one request costs less than one for each column.
 WHOLE_BYTES = 1 << 20
+# Bytes that are handed to a stream at a time, and of the rows of a row group that is written table by table, about.
+WRITTEN_BYTES, GROUP_BYTES = 64 << 20, 32 << 20
 # Key in the footer of Parquet that lpclip writes. Pages have checksums, and what says where they are needs one too.
 FOOTER_DIGEST = "lpclip_footer"
 # The footer's length and Parquet's mark, in bytes, and how much of a file's end is read to have all of the footer.
@@ -277,20 +280,56 @@ def write_bytes(path: str, data: bytes | memoryview) -> None:
 
     def write() -> None:
         with filesystem.open_output_stream(target) as stream:
-            stream.write(data)
+            for start in range(0, len(data), WRITTEN_BYTES):
+                if start:
+                    # A stream to a store copies what it has not yet sent.
+                    stream.flush()
+                stream.write(data[start : start + WRITTEN_BYTES])
 
+    with _explained_writing(path):
+        try:
+            patiently(path, write)
+            if isinstance(filesystem, fs.LocalFileSystem):
+                os.replace(target, inner)
+            elif not is_whole:
+                patiently(path, lambda: filesystem.move(target, inner))
+        except OSError:
+            # The part that was written would keep a full disk full.
+            with contextlib.suppress(OSError):
+                if not is_whole:
+                    filesystem.delete_file(target)
+            raise
+
+
+@contextlib.contextmanager
+def _explained_writing(path: str) -> Iterator[None]:
+    """Turn a refusal of the file system into a UserError."""
     try:
-        patiently(path, write)
-        if isinstance(filesystem, fs.LocalFileSystem):
-            os.replace(target, inner)
-        elif not is_whole:
-            patiently(path, lambda: filesystem.move(target, inner))
+        yield
     except OSError as error:
-        # The part that was written would keep a full disk full.
-        with contextlib.suppress(OSError):
-            if not is_whole:
-                filesystem.delete_file(target)
         raise UserError(f"cannot write {path}: {error}; what was finished before is kept") from error
+
+
+@contextlib.contextmanager
+def growing_file(path: str) -> Iterator[str]:
+    """A local path to write a file at, which comes to `path` at the end of the block; nothing comes if that raises.
+
+    It is beside `path`, or for a remote one in the folder of temporary files: no part of it has to be in memory.
+    """
+    filesystem, inner = resolve(path)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        target = f"{inner}.{uuid.uuid4().hex}.tmp"
+        try:
+            yield target
+            with _explained_writing(path):
+                os.replace(target, inner)
+        finally:
+            Path(target).unlink(missing_ok=True)
+        return
+    with tempfile.TemporaryDirectory() as here:
+        yield f"{here}/file"
+        with pa.memory_map(f"{here}/file") as whole:
+            write_bytes(path, memoryview(whole.read_buffer()))
 
 
 def write_parquet(
@@ -343,30 +382,37 @@ def _read_footer(source: Any) -> pq.FileMetaData:
 def parquet_by_tables(path: str, *, group_rows: int = 1 << 16) -> Iterator[Callable[[pa.Table], None]]:
     """A function that adds tables of one schema, one at least, to a Parquet file with a checksum of each page.
 
-    The file is written at the end of the block, whole or not at all. Until then its bytes are in memory, and the rows
-    of one row group, which has about `group_rows`.
+    The file appears at the end of the block, whole or not at all. In memory are the rows of one row group, which has
+    about `group_rows` or GROUP_BYTES.
     """
-    sink = pa.BufferOutputStream()
     writer: pq.ParquetWriter | None = None
     waiting: list[pa.Table] = []
 
-    def flush() -> None:
-        nonlocal writer
-        if waiting:
-            writer = writer or pq.ParquetWriter(sink, waiting[0].schema, write_page_checksum=True)
-            writer.write_table(pa.concat_tables(waiting))
-            waiting.clear()
+    with growing_file(path) as place:
 
-    def add(table: pa.Table) -> None:
-        waiting.append(table)
-        if sum(map(len, waiting)) >= group_rows:
+        def flush() -> None:
+            nonlocal writer
+            if waiting:
+                with _explained_writing(path):
+                    writer = writer or pq.ParquetWriter(
+                        place, waiting[0].schema, filesystem=fs.LocalFileSystem(), write_page_checksum=True
+                    )
+                    writer.write_table(pa.concat_tables(waiting))
+                waiting.clear()
+
+        def add(table: pa.Table) -> None:
+            waiting.append(table)
+            if sum(map(len, waiting)) >= group_rows or sum(table.nbytes for table in waiting) >= GROUP_BYTES:
+                flush()
+
+        try:
+            yield add
             flush()
-
-    yield add
-    flush()
-    assert writer is not None, path
-    writer.close()
-    write_bytes(path, sink.getvalue())
+        finally:
+            if writer is not None:
+                with _explained_writing(path):
+                    writer.close()
+        assert writer is not None, path
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -17,15 +18,16 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import CLASSES, Training, draw, refusal, run, start, write_tar
+from conftest import CLASSES, ROOT, Training, draw, refusal, run, start, write_tar
 from mlflow import MlflowClient
 from safetensors.torch import save_file
 
 import lpclip
-from lpclip.config import SelftrainJob
+from lpclip.config import SelftrainJob, SourceConfig
 from lpclip.evaluation.metrics import METRICS
 from lpclip.features.store import Store
 from lpclip.features.store_writer import Part, StoreWriter
+from lpclip.images.open import open_source
 from lpclip.jobs.runtime import output_folder
 from lpclip.method.probe import load_probe
 
@@ -307,6 +309,87 @@ def test_predict_keeps_the_list_of_the_images_that_it_left_out(
     assert again.select(["id", "label"]) == labels.select(["id", "label"])
     # In bfloat16, on CPUs that compute in it, the engines are further apart than in float32.
     assert np.allclose(again["probability"], labels["probability"], atol=1e-2)
+
+
+def test_predict_gives_all_probabilities_and_sorts_the_images_by_their_labels(
+    base: dict[str, Any],
+    work: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    (folder / "stop_sign" / "bad.png").write_bytes(b"no image")
+    flags = (
+        f"--features {tmp_path}/features --out {tmp_path}/labels.parquet --export-folder {tmp_path}/sorted"
+    )
+    command = f"predict.py --probe {work}/trained/probe --data {folder} {flags} --probabilities"
+    assert run(command, monkeypatch) == {"images": 30, "quarantined": 1, "exported": 30}
+    assert f"30 images in {tmp_path}/sorted/CLASS: 30 linked, 0 copied\n" in capsys.readouterr().out
+    table = pq.read_table(tmp_path / "labels.parquet")
+    names = json.loads(table.schema.metadata[b"class_names"])
+    assert names == list(CLASSES)
+    assert table.schema.field("probabilities").type == pa.list_(pa.float32(), 3)
+    rows = table.to_pylist()
+    for row in rows:
+        found = dict(zip(names, row["probabilities"], strict=True))
+        assert found == pytest.approx(dict(zip(row["top_labels"], row["top_probabilities"], strict=True)))
+    there = {
+        path.relative_to(tmp_path / "sorted"): path.resolve() for path in (tmp_path / "sorted").glob("*/*")
+    }
+    assert there == {
+        Path(row["label"], row["id"].replace("/", "__")): folder.resolve() / row["id"] for row in rows
+    }
+    # The page's first program, which brings probabilities and features together.
+    page = (ROOT / "docs" / "labels.md").read_text()
+    program = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[0]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "docs/labels.md", "exec"), read := {})
+    wanted = load_probe(str(work / "trained" / "probe")).predict_proba(read["features"])
+    assert np.allclose(read["pred_probs"], wanted, atol=1e-3)
+    assert read["ids"] == [row["id"] for row in rows]
+    assert set(read["given"]) == set(CLASSES)
+    first, *others = sorted(there)
+    # What an interrupted export did stays, and the rest is done; a copy that it began is no file of the export.
+    (tmp_path / "sorted" / first).unlink()
+    (tmp_path / "sorted" / first.parent / f"{'0' * 32}.{'0' * 32}.tmp").touch()
+    kept = (tmp_path / "sorted" / others[0]).lstat()
+    assert run(command, monkeypatch)["exported"] == 30
+    assert {path.relative_to(tmp_path / "sorted") for path in (tmp_path / "sorted").glob("*/*")} == {*there}
+    assert (tmp_path / "sorted" / others[0]).lstat() == kept
+    assert "name an empty folder" in refusal(f"{command} --limit 9", monkeypatch, capsys)
+
+
+def test_predict_copies_the_images_of_other_sources(
+    base: dict[str, Any], work: Path, lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    table = pq.read_table(lake / "labelled.parquet").slice(0, 8)
+    # Two ids that differ in capitals alone, a path out of the folder, and one without an image.
+    ids = pa.array(["a/1", "A/1", "../../out", "17", "x.png", "y" * 300, "same", "none"])
+    images = [*table["image"].to_pylist()[:7], b"no image"]
+    pq.write_table(pa.table({"id": ids, "image": pa.array(images, pa.binary())}), tmp_path / "data.parquet")
+    command = (
+        f"predict.py --probe {work}/trained/probe --data {tmp_path}/data.parquet --out {tmp_path}/labels.parquet "
+        f"--export-folder {tmp_path}/deep/sorted"
+    )
+    assert run(command, monkeypatch) == {"images": 7, "quarantined": 1, "exported": 7}
+    assert ": 0 linked, 7 copied\n" in capsys.readouterr().out
+    files_there = [path for path in (tmp_path / "deep").rglob("*.png") if path.is_file()]
+    assert sorted(path.read_bytes() for path in files_there) == sorted(images[:7])
+    assert {path.parent.parent for path in files_there} == {tmp_path / "deep" / "sorted"}
+    labels = {row["id"]: row for row in pq.read_table(tmp_path / "labels.parquet").to_pylist()}
+    assert (tmp_path / "deep/sorted" / labels["17"]["label"] / "17.png").read_bytes() == images[3]
+    # Read as a data set with labels, each image has the label that it was given.
+    source = open_source(str(tmp_path / "deep" / "sorted"), config=SourceConfig())
+    assert (source.num_rows, source.label_names) == (
+        7,
+        tuple(sorted({row["label"] for row in labels.values()})),
+    )
+    least = float(np.median([row["probability"] for row in labels.values()]))
+    again = command.replace("/deep/sorted", "/likely")
+    assert run(f"{again} --min-probability {least}", monkeypatch)["exported"] == 4
+    assert f"; left out: 3 images less probable than {least:g}\n" in capsys.readouterr().out
 
 
 def test_images_to_evaluate_on_that_are_trained_on_too_are_found_out_by_what_they_show(
@@ -694,6 +777,10 @@ def test_predict_refuses_what_it_cannot_do(
         f"{probe} --data {photos} --out {tmp_path}/x.parquet --top-k 0": "--top-k must be at least 1",
         f"{probe} --data {photos} --out {tmp_path}/a.parquet": "a.parquet is a folder",
         f"{probe} --data {photos} --out {tmp_path}/b.parquet/x.parquet": "b.parquet is a file",
+        f"{probe} --data {photos} --out {tmp_path}/x.parquet --min-probability 0.5": "--min-probability is for",
+        f"{probe} --data {base['features']['train']} --out {tmp_path}/x.parquet --export-folder {tmp_path}/sorted": (
+            "name its images"
+        ),
     }.items():
         assert message in refusal(f"predict.py {flags}", monkeypatch, capsys)
     shutil.copytree(work / "trained" / "probe", tmp_path / "probe")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lpclip.config import SourceConfig, UserError, counted
 from lpclip.images.columns import Texts
-from lpclip.images.fetch import fetch_all, scheme
+from lpclip.images.fetch import embedded, fetch_all, scheme, under
 from lpclip.images.names import unescaped
 from lpclip.images.source import (
     TABLE_BYTES,
@@ -62,6 +63,11 @@ class FilesReader(Reader):
         work = json.loads(unit)
         ids = work.get("ids") or work["paths"]
         return list(zip(ids, work.get("labels") or [None] * len(ids), strict=True))
+
+    def paths(self, unit: str) -> list[str | None]:
+        """The path of each file of this machine, None for what is at a URI or is no file."""
+        there = [None if embedded(path) else under(self.root, path) for path in json.loads(unit)["paths"]]
+        return [path if path and "://" not in path and os.path.isfile(path) else None for path in there]
 
     def _fetch(self, paths: list[str]) -> Iterator[bytes | Exception]:
         return fetch_all(

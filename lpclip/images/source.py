@@ -57,6 +57,13 @@ class Reader(ABC):
         """Id and label of each of the unit's images; none where only reading the images would tell."""
         return []
 
+    def paths(self, unit: str) -> list[str | None]:
+        """Where each of the unit's images lies on this machine as a file of its own, None for one that does not.
+
+        An empty list where none does.
+        """
+        return []
+
     def tables(self, unit: str) -> Iterator[pa.Table]:
         """The unit as tables, each of at most UNIT_ROWS rows and about TABLE_BYTES bytes.
 

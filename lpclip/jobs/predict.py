@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -16,7 +17,7 @@ from lpclip.config import PredictJob, check, counted
 from lpclip.encoders.again import refuse_unknown
 from lpclip.encoders.hub import local_probe
 from lpclip.encoders.passes import mean_view
-from lpclip.features.data import open_data
+from lpclip.features.data import Data, open_data
 from lpclip.features.find_or_encode import Encoding
 from lpclip.features.store import Store, matrix
 from lpclip.images.views import View, base_views
@@ -24,10 +25,11 @@ from lpclip.jobs.beside import EncodingRun, encoding_metrics
 from lpclip.jobs.console import print_mlflow, print_plan, shown
 from lpclip.jobs.counts import count_line, refuse_listed
 from lpclip.jobs.inputs import describe_probes_encoder
+from lpclip.jobs.labelled_folder import LabelledFolder
 from lpclip.jobs.process import start_ray
 from lpclip.jobs.run import job_run
 from lpclip.jobs.runtime import Stopwatch, make_place, output_folder
-from lpclip.method.probe import Probe, load_probe
+from lpclip.method.probe import Probe, load_probe, probe_digest
 from lpclip.progress import Progress
 from lpclip.report.tables import format_table
 
@@ -43,6 +45,7 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
     refuse_unknown(probe.encoder)
     data = open_data(job.data, config=job.source, split="test", limit=job.limit)
     make_place(job.out, kind="Parquet file")
+    export = _begin_export(job, data)
     start_ray()
     encoder, info = describe_probes_encoder(probe, job=job, with_head=False)
     views = base_views(probe.encoder["views"])
@@ -71,11 +74,17 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
         watch.lap("encode")
         counts: Counter[str] = Counter()
         with files.parquet_by_tables(job.out) as add:
-            for table in labelled(store, probe, views=views, top_k=job.top_k):
+            for table in labelled(store, probe, views=views, top_k=job.top_k, with_all=job.probabilities):
                 counts.update(table["label"].to_pylist())
                 add(table)
         quarantine, told = _keep_quarantine(store, job.out), count_line(data, store)
         watch.lap("label")
+        exported, sentence = 0, ""
+        if export:
+            exported, sentence = export.fill(
+                job.out, class_names=probe.class_names, min_probability=job.min_probability
+            )
+            watch.lap("export")
         kept = run.end(encoding_metrics(encoded, watch.seconds))
     if held != shared and files.exists(held):
         files.delete_folder(held)
@@ -84,20 +93,37 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
     images, quarantined = counts.total(), store.manifest.num_quarantined
     listed = f", listed in {shown(quarantine)}" if quarantine else ""
     print(f"{counted(images, 'image')} labelled: {shown(job.out)}; {quarantined:,} quarantined{listed}")
+    if export:
+        print(sentence)
     if kept:
         print_mlflow(kept)
     if quarantine and job.source.strict:
         refuse_listed({quarantine: quarantined})
-    return {"images": images, "quarantined": quarantined}
+    return {"images": images, "quarantined": quarantined} | ({"exported": exported} if export else {})
 
 
-def labelled(store: Store, probe: Probe, *, views: tuple[View, ...], top_k: int) -> Iterator[pa.Table]:
-    """Labels of the images of each part, in the order of the source: only one part's features are in memory."""
+def _begin_export(job: PredictJob, data: Data) -> LabelledFolder | None:
+    """The folder for the labelled images, if one is asked for. It is of these images, this probe and no others."""
+    if job.export_folder is None:
+        return None
+    root = data.source.root if data.source else ""
+    identity = [data.identity, root, probe_digest(local_probe(job.probe)), job.min_probability]
+    return LabelledFolder.begin(job.export_folder, data=data, named=job.data, identity=identity)
+
+
+def labelled(
+    store: Store, probe: Probe, *, views: tuple[View, ...], top_k: int, with_all: bool = False
+) -> Iterator[pa.Table]:
+    """Labels of the images of each part, in the order of the source: only one part's features are in memory.
+
+    `with_all` adds the probabilities of all classes.
+    """
     dim, names = store.manifest.dim, list(map(str, views))
     progress = Progress("labelling", total=store.manifest.num_rows)
     for part in store.tables(["id", *names]):
         features = mean_view([matrix(part, name, dim) for name in names])
-        yield _label(probe, part["id"], features, top_k=top_k)
+        table = _label(probe, part["id"], features, top_k=top_k)
+        yield _with_probabilities(table, probe, features) if with_all else table
         progress.advance(len(part))
     progress.close()
 
@@ -116,6 +142,14 @@ def _label(probe: Probe, ids: pa.ChunkedArray, features: np.ndarray, *, top_k: i
             "top_probabilities": pa.ListArray.from_arrays(ends, pa.array(top.ravel())),
         }
     )
+
+
+def _with_probabilities(table: pa.Table, probe: Probe, features: np.ndarray) -> pa.Table:
+    """The table with the probability of each class, and with the names of the classes in its metadata, as JSON."""
+    count = len(probe.class_names)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(probe.predict_proba(features).ravel()), count)
+    metadata = {"class_names": json.dumps(probe.class_names, ensure_ascii=False)}
+    return table.append_column("probabilities", column).replace_schema_metadata(metadata)
 
 
 def _keep_quarantine(store: Store, out: str) -> str | None:
