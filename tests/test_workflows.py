@@ -160,7 +160,7 @@ def test_mlflow_holds_the_run(base: dict[str, Any]) -> None:
     found = [m.step for name in single for m in client.get_metric_history(base["mlflow_run"], name)]
     assert found == [0] * len(single)
     files = {item.path for item in client.list_artifacts(base["mlflow_run"])}
-    assert files == {"probe", "figures", "summary.json", "pseudo_labels.parquet"}
+    assert files == {"probe", "figures", "report.html", "summary.json", "pseudo_labels.parquet"}
     figures = {item.path for item in client.list_artifacts(base["mlflow_run"], "figures")}
     assert figures == {
         "figures/rounds.png",

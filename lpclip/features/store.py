@@ -183,10 +183,14 @@ class Store:
 
     def quarantined(self) -> dict[str, int]:
         """The number of rows that could not be encoded, by the stage that failed: read, decode or encode."""
+        return Counter(row["stage"] for row in self.quarantine("stage"))
+
+    def quarantine(self, *columns: str) -> list[dict[str, str]]:
+        """Id, stage and error of every row that could not be encoded, or these of the three columns."""
         if not self.manifest.num_quarantined:
-            return {}
+            return []
         with files.open_parquet(files.join(self.path, "quarantine.parquet"), remedy=_ENCODE_AGAIN) as part:
-            return Counter(files.read_columns(part, ["stage"])["stage"].to_pylist())
+            return files.read_columns(part, list(columns) or None).to_pylist()
 
     def require(self, identity: dict[str, Any]) -> None:
         """Raise UserError unless the store has this identity, as far as `identity` goes."""

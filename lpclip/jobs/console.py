@@ -166,8 +166,7 @@ def print_result(
     print()
     where = summary["evaluated_on"]
     if where["setting"] is None:
-        labels = shown(files.join(out, "pseudo_labels.parquet"))
-        print(f"there are no labels to evaluate on: look at {labels}")
+        print("there are no labels to evaluate on: the report shows what the labels are worth")
     else:
         print(f"{measured_on(where)}:")
         trusted = summary["prior"]["trusted"]
@@ -200,4 +199,5 @@ def print_result(
     more = PredictJob(
         probe=shown(files.join(out, "probe")), data=("FOLDER",), out="labels.parquet", decode=decode
     )
-    print(f"next     label other images: {command_line('predict', more)}", flush=True)
+    print(f"next     label other images: {command_line('predict', more)}")
+    print(f"look at what it did: {shown(files.join(out, 'report.html'))}", flush=True)

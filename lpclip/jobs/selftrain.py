@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from matplotlib.figure import Figure
 
 from lpclip import files
 from lpclip.config import SelftrainJob, UserError, config_identity, counted
@@ -20,13 +21,14 @@ from lpclip.features.store import Features
 from lpclip.images.classes import map_labels
 from lpclip.images.views import parse_views
 from lpclip.jobs import tracking
-from lpclip.jobs.console import print_plan, print_result, print_training
+from lpclip.jobs.console import LITE_NOTE, measured_on, print_plan, print_result, print_training
 from lpclip.jobs.counts import check_strict
 from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
 from lpclip.jobs.mlflow_model import log_data, log_probe
 from lpclip.jobs.process import start_ray
 from lpclip.jobs.run import check_job, job_run, provenance, single_metrics
-from lpclip.jobs.runtime import Stopwatch, check_workers, claim, output_folder
+from lpclip.jobs.runtime import Stopwatch, check_workers, claim, output_folder, versions
+from lpclip.jobs.selftrain_page import Outcome, write_training_page
 from lpclip.jobs.settle_prior import ChosenPrior, load_prior, settle_prior
 from lpclip.method.fit import finish_probe, is_last_student, zero_shot_labels
 from lpclip.method.presence import among_all
@@ -98,8 +100,11 @@ def selftrain_job(job: SelftrainJob) -> dict[str, Any]:
                 }
                 for state, probe in zip(trained.rounds, trained.students, strict=True)
             ]
-            _draw(job, trained, known, history, folder=files.join(out, "figures"))
+            figures = _draw(job, trained, known, history, folder=files.join(out, "figures"))
             watch.lap("evaluate")
+            page = _outcome(opened, known, trained, results, history=history, figures=figures)
+            write_training_page(page, files.join(out, "report.html"))
+            watch.lap("report")
             summary = {
                 **results,
                 **_summary(opened, known, trained, history),
@@ -288,6 +293,39 @@ def _summary(
     }
 
 
+def _outcome(
+    opened: _Opened,
+    known: EncodedInputs,
+    trained: _Trained,
+    results: dict[str, dict[str, float | None]],
+    *,
+    history: list[dict[str, Any]],
+    figures: dict[str, Figure],
+) -> Outcome:
+    """The contents of OUT/report.html."""
+    where, data, test = evaluated_on(opened.inputs, known), opened.inputs.data, opened.inputs.test
+    lite = f": {LITE_NOTE}" if opened.info.name == "lite" else ""
+    sets = [(data, known.encoded)] + ([(test, known.tested)] if test and known.tested else [])
+    return Outcome(
+        data=data.name,
+        known=known,
+        chosen=trained.chosen,
+        zero_shot=trained.zero_shot,
+        probe=trained.probe,
+        results=results,
+        measured_on=measured_on(where) if where["setting"] else "",
+        history=history,
+        figures=figures,
+        facts={
+            "images": ", ".join(f"{one.name} ({its.store.manifest.num_rows:,})" for one, its in sets),
+            "encoder": opened.info.name + lite,
+            "classes": f"{len(opened.head.class_names):,}",
+            "rounds": f"{trained.rounds[-1].round}",
+            "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        },
+    )
+
+
 def _draw(
     job: SelftrainJob,
     trained: _Trained,
@@ -295,23 +333,24 @@ def _draw(
     history: list[dict[str, Any]],
     *,
     folder: str,
-) -> None:
-    """Draw the rounds and, where labels exist, the confusion matrix and the reliability diagram."""
+) -> dict[str, Figure]:
+    """Draw the rounds and, where labels exist, the confusion matrix and the reliability diagram. Returns them."""
     *_, before, last = [None, *trained.rounds]
     assert last is not None
     is_extra = is_last_student(last.round, before=before.metrics if before else None, config=job.training)
+    figures = {"rounds": rounds_figure(history, with_last_student=is_extra)}
+    if (known.y >= 0).any():
+        drawn = {
+            name: probe_curves(probe, known.x, known.y)
+            for name, probe in (("zero-shot", trained.zero_shot), ("probe", trained.probe))
+        }
+        matrix = confusion_matrix_figure(drawn["probe"].confusion, trained.probe.class_names)
+        bins = {name: found.reliability for name, found in drawn.items()}
+        figures |= {"confusion_matrix": matrix, "reliability": reliability_figure(bins)}
     files.make_folder(folder)
-    save(rounds_figure(history, with_last_student=is_extra), files.join(folder, "rounds.png"))
-    if not (known.y >= 0).any():
-        return
-    drawn = {
-        name: probe_curves(probe, known.x, known.y)
-        for name, probe in (("zero-shot", trained.zero_shot), ("probe", trained.probe))
-    }
-    matrix = confusion_matrix_figure(drawn["probe"].confusion, trained.probe.class_names)
-    save(matrix, files.join(folder, "confusion_matrix.png"))
-    bins = {name: found.reliability for name, found in drawn.items()}
-    save(reliability_figure(bins), files.join(folder, "reliability.png"))
+    for name, figure in figures.items():
+        save(figure, files.join(folder, f"{name}.png"))
+    return figures
 
 
 def _track(run: tracking.Run, summary: dict[str, Any], out: str) -> None:
@@ -322,5 +361,5 @@ def _track(run: tracking.Run, summary: dict[str, Any], out: str) -> None:
     for name, found in summary["prior"]["tried"].items():
         run.log({f"trust/agreement_{name}": found["agreement"], f"trust/kappa_{name}": found["kappa"]})
     run.log(single_metrics(summary))
-    for name in ("probe", "figures", "summary.json", "pseudo_labels.parquet"):
+    for name in ("probe", "figures", "report.html", "summary.json", "pseudo_labels.parquet"):
         run.artifact(files.join(out, name))

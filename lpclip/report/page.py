@@ -47,7 +47,8 @@ class Section:
     """A chapter of the page, shown in this order; what is empty is left out.
 
     `text` is plain, an empty line parts paragraphs. `command` is a line for the shell, to be copied. `tables` and
-    `examples` are pairs of a caption and rows, as for `table`, or images. `legend` says once for all pictures which
+    `examples` are pairs of a caption and rows, as for `table`, or images. `pairs` are a caption and two images that are
+    shown beside each other. `legend` says once for all pictures which
     name has which colour, as from `colours`.
     """
 
@@ -58,6 +59,7 @@ class Section:
     legend: Mapping[str, str] = field(default_factory=dict)
     pictures: Sequence[Picture] = ()
     examples: Sequence[tuple[str, Sequence[Example]]] = ()
+    pairs: Sequence[tuple[str, Example, Example]] = ()
 
 
 def render_page(title: str, *, facts: Mapping[str, str], sections: Sequence[Section]) -> str:
