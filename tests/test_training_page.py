@@ -232,6 +232,7 @@ def test_a_fallback_says_why(tmp_path: Path) -> None:
 def test_all_images_of_one_class(tmp_path: Path) -> None:
     text, page = page_of(made(tmp_path, names=["cat", "dog", "owl"], bias=100.0, with_labels=False), tmp_path)
     assert "cat (200 images)" in page.text
+    assert "cat 100.0 100.0 +0.0 200 200" in page.text
     assert "The probe gives 2 of them no image." in page.text
     assert "<h3>dog" not in text
 

@@ -174,14 +174,16 @@ def near_duplicates(rows: np.ndarray, features: np.ndarray) -> list[Likeness]:
 
     `features` (n, d) are centred, and the nearest one is looked for in their principal directions `rows` (n, k).
     """
-    squares = (rows**2).sum(axis=1)
+    half_squares = (rows**2).sum(axis=1) / 2
     found: dict[tuple[int, int], float] = {}
     for start in range(0, len(rows) if len(rows) > 1 else 0, BLOCK):
         block = rows[start : start + BLOCK]
         here = np.arange(start, start + len(block))
-        distance = squares - 2 * (block @ rows.T)
-        distance[np.arange(len(block)), here] = np.inf
-        nearest = distance.argmin(axis=1)
+        # The nearest one has the largest: the distance's square is the block's own square less twice this.
+        closeness = block @ rows.T
+        closeness -= half_squares
+        closeness[np.arange(len(block)), here] = -np.inf
+        nearest = closeness.argmax(axis=1)
         cosine = np.einsum("nd,nd->n", features[here], features[nearest])
         for place in np.flatnonzero(cosine >= NEAR):
             first, second = sorted((int(here[place]), int(nearest[place])))

@@ -183,7 +183,8 @@ def _shares(report: TrainingReport) -> Section:
             "zero-shot %": report.before[place] / total,
             "probe %": report.after[place] / total,
             "change in points": f"{100 * change[place] / total:+.1f}",
-            "images": int(report.after[place]),
+            "zero-shot's images": int(report.before[place]),
+            "the probe's images": int(report.after[place]),
         }
         for place in order[:MOST_CLASSES]
     ]
