@@ -758,3 +758,21 @@ class UiJob:
     def check(self) -> None:
         """Raise UserError for a port that is none."""
         _check_port(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReviewJob:
+    """Ask for labels in the browser: a page for this machine shows the images of OUT/suggested.csv one by one."""
+
+    run: str
+    """Output folder of lpclip selftrain."""
+    labels: str | None = None
+    """CSV file that gets the answers, with the columns id and label; its other rows stay. The default is
+    OUT/corrections.csv."""
+    port: int = 8080
+    """Port of the page on 127.0.0.1, which other machines do not reach. 0 takes any that is free."""
+
+    def check(self) -> None:
+        """Raise UserError for a port that is none."""
+        if self.port:
+            _check_port(self)

@@ -34,6 +34,7 @@ from lpclip.config import (
     ExportJob,
     PredictJob,
     PretrainJob,
+    ReviewJob,
     SelftrainJob,
     ServeJob,
     TuneJob,
@@ -47,6 +48,7 @@ from lpclip.jobs.export import export_job
 from lpclip.jobs.predict import predict_job
 from lpclip.jobs.pretrain import pretrain_job
 from lpclip.jobs.process import start_ray
+from lpclip.jobs.review import review_job
 from lpclip.jobs.selftrain import selftrain_job
 from lpclip.jobs.serve import serve_job
 from lpclip.jobs.tune import tune_job
@@ -154,6 +156,7 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "serve.py": (serve_job, ServeJob),
         "tune.py": (tune_job, TuneJob),
         "ui.py": (ui_job, UiJob),
+        "review.py": (review_job, ReviewJob),
     }
     results: list[dict[str, Any]] = []
     function, config_type = jobs[job]

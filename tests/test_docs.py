@@ -25,7 +25,18 @@ from lpclip.jobs.inputs import class_indices, open_inputs, open_pairs
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-COMMANDS = ("encode", "selftrain", "evaluate", "tune", "predict", "pretrain", "export", "serve", "ui")
+COMMANDS = (
+    "encode",
+    "selftrain",
+    "evaluate",
+    "tune",
+    "predict",
+    "pretrain",
+    "export",
+    "serve",
+    "ui",
+    "review",
+)
 # Their entries name files as they were.
 HISTORY = ("CHANGELOG", "log")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)

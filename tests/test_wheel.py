@@ -62,7 +62,17 @@ def test_the_wheel_holds_every_module_space_and_page(wheel: Path) -> None:
 
 def test_the_installed_command_explains_itself(installed: dict[str, str], tmp_path: Path) -> None:
     listing = run("lpclip --help", tmp_path, installed)
-    for name in ("encode", "selftrain", "evaluate", "tune", "predict", "pretrain", "export", "serve"):
+    for name in (
+        "encode",
+        "selftrain",
+        "evaluate",
+        "tune",
+        "predict",
+        "pretrain",
+        "export",
+        "serve",
+        "review",
+    ):
         assert f"• {name} " in listing
     assert "LPCLIP_TRACEBACK=1" in listing
     assert "--templates" in run("lpclip selftrain --help", tmp_path, installed)

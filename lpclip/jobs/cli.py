@@ -27,6 +27,7 @@ from lpclip.config import (
     ExportJob,
     PredictJob,
     PretrainJob,
+    ReviewJob,
     SelftrainJob,
     ServeJob,
     StoreAwayError,
@@ -51,8 +52,9 @@ COMMANDS: dict[str, type] = {
     "export": ExportJob,
     "serve": ServeJob,
     "ui": UiJob,
+    "review": ReviewJob,
 }
-LATER = ("export", "serve", "ui")
+LATER = ("export", "serve", "ui", "review")
 """Commands that need no Ray, or start it by themselves."""
 DESCRIPTION = "Train linear probes on CLIP without labels, and measure them."
 EPILOG = """\
