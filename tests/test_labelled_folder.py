@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import draw
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lpclip.config import SourceConfig, UserError
@@ -31,6 +31,7 @@ HOSTILE = (
 )
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=300), unique=True, max_size=8))
 @example([*HOSTILE])
 def test_every_class_has_a_folder_of_its_own(names: list[str]) -> None:
@@ -40,6 +41,7 @@ def test_every_class_has_a_folder_of_its_own(names: list[str]) -> None:
     assert all(len(name.encode()) < 200 and name.isprintable() for name in folders)
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=300), unique=True, max_size=8), st.booleans())
 @example([*HOSTILE, "a__b", "a_b", "a__b.jpg", "a/b.jpg", "x.parquet:1", "x.parquet#1"], False)
 def test_every_id_has_a_file_of_its_own(ids: list[str], numbered: bool) -> None:
