@@ -444,6 +444,9 @@ class SelftrainJob:
     """Use only this many of the unlabelled images. A hash of the ids chooses them."""
     eval_limit: int | None = None
     """Use only this many of the images that are evaluated on."""
+    labels: str | None = None
+    """CSV file with the columns id and label of a few images, as `lpclip review` writes it. The labels correct what the
+    rounds learn; `none of these` is the label of an image of no class."""
     supervised: bool = False
     """Also fit a supervised probe on the true labels of --data and save it to OUT/supervised. It shows how much is
     possible with labels."""
@@ -521,6 +524,9 @@ class TuneJob:
     """Use only this many of the unlabelled images. A hash of the ids chooses them."""
     eval_limit: int | None = None
     """Use only this many of the images that are evaluated on."""
+    labels: str | None = None
+    """CSV file with the columns id and label of a few images, as `lpclip review` writes it. The labels correct what the
+    rounds learn; `none of these` is the label of an image of no class."""
     register: str | None = None
     """Name under which the winner is entered in the model registry of MLflow. The default is lpclip-DATA."""
     source: SourceConfig = field(default_factory=SourceConfig)

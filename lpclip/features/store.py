@@ -192,6 +192,14 @@ class Store:
         with files.open_parquet(files.join(self.path, "quarantine.parquet"), remedy=_ENCODE_AGAIN) as part:
             return files.read_columns(part, list(columns) or None).to_pylist()
 
+    def quarantined_ids(self) -> list[str]:
+        """The ids of the rows that could not be encoded."""
+        if not self.manifest.num_quarantined:
+            return []
+        with files.open_parquet(files.join(self.path, "quarantine.parquet"), remedy=_ENCODE_AGAIN) as part:
+            found: list[str] = files.read_columns(part, ["id"])["id"].to_pylist()
+        return found
+
     def require(self, identity: dict[str, Any]) -> None:
         """Raise UserError unless the store has this identity, as far as `identity` goes."""
         refuse_other(self.path, {key: self.manifest.identity.get(key) for key in identity}, identity)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from lpclip.images.views import parse_views
 from lpclip.jobs import tracking
 from lpclip.jobs.console import LITE_NOTE, measured_on, print_plan, print_result, print_training
 from lpclip.jobs.counts import check_strict
+from lpclip.jobs.given_labels import GivenLabels, left_out, read_given_labels
 from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
 from lpclip.jobs.mlflow_model import log_data, log_probe
 from lpclip.jobs.process import start_ray
@@ -30,6 +31,7 @@ from lpclip.jobs.run import check_job, job_run, provenance, single_metrics
 from lpclip.jobs.runtime import Stopwatch, check_workers, claim, output_folder, versions
 from lpclip.jobs.selftrain_page import Outcome, write_training_page
 from lpclip.jobs.settle_prior import ChosenPrior, load_prior, settle_prior
+from lpclip.method.few_labels import FewLabels
 from lpclip.method.fit import finish_probe, is_last_student, zero_shot_labels
 from lpclip.method.presence import among_all
 from lpclip.method.priors import Prior
@@ -54,6 +56,8 @@ class _Opened:
     """Zero-shot at the encoder's own temperature, which it was calibrated with."""
     teacher: Head
     """The same at the temperature of the first teacher."""
+    given: GivenLabels | None
+    """The labels that --labels names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,10 +91,14 @@ def selftrain_job(job: SelftrainJob) -> dict[str, Any]:
         inputs, info = opened.inputs, opened.info
         print_plan(inputs.data, inputs.test, info=info, views=job.encode.views, out=out)
         print_training(job, inputs.classes, opened.head, present=inputs.present)
+        if opened.given is not None:
+            print(f"labels    {opened.given.told()}", flush=True)
         watch.lap("start")
         with job_run("selftrain", job, out=out, encoder=info.name, data=inputs.data.name) as run:
             known = encode_inputs(job, inputs, info=info, head=opened.head, out=out, watch=watch)
-            trained = _train(job, opened, known, out=out, watch=watch)
+            few = _few_labels(opened, known)
+            known = replace(known, y=left_out(known.y, known.x, few))
+            trained = _train(job, opened, known, few, out=out, watch=watch)
             results = {name: evaluate(probe, known.x, known.y) for name, probe in trained.shown.items()}
             history = [
                 {
@@ -125,6 +133,9 @@ def _open(job: SelftrainJob) -> _Opened:
     inputs = open_inputs(job)
     names = inputs.classes.names
     prior = load_prior(job.training.prior, names)
+    given = read_given_labels(job.labels, names)
+    if given is not None:
+        given.check_present(inputs.present)
     if job.supervised and not inputs.data.has_labels:
         raise UserError("--supervised needs labels in --data, and there are none")
     start_ray()
@@ -137,11 +148,25 @@ def _open(job: SelftrainJob) -> _Opened:
     )
     head = make_head(info, names, temperature=None)
     teacher = make_head(info, names, temperature=job.training.temperature)
-    return _Opened(inputs=inputs, prior=prior, info=info, head=head, teacher=teacher)
+    return _Opened(inputs=inputs, prior=prior, info=info, head=head, teacher=teacher, given=given)
+
+
+def _few_labels(opened: _Opened, known: EncodedInputs) -> FewLabels | None:
+    """The given labels with the features of their images."""
+    if opened.given is None:
+        return None
+    opened.given.check_images(known.encoded.store, data=opened.inputs.data.name)
+    return opened.given.few(known.features)
 
 
 def _train(
-    job: SelftrainJob, opened: _Opened, known: EncodedInputs, *, out: str, watch: Stopwatch
+    job: SelftrainJob,
+    opened: _Opened,
+    known: EncodedInputs,
+    few: FewLabels | None,
+    *,
+    out: str,
+    watch: Stopwatch,
 ) -> _Trained:
     """Choose the prior, run the rounds, and make probes of them, which are saved to OUT."""
     fingerprint = known.encoded.store.manifest.fingerprint
@@ -151,6 +176,8 @@ def _train(
         "training": config_identity(job.training),
         "eval_data": known.tested.store.manifest.content_digest if known.tested else None,
     }
+    if opened.given is not None:
+        identity["labels"] = opened.given.digest
     # Before anything is written: OUT may hold the results of other work.
     claim(out, identity, mark=False)
     chosen = settle_prior(
@@ -161,11 +188,12 @@ def _train(
         head=opened.teacher,
         fingerprint=fingerprint,
         present=opened.inputs.present,
+        labels=few,
     )
     watch.lap("prior")
     rounds, labels = _run_rounds(job, opened, known, chosen=chosen, identity=identity, out=out)
     watch.lap("rounds")
-    trained = _make_probes(job, opened, known, chosen=chosen, rounds=rounds, labels=labels)
+    trained = _make_probes(job, opened, known, few, chosen=chosen, rounds=rounds, labels=labels)
     files.write_parquet(files.join(out, "pseudo_labels.parquet"), trained.pseudo_labels)
     for name, probe in trained.shown.items():
         probe.save(files.join(out, name))
@@ -195,6 +223,7 @@ def _run_rounds(
         prior=chosen.prior,
         config=job.training,
         folder=files.join(out, "rounds"),
+        labels=None if opened.given is None else opened.given.among(chosen.present),
     )
     claim(out, {**work.identity, **identity})
     count = RECIPE.neighbour_count(
@@ -217,6 +246,7 @@ def _make_probes(
     job: SelftrainJob,
     opened: _Opened,
     known: EncodedInputs,
+    few: FewLabels | None,
     *,
     chosen: ChosenPrior,
     rounds: list[State],
@@ -240,6 +270,7 @@ def _make_probes(
         features=features.base,
         config=job.training,
         chosen=chosen,
+        labels=few,
     )
     return _Trained(
         chosen=chosen,
@@ -278,6 +309,7 @@ def _summary(
     encoded, tested = known.encoded, known.tested
     return {
         "evaluated_on": evaluated_on(opened.inputs, known),
+        **({"labels": opened.given.summary()} if opened.given is not None else {}),
         "rounds": history,
         "images": {
             "encoded": encoded.store.manifest.num_rows,

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from lpclip import files
-from lpclip.config import SelfTrainingConfig, UserError, config_identity, did_you_mean, digest
+from lpclip.config import SelfTrainingConfig, UserError, config_identity, counted, did_you_mean, digest
 from lpclip.encoders.head import Head, take_names
 from lpclip.method.confirmation import Confirmation
+from lpclip.method.few_labels import FewLabels
 from lpclip.method.priors import PRIORS, Prior, read_prior
 from lpclip.method.trial import ChosenPrior, try_priors
 
@@ -47,18 +48,25 @@ def settle_prior(
     head: Head,
     fingerprint: str,
     present: np.ndarray | None,
+    labels: FewLabels | None = None,
 ) -> ChosenPrior:
     """Try the rounds on a sample: with the prior that was asked for, or with those that `auto` has to choose from.
 
-    `present` (K',) are the places of the names that are known to have images: the rounds use them alone. OUT/prior.json
-    keeps the outcome, so that a job which goes on goes on with the same prior.
+    `present` (K',) are the places of the names that are known to have images: the rounds use them alone. The given
+    `labels`, indices of all names, say how often the rounds are right. OUT/prior.json keeps the outcome, so that a job
+    which goes on goes on with the same prior.
     """
     path = files.join(out, "prior.json")
+    if labels is not None and present is not None:
+        labels = labels.among(present)
     tried_head = head if present is None else take_names(head, present)
     if present is not None and prior is not None:
         prior = prior.among(present)
     shares = None if prior is None or prior.shares is None else prior.shares.tolist()
-    identity = digest([FORMAT, fingerprint, tried_head.identity, config_identity(training), shares])
+    known: list[object] = [FORMAT, fingerprint, tried_head.identity, config_identity(training), shares]
+    if labels is not None:
+        known += [labels.places.tolist(), labels.classes.tolist()]
+    identity = digest(known)
     kept = files.read_json(path) if files.exists(path) else {}
     if kept.get("identity") != identity:
         print(
@@ -72,6 +80,7 @@ def settle_prior(
             temperature=head.temperature,
             config=training,
             prior=prior,
+            labels=labels,
             show=print_tried,
         )
         outcome = {k: asdict(v) for k, v in found.tried.items()}
@@ -96,7 +105,7 @@ def settle_prior(
         present=present if kept["present"] is None else np.array(kept["present"]),
         why=kept["why"],
     )
-    print_prior(name, tried, trusted=chosen.trusted)
+    print_prior(name, tried, trusted=chosen.trusted, labelled=labels is not None)
     return chosen
 
 
@@ -107,6 +116,12 @@ def print_tried(name: str, found: Confirmation) -> None:
         f"{found.kappa:.2f} where 0 is chance and 1 is all (Cohen's kappa)",
         flush=True,
     )
+    if found.labelled:
+        print(
+            f"  {name}: of {counted(found.labelled, 'given label')}, these rounds alone have {found.won} right and "
+            f"zero-shot alone {found.lost}",
+            flush=True,
+        )
 
 
 def print_present(names: tuple[str, ...], places: np.ndarray) -> None:
@@ -119,12 +134,13 @@ def print_present(names: tuple[str, ...], places: np.ndarray) -> None:
     )
 
 
-def print_prior(name: str, tried: dict[str, Confirmation], *, trusted: bool) -> None:
+def print_prior(name: str, tried: dict[str, Confirmation], *, trusted: bool, labelled: bool = False) -> None:
     """Print the prior that the rounds go on with, and a warning if their result cannot be trusted."""
     print(f"prior: {name}{MEANINGS.get(name, '')}", flush=True)
     if not trusted:
         why = "; ".join(tried[name].doubts)
+        result = "zero-shot with the given labels alone" if labelled else "zero-shot itself"
         print(
-            f"WARNING: the probe will be zero-shot itself, because the rounds cannot be trusted: {why}",
+            f"WARNING: the probe will be {result}, because the rounds cannot be trusted: {why}",
             flush=True,
         )

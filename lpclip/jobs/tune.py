@@ -97,6 +97,9 @@ def tune_job(job: TuneJob) -> dict[str, Any]:
     with output_folder(job.out) as out:
         inputs = open_inputs(job)
         names = inputs.classes.names
+        given = read_given_labels(job.labels, names)
+        if given is not None:
+            given.check_present(inputs.present)
         # The encoder's temperature is not known yet. With 1 in its place most mistakes are reported at once.
         check_space(space, base=job.training, own_temperature=1.0)
         priors = {spec: load_prior(spec, names) for spec in _prior_specs(job, space)}
@@ -120,10 +123,12 @@ def tune_job(job: TuneJob) -> dict[str, Any]:
         concurrent = job.concurrent or max(1, int(ray.cluster_resources().get("CPU", 1)))
         print_plan(inputs.data, inputs.test, info=info, views=job.encode.views, out=out)
         print_classes(names, inputs.present)
+        if given is not None:
+            print(f"labels    {given.told()}", flush=True)
         print_sweep_plan(job, space, count=count, concurrent=concurrent)
         with job_run("tune", job, out=out, encoder=info.name, data=inputs.data.name) as run:
             watch.lap("start")
-            sweep = _Sweep(job, out, space, inputs, info, head, run)
+            sweep = _Sweep(job, out, space, inputs, info, head, run, given)
             summary = sweep.run(trials, configs, priors, count=count, concurrent=concurrent, watch=watch)
     check_strict(job.source, stores=summary["features"].values())
     return summary
@@ -189,7 +194,10 @@ class _Sweep:
         info: EncoderInfo,
         head: Head,
         run: tracking.Run,
+        given: GivenLabels | None,
     ) -> None:
+        self._given = given
+        self._few: FewLabels | None = None
         self._job, self._out, self._space, self._inputs = job, out, space, inputs
         self._info, self._head, self._run = info, head, run
         # Trials know the names that have images, where --present names them; the probes know all.
@@ -212,6 +220,10 @@ class _Sweep:
         """All of it. Returns the summary."""
         job, out, head = self._job, self._out, self._head
         known = encode_inputs(job, self._inputs, info=self._info, head=head, out=out, watch=watch)
+        if self._given is not None:
+            self._given.check_images(known.encoded.store, data=self._inputs.data.name)
+            self._few = self._given.few(known.features)
+            known = replace(known, y=left_out(known.y, known.x, self._few))
         self._x, self._y, self._features = known.x, known.y, known.features.base
         fingerprint = known.encoded.store.manifest.fingerprint
         claim(out, self._identity(fingerprint))
@@ -225,7 +237,10 @@ class _Sweep:
             head=head,
             fingerprint=fingerprint,
             present=self._present,
+            labels=self._few,
         )
+        if self._few is not None and self._present is not None:
+            self._few = self._few.among(self._present)
         watch.lap("prior")
         material = self._prepare(known, configs, priors)
         watch.lap("prepare")
@@ -248,7 +263,9 @@ class _Sweep:
 
     def _identity(self, fingerprint: str) -> dict[str, Any]:
         job = self._job
+        labels = {} if self._given is None else {"labels": self._given.digest}
         return {
+            **labels,
             "job": "tune",
             "format": FORMAT,
             "space": self._space.identity,
@@ -296,6 +313,7 @@ class _Sweep:
             configs=configs,
             dtype=comparison_dtype(),
             tell=functools.partial(print, flush=True),
+            labels=self._few,
         )
 
     def _run_trials(

@@ -20,13 +20,16 @@ from torch import Tensor
 from lpclip.config import SelfTrainingConfig
 from lpclip.method.agreement import Agreement, agreement
 from lpclip.method.chance import chance_confidence, head_confidence
+from lpclip.method.few_labels import FewLabels, more_often_right
 from lpclip.method.gaussian import Whitening
+from lpclip.method.linear import Linear
 from lpclip.method.neighbours import nearest
 from lpclip.method.presence import Presence, present_classes
 from lpclip.method.priors import PRIORS, Prior
 from lpclip.method.recipe import RECIPE, Recipe
 from lpclip.method.self_training import Rounds
 from lpclip.method.shard import Shard, compute_device, fit_whitening
+from lpclip.method.state import Pass, State
 
 SAMPLE_ROWS = 10_000
 HALF_ROWS = 6_000
@@ -57,6 +60,12 @@ class Confirmation:
     """Zero-shot's mean confidence."""
     chance: float
     """The confidence that names without a meaning reach (lpclip/method/chance.py)."""
+    labelled: int = 0
+    """Images with a class that somebody gave them. The rounds that are tried do not see these labels."""
+    won: int = 0
+    """Those of them that the rounds have right and zero-shot has not."""
+    lost: int = 0
+    """Those that zero-shot has right and the rounds have not."""
 
     @property
     def trusted(self) -> bool:
@@ -66,7 +75,14 @@ class Confirmation:
     @property
     def doubts(self) -> list[str]:
         """The reasons not to trust the rounds, each a clause."""
+        if more_often_right(self.won, self.lost):
+            return []
         found = []
+        if more_often_right(self.lost, self.won):
+            found.append(
+                f"of the {self.labelled} labels that were given, zero-shot has {self.lost} right that the rounds have "
+                f"wrong, and the rounds {self.won} that zero-shot has wrong"
+            )
         if self.kappa < MIN_KAPPA:
             found.append(f"the halves hardly confirm them (kappa {self.kappa:.2f}, {MIN_KAPPA} is needed)")
         if self.confidence <= self.chance:
@@ -88,8 +104,14 @@ class Sample:
         temperature: float,
         config: SelfTrainingConfig,
         dtype: torch.dtype = torch.float32,
+        labels: FewLabels | None = None,
     ) -> None:
-        """Cut features (n, d), whose order says nothing; the head (K, d) has unit norm, `dtype` compares neighbours."""
+        """Cut features (n, d), whose order says nothing; the head (K, d) has unit norm, `dtype` compares neighbours.
+
+        The rounds do without the `labels`, which then say how often the rounds are right.
+        """
+        self._given = None if labels is None else labels.named
+        self._right: dict[Prior, np.ndarray] = {}
         self._head, self._config = zero_shot / temperature, config
         rows = features[:SAMPLE_ROWS]
         shard = Shard(features=rows, num_rows=len(rows), device=compute_device())
@@ -114,8 +136,8 @@ class Sample:
 
     def confirm(self, prior: Prior) -> Confirmation:
         """Try the rounds with a prior on the whole features, and on the halves."""
-        labels = self._labels(self._whole, prior=prior, rounds=self._config.rounds)
-        labels = labels[: len(self._halves[0].features)]
+        state, whole = self._run(self._whole, prior=prior, rounds=self._config.rounds)
+        labels = whole.labels[: len(self._halves[0].features)]
         # Zero-shot sees the whole image: the halves start from its labels, and then do without it.
         recipe = replace(RECIPE, zero_shot_share=0.0, text_rows=0.0)
         halves = [self._labels(half, prior=prior, rounds=HALF_ROUNDS, recipe=recipe) for half in self._halves]
@@ -124,13 +146,33 @@ class Sample:
         mean = Agreement(*(float(np.mean(values)) for values in zip(*found, strict=True)))
         shares = np.bincount(labels, minlength=num_classes) / len(labels)
         entropy = -(shares * np.log(np.maximum(shares, 1e-12))).sum() / np.log(max(2, num_classes))
+        won, lost = self._games(prior, state.classifier(self._head))
         return Confirmation(
+            labelled=0 if self._given is None else len(self._given.classes),
+            won=won,
+            lost=lost,
             agreement=mean.share,
             kappa=mean.kappa,
             entropy=float(entropy),
             confidence=self._confidence,
             chance=self._chance,
         )
+
+    def prefers(self, prior: Prior, *, over: Prior) -> bool:
+        """Say whether the given labels show that the rounds with a prior are better than those with another one."""
+        one, other = self._right[prior], self._right[over]
+        return more_often_right(int((one & ~other).sum()), int((other & ~one).sum()))
+
+    def _games(self, prior: Prior, classifier: Linear) -> tuple[int, int]:
+        """Given labels that only the rounds have right, and those that only zero-shot has right."""
+        if self._given is None:
+            self._right[prior] = np.zeros(0, bool)
+            return 0, 0
+        features, wanted = self._given.features, self._given.classes.numpy()
+        own = classifier.predict(features) == wanted
+        zero_shot = (features @ self._head.T).argmax(dim=1).numpy() == wanted
+        self._right[prior] = own
+        return int((own & ~zero_shot).sum()), int((zero_shot & ~own).sum())
 
     def present(self) -> Presence:
         """The class names that have images in the sample."""
@@ -143,7 +185,10 @@ class Sample:
 
         return present_classes(zero_shot, label=label)
 
-    def _labels(
+    def _labels(self, shard: Shard, **options: Any) -> np.ndarray:
+        return self._run(shard, **options)[1].labels
+
+    def _run(
         self,
         shard: Shard,
         *,
@@ -151,14 +196,14 @@ class Sample:
         rounds: int,
         recipe: Recipe = RECIPE,
         head: Tensor | None = None,
-    ) -> np.ndarray:
+    ) -> tuple[State, Pass]:
         config = replace(self._config, rounds=min(rounds, self._config.rounds))
         if shard is not self._whole:
             # A half is less sure: the threshold would leave out others of its labels, or all.
             config = replace(config, threshold=0.0)
         head = self._head if head is None else head
-        *_, (_, found) = Rounds(shard, head=head, prior=prior, config=config, recipe=recipe).run()
-        return found.labels
+        *_, last = Rounds(shard, head=head, prior=prior, config=config, recipe=recipe).run()
+        return last
 
 
 def with_neighbours(
@@ -182,7 +227,8 @@ def choose_prior(
     """The name in `PRIORS`, and the evidence for each candidate: equal class shares where the halves confirm them.
 
     Otherwise the pull to them is weak, and there is none where even this pull leaves labels that are far from equal.
-    `show` is called with each candidate's evidence as soon as it is there.
+    Given labels come first, where they tell the two apart. `show` is called with each candidate's evidence as soon as
+    it is there.
     """
     found: dict[str, Confirmation] = {}
 
@@ -192,7 +238,13 @@ def choose_prior(
         return found[name]
 
     uniform, weak = try_one("uniform"), try_one("weak")
-    if uniform.agreement >= weak.agreement + SUSPICION * (1 - weak.entropy) - TOLERANCE:
+    if sample.prefers(PRIORS["weak"], over=PRIORS["uniform"]):
+        is_equal = False
+    elif sample.prefers(PRIORS["uniform"], over=PRIORS["weak"]):
+        is_equal = True
+    else:
+        is_equal = uniform.agreement >= weak.agreement + SUSPICION * (1 - weak.entropy) - TOLERANCE
+    if is_equal:
         return "uniform", found
     if weak.entropy >= LEAST_ENTROPY:
         return "weak", found

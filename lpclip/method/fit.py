@@ -15,6 +15,8 @@ from lpclip.config import SelfTrainingConfig, UserError, check, to_dict
 from lpclip.method.arrays import StoredFeatures, ZeroShotHead, arrange, check_head, join_origins
 from lpclip.method.calibration import label_free_temperature
 from lpclip.method.confirmation import with_neighbours
+from lpclip.method.few_labels import NONE_OF_THESE, Correction, FewLabels, mean_feature
+from lpclip.method.linear import Linear
 from lpclip.method.neighbours import comparison_dtype
 from lpclip.method.presence import named_classes, with_absent
 from lpclip.method.priors import PRIORS, Prior, read_prior
@@ -62,10 +64,11 @@ def self_train(
     strong: Sequence[np.ndarray] = (),
     config: SelfTrainingConfig | None = None,
     shares: Sequence[float] | np.ndarray | None = None,
+    labels: np.ndarray | None = None,
     tell: Callable[[str], None] = _silent,
 ) -> Probe:
     """Train a probe on unlabelled features; `fit` explains the arguments and returns more than the probe."""
-    return fit(features, head, strong=strong, config=config, shares=shares, tell=tell).probe
+    return fit(features, head, strong=strong, config=config, shares=shares, labels=labels, tell=tell).probe
 
 
 def fit(
@@ -75,6 +78,7 @@ def fit(
     strong: Sequence[np.ndarray] = (),
     config: SelfTrainingConfig | None = None,
     shares: Sequence[float] | np.ndarray | None = None,
+    labels: np.ndarray | None = None,
     tell: Callable[[str], None] = _silent,
 ) -> SelfTraining:
     """Train a probe on unlabelled features, from the pseudo-labels of a zero-shot head (docs/method.md).
@@ -87,6 +91,8 @@ def fit(
     config: options of the method. Its `num_workers` is not used: everything runs in this process. Its `present` is
         auto, all or comma-separated class names.
     shares: the classes' shares (K,) where they are known; they replace `config.prior`.
+    labels: (N,) class indices of the few images whose label is known, -1 for all others, -2 for images that belong to
+        no class. They correct the teachers of all rounds.
     tell: called with a line of text after each step, for instance `print`.
 
     Raises UserError when an array has a wrong shape, a NaN or a row that is not of unit norm, an option is out of
@@ -95,19 +101,36 @@ def fit(
     weight, names = check_head(head), tuple(head.class_names)
     config, prior, present = _read_options(config, shares, class_names=names)
     rows, views, order = arrange(features, strong, dim=weight.shape[1])
+    given = _given_labels(labels, rows, order=order, num_classes=len(names), present=present)
     temperature = head.temperature if config.temperature is None else config.temperature
     origin = join_origins(features, head)
     zero_shot = zero_shot_probe(weight, temperature=head.temperature, class_names=names, encoder=origin)
     teacher = weight / temperature
     tried = weight if present is None else weight[present]
-    chosen = _try_priors(rows, tried, temperature=temperature, config=config, prior=prior, tell=tell)
+    labels_tried = given if given is None or present is None else given.among(present)
+    chosen = _try_priors(
+        rows, tried, temperature=temperature, config=config, prior=prior, labels=labels_tried, tell=tell
+    )
     if present is not None:
         chosen = replace(chosen, present=present)
     places = np.arange(len(names)) if chosen.present is None else chosen.present
     shard = Shard(features=rows, strong=views, num_rows=len(rows), device=compute_device())
-    states, last = _run(shard, head=teacher[places], prior=chosen.prior, config=config, tell=tell)
+    states, last = _run(
+        shard,
+        head=teacher[places],
+        prior=chosen.prior,
+        config=config,
+        labels=None if given is None else given.among(places),
+        tell=tell,
+    )
     probe = finish_probe(
-        states[-1], zero_shot=zero_shot, teacher=teacher, features=rows, config=config, chosen=chosen
+        states[-1],
+        zero_shot=zero_shot,
+        teacher=teacher,
+        features=rows,
+        config=config,
+        chosen=chosen,
+        labels=given,
     )
     found = zero_shot_labels(probe, rows)
     if chosen.trusted:
@@ -132,8 +155,11 @@ def finish_probe(
     features: np.ndarray,
     config: SelfTrainingConfig,
     chosen: ChosenPrior,
+    labels: FewLabels | None = None,
 ) -> Probe:
     """The last round's probe with its label-free temperature, or zero-shot where the rounds are not trusted.
+
+    The `labels` that were given correct zero-shot too.
 
     `zero_shot` has the encoder's own temperature: that is the one it was calibrated with. `teacher` (K, d) is the head
     in units of the rounds' logits. `features` are (N, d).
@@ -148,6 +174,8 @@ def finish_probe(
         temperature = label_free_temperature(
             probe, zero_shot=zero_shot, features=features, trained=own, head=head
         )
+    elif labels is not None:
+        probe, temperature = _corrected(zero_shot, labels, features=features), zero_shot.temperature
     summary = {
         "method": "self-trained" if chosen.trusted else "zero-shot (fallback)",
         "training": to_dict(config),
@@ -155,6 +183,14 @@ def finish_probe(
         "images": len(features),
     }
     return replace(probe, temperature=temperature, summary=summary)
+
+
+def _corrected(zero_shot: Probe, labels: FewLabels, *, features: np.ndarray) -> Probe:
+    """Zero-shot with the step of the given labels, at its own temperature."""
+    scale = zero_shot.temperature
+    logits = Linear(weight=zero_shot.weight / scale, bias=zero_shot.bias / scale)
+    found = Correction(labels, mean=mean_feature(features)).apply(logits)
+    return replace(zero_shot, weight=scale * found.weight, bias=scale * found.bias)
 
 
 def zero_shot_labels(probe: Probe, features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -179,6 +215,30 @@ def round_line(number: int, metrics: Mapping[str, float], *, is_last: bool = Fal
         f"{metrics['flip_rate']:.1%} of the labels changed, {metrics['coverage']:.1%} kept, "
         f"mean confidence {metrics['mean_confidence']:.3f}, {metrics['zero_shot_agreement']:.1%} agree with zero-shot"
     )
+
+
+def _given_labels(
+    labels: np.ndarray | None,
+    rows: np.ndarray,
+    *,
+    order: np.ndarray,
+    num_classes: int,
+    present: np.ndarray | None,
+) -> FewLabels | None:
+    """The labels (N,) as they were given of the rows (N, d), which stand in this order. Raises UserError."""
+    if labels is None:
+        return None
+    found = np.asarray(labels)
+    if found.shape != (len(rows),) or not np.issubdtype(found.dtype, np.integer):
+        raise UserError(f"labels must be {len(rows)} integers, one for each row of the features")
+    if found.min() < NONE_OF_THESE or found.max() >= num_classes:
+        raise UserError(
+            f"labels must be class indices below {num_classes}, -1 (not known) or -2 (none of the classes), not "
+            f"{found.min()} to {found.max()}"
+        )
+    if present is not None and not np.isin(found[found >= 0], present).all():
+        raise UserError("labels name a class that config.present leaves out")
+    return FewLabels.of_rows(found[order], rows)
 
 
 def _read_options(
@@ -215,6 +275,7 @@ def _try_priors(
     temperature: float,
     config: SelfTrainingConfig,
     prior: Prior | None,
+    labels: FewLabels | None,
     tell: Callable[[str], None],
 ) -> ChosenPrior:
     """The outcome of `try_priors`, told in a line for each step."""
@@ -224,6 +285,7 @@ def _try_priors(
         temperature=temperature,
         config=config,
         prior=prior,
+        labels=labels,
         show=lambda name, found: tell(f"prior {name}: halves of the features confirm {found.agreement:.1%}"),
     )
     doubt = "" if chosen.trusted else "; too little confirms the rounds: the probe will be zero-shot"
@@ -236,7 +298,13 @@ def _try_priors(
 
 
 def _run(
-    shard: Shard, *, head: Tensor, prior: Prior, config: SelfTrainingConfig, tell: Callable[[str], None]
+    shard: Shard,
+    *,
+    head: Tensor,
+    prior: Prior,
+    config: SelfTrainingConfig,
+    labels: FewLabels | None,
+    tell: Callable[[str], None],
 ) -> tuple[list[State], Pass]:
     """All rounds' states, and the last round's pass; `head` (K, d) is in units of logits."""
     whitenings = fit_whitenings(shard)
@@ -248,7 +316,8 @@ def _run(
         dtype=comparison_dtype(),
     )
     states: list[State] = []
-    for state, found in Rounds(shard, head=head, prior=prior, config=config, whitenings=whitenings).run():
+    rounds = Rounds(shard, head=head, prior=prior, config=config, whitenings=whitenings, labels=labels)
+    for state, found in rounds.run():
         before = states[-1].metrics if states else None
         is_last = is_last_student(state.round, before=before, config=config)
         tell(round_line(state.round, state.metrics, is_last=is_last))

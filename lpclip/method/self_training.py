@@ -19,12 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from lpclip.config import SelfTrainingConfig, UserError
+from lpclip.method.few_labels import Correction, FewLabels
 from lpclip.method.priors import Prior, prior_sums, update_factors
 from lpclip.method.pseudo_labels import AllReduce, alone, soft_targets
 from lpclip.method.recipe import RECIPE, Recipe
@@ -47,6 +48,8 @@ class Rounds:
     whitenings: Whitenings | None = None
     """The result of `fit_whitenings`, where it is known already. The gradient solver's students need none."""
     recipe: Recipe = RECIPE
+    labels: FewLabels | None = None
+    """Labels that people gave. They correct every teacher."""
 
     def run(self, start: State | None = None) -> Iterator[tuple[State, Pass]]:
         """Yield each round's student with its metrics, and its own pass over the rows.
@@ -54,7 +57,7 @@ class Rounds:
         With strong views a last round of the gaussian solver follows, beyond `config.rounds`. `start` is the state of
         the last round of an interrupted run. Raises UserError when no row is left to fit.
         """
-        teacher = start or self._zero_shot()
+        teacher = start or self._corrected(self._zero_shot())
         previous, labelled = None, self._pass(teacher, previous=None)
         solver, last_solver = self._solvers()
         while teacher.round < self.config.rounds and not self._settled(teacher):
@@ -88,10 +91,15 @@ class Rounds:
             logits = features @ teacher.weight.T + teacher.bias + teacher.zero_shot_share * zero_shot
             logits += self._of_neighbours(rows, teacher=teacher, previous=previous)  # step 1
             posterior, targets = soft_targets(logits, teacher.factors)  # step 2
+            first_row, is_of_a_class = shard.first_row + rows.start, None
+            if self.labels is not None:
+                targets, is_of_a_class = self.labels.put(targets, first_row=first_row)
             top, label = targets.max(dim=1)
             keep = top >= self.config.threshold  # step 3
+            if is_of_a_class is not None:
+                keep, targets = keep & is_of_a_class, targets * is_of_a_class[:, None]
             if shared is not None:
-                shared.fill(shard.first_row + rows.start, targets)
+                shared.fill(first_row, targets)
             targets = targets * keep[:, None]
             seen = torch.stack(shard.views(rows, features, strong=True)).mean(dim=0) if strong else features
             sums += product_sum(targets, seen)
@@ -142,8 +150,28 @@ class Rounds:
             zero_shot_share=learnt.zero_shot_share,
             evidence=learnt.evidence,
         )
+        student = self._corrected(student)
         student_pass = self._pass(student, previous=labelled)
         return replace(student, metrics=student_pass.metrics()), student_pass
+
+    def _corrected(self, state: State) -> State:
+        """The state with the step that the given labels add to it."""
+        if self._correction is None:
+            return state
+        before = state.classifier(self.head)
+        after = self._correction.apply(before)
+        weight, bias = state.weight + after.weight - before.weight, state.bias + after.bias - before.bias
+        return replace(state, weight=weight, bias=bias)
+
+    @cached_property
+    def _correction(self) -> Correction | None:
+        if self.labels is None:
+            return None
+        return Correction(self.labels, mean=self._whitenings.base.mean.cpu())
+
+    @cached_property
+    def _whitenings(self) -> Whitenings:
+        return self.whitenings or fit_whitenings(self.shard, all_reduce=self.all_reduce)
 
     def _settled(self, teacher: State) -> bool:
         return teacher.round > 0 and teacher.metrics["flip_rate"] < self.recipe.stop_flip_rate
@@ -156,7 +184,7 @@ class Rounds:
             return GradientSolver(
                 shard=shard, head=self.head, seed=seed, recipe=recipe, all_reduce=all_reduce
             ), None
-        whitenings = self.whitenings or fit_whitenings(shard, all_reduce=all_reduce)
+        whitenings = self._whitenings
         base = GaussianSolver(
             shard=shard,
             head=self.head,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lpclip.config import SelfTrainingConfig
 from lpclip.method.confirmation import Confirmation, Sample, choose_prior
+from lpclip.method.few_labels import FewLabels, with_labelled
 from lpclip.method.neighbours import comparison_dtype
 from lpclip.method.priors import PRIORS, Prior
 
@@ -52,17 +53,25 @@ def try_priors(
     temperature: float,
     config: SelfTrainingConfig,
     prior: Prior | None,
+    labels: FewLabels | None = None,
     show: Callable[[str, Confirmation], None],
 ) -> ChosenPrior:
     """Try the rounds on a sample of features (N, d), with the given prior or with the candidates of `auto`.
 
     `zero_shot` is the head (K, d) of all names, or of those that are known to have images; `show` is called with each
-    candidate's outcome. The rounds that are tried are always those of the gaussian solver, which is fast: what they say
-    of the classes holds for the gradient solver too.
+    candidate's outcome. Given `labels` say how often the rounds that are tried are right. These are always those of the
+    gaussian solver, which is fast: what they say of the classes holds for the gradient solver too.
     """
     name, dtype = config.prior, comparison_dtype()
     config = replace(config, solver="gaussian")
-    sample = Sample(features, zero_shot=zero_shot, temperature=temperature, config=config, dtype=dtype)
+    sample = Sample(
+        features,
+        zero_shot=zero_shot,
+        temperature=temperature,
+        config=config,
+        dtype=dtype,
+        labels=labels,
+    )
     if prior is None:
         name, tried = choose_prior(sample, show=show)
     else:
@@ -77,7 +86,8 @@ def try_priors(
         found = sample.present()
         why = found.why
         # Some absent names may be left: equal shares would be ruinous, so the weak prior is taken.
-        if len(found.places) < len(zero_shot):
-            name, present = "weak", found.places
+        places = with_labelled(found.places, labels)
+        if len(places) < len(zero_shot):
+            name, present = "weak", places
     prior = PRIORS[name] if prior is None else prior
     return ChosenPrior(name=name, prior=prior, tried=tried, present=present, why=why)

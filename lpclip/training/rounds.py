@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,13 +28,15 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from lpclip import files
-from lpclip.config import SelfTrainingConfig, UserError, config_identity
+from lpclip.config import SelfTrainingConfig, UserError, config_identity, digest
 from lpclip.encoders.head import Head
 from lpclip.features.describe import has_gpus
 from lpclip.features.store import Store
+from lpclip.method.few_labels import FewLabels, gathered
 from lpclip.method.fit import is_last_student, round_line
 from lpclip.method.neighbours import comparison_dtype, nearest
 from lpclip.method.priors import Prior
+from lpclip.method.pseudo_labels import AllReduce
 from lpclip.method.recipe import RECIPE
 from lpclip.method.self_training import Rounds
 from lpclip.method.shard import CHUNK_ROWS, Shard, compute_device, fit_whitenings
@@ -62,10 +64,19 @@ class Work:
     folder: str
     """OUT/rounds."""
     identity: dict[str, Any]
+    labels: Mapping[str, int]
+    """Labels that people gave, by id: the head's class indices, or NONE_OF_THESE."""
 
 
 def make_work(
-    *, store_path: str, fingerprint: str, head: Head, prior: Prior, config: SelfTrainingConfig, folder: str
+    *,
+    store_path: str,
+    fingerprint: str,
+    head: Head,
+    prior: Prior,
+    config: SelfTrainingConfig,
+    folder: str,
+    labels: Mapping[str, int] | None = None,
 ) -> Work:
     """The work of training on a feature store."""
     shares = prior.shares.tolist() if prior.shares is not None else None
@@ -76,8 +87,16 @@ def make_work(
         "prior": [shares, prior.strength],
         "training": config_identity(config),
     }
+    if labels:
+        identity["labels"] = digest(dict(labels))
     return Work(
-        store_path=store_path, head=head, prior=prior, config=config, folder=folder, identity=identity
+        store_path=store_path,
+        head=head,
+        prior=prior,
+        config=config,
+        folder=folder,
+        identity=identity,
+        labels=labels or {},
     )
 
 
@@ -178,6 +197,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         config=work.config,
         all_reduce=all_reduce,
         whitenings=whitenings,
+        labels=_few_labels(work, shard, ids, all_reduce=all_reduce) if work.labels else None,
     )
     for state, labelled in training.run(rounds[-1] if rounds else None):
         last = labelled
@@ -195,6 +215,14 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         files.write_json(
             files.join(work.folder, "finished.json"), {"round": state.round, "num_workers": size}
         )
+
+
+def _few_labels(work: Work, shard: Shard, ids: np.ndarray, *, all_reduce: AllReduce) -> FewLabels:
+    """The given labels with their images' features, wherever these are."""
+    places, features, classes = gathered(
+        work.labels, ids=ids, features=shard.features, first_row=shard.first_row
+    )
+    return FewLabels(places=all_reduce(places).long(), features=all_reduce(features).float(), classes=classes)
 
 
 @dataclass

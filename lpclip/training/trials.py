@@ -34,6 +34,7 @@ from lpclip import files
 from lpclip.config import Criterion, SelfTrainingConfig, UserError, digest
 from lpclip.encoders.head import Head
 from lpclip.method.criteria import Yardstick, measure
+from lpclip.method.few_labels import FewLabels
 from lpclip.method.linear import Linear
 from lpclip.method.neighbours import nearest
 from lpclip.method.priors import Prior
@@ -139,6 +140,8 @@ class Material:
     scores: np.ndarray | None
     """(n, K) float32 cosines of zero-shot, where they are small enough to share."""
     whitenings: Whitenings
+    labels: FewLabels | None = None
+    """Labels that people gave, as indices of the head's classes."""
 
 
 def prepare(
@@ -149,6 +152,7 @@ def prepare(
     configs: Sequence[SelfTrainingConfig],
     dtype: torch.dtype,
     tell: Callable[[str], None],
+    labels: FewLabels | None = None,
 ) -> Material:
     """Do once what trainings with these configurations need and what depends on the features (n, d) alone.
 
@@ -172,6 +176,7 @@ def prepare(
         neighbours=neighbours,
         scores=scores,
         whitenings=whitenings,
+        labels=labels,
     )
 
 
@@ -333,6 +338,7 @@ def _train(training: SelfTrainingConfig, *, material: Material) -> Iterator[tupl
         prior=material.task.priors[training.prior],
         config=training,
         whitenings=material.whitenings,
+        labels=material.labels,
     )
     for state, found in rounds.run():
         classifier = state.classifier(head)

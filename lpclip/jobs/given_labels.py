@@ -1,0 +1,169 @@
+"""Labels that people gave some of the images, from the CSV file that `--labels` names."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lpclip import files
+from lpclip.config import UserError, counted, did_you_mean, digest, readable
+from lpclip.features.store import Features, Store
+from lpclip.method.few_labels import NONE_OF_THESE, FewLabels
+
+NONE_TEXT = "none of these"
+"""The label of an image that belongs to no class, in the file."""
+COLUMNS = ("id", "label")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenLabels:
+    """Labels by image, as indices of all class names."""
+
+    path: str
+    class_names: tuple[str, ...]
+    by_id: dict[str, int]
+    """Class indices, or NONE_OF_THESE."""
+    num_empty: int
+    """Rows of the file without a label."""
+
+    @property
+    def digest(self) -> str:
+        """What identifies the labels, whatever their file and its order."""
+        return digest({name: self._text(label) for name, label in self.by_id.items()})
+
+    def among(self, present: np.ndarray | None) -> dict[str, int]:
+        """The labels by image, as indices of the names at these places (K',); None is for all names."""
+        if present is None:
+            return self.by_id
+        place_of = {int(place): index for index, place in enumerate(present)}
+        return {name: place_of.get(label, label) for name, label in self.by_id.items()}
+
+    def check_present(self, present: np.ndarray | None) -> None:
+        """Raise UserError for a label whose class `--present` leaves out."""
+        for label in self.by_id.values():
+            if present is not None and label >= 0 and label not in present:
+                raise UserError(
+                    f"{self.path} has images of {self.class_names[label]!r}, which --present leaves out: add the name "
+                    "there, or leave --present out"
+                )
+
+    def check_images(self, store: Store, *, data: str) -> None:
+        """Raise UserError for an id that none of the encoded images has."""
+        missing = sorted(self.by_id.keys() - set(store.ids().tolist()))
+        if not missing:
+            return
+        bad = set(store.quarantined_ids()).intersection(missing)
+        if bad:
+            raise UserError(
+                f"{self.path} has a label for {min(bad)}, which is an image of {data} that could not be read: remove "
+                f"its row ({counted(len(bad), 'row')} of that kind)"
+            )
+        hint = did_you_mean(missing[0], store.ids()[:20_000].tolist())
+        if len(missing) == len(self.by_id):
+            hint = "; these seem to be labels of other images"
+        raise UserError(
+            f"{self.path}: {counted(len(missing), 'id')} of {len(self.by_id)} "
+            f"{'is' if len(missing) == 1 else 'are'} not among the images of {data}, the first is {missing[0]!r}{hint}"
+        )
+
+    def few(self, features: Features) -> FewLabels:
+        """The labels with the features (N, d) of their images."""
+        labels = np.full(len(features.ids), -1, np.int64)
+        for row, name in enumerate(features.ids.tolist()):
+            labels[row] = self.by_id.get(name, -1)
+        found = FewLabels.of_rows(labels, features.base)
+        assert found is not None, "check_images has found them"
+        return found
+
+    def told(self) -> str:
+        """What is given, in a line for the plan."""
+        none = sum(label == NONE_OF_THESE for label in self.by_id.values())
+        classes = len({label for label in self.by_id.values() if label >= 0})
+        text = f"{counted(len(self.by_id) - none, 'image')} of {classes} classes"
+        if none:
+            text += f", {counted(none, 'image')} of none"
+        if self.num_empty:
+            text += f"; {counted(self.num_empty, 'row')} without a label"
+        return f"{text} ({self.path})"
+
+    def summary(self) -> dict[str, Any]:
+        """For OUT/summary.json."""
+        counts = Counter(self._text(label) for label in self.by_id.values())
+        return {"images": len(self.by_id), "digest": self.digest, "by_class": dict(sorted(counts.items()))}
+
+    def _text(self, label: int) -> str:
+        return NONE_TEXT if label == NONE_OF_THESE else self.class_names[label]
+
+
+def read_given_labels(path: str | None, class_names: tuple[str, ...]) -> GivenLabels | None:
+    """The labels of the file that `--labels` names, None without one.
+
+    Raises UserError when the file cannot be read, has no label, one that is no class, or two of one image.
+    """
+    if path is None:
+        return None
+    try:
+        text = files.decode_text(files.read_bytes(path), path=f"--labels {path}")
+    except OSError as error:
+        raise UserError(f"--labels {path} cannot be read: {error.strerror or error}") from error
+    rows, num_empty = _read_rows(text, path=path), 0
+    index_of = {readable(name).casefold(): place for place, name in enumerate(class_names)}
+    index_of |= {NONE_TEXT: NONE_OF_THESE} if NONE_TEXT not in index_of else {}
+    found: dict[str, int] = {}
+    for line, name, label in rows:
+        if not label:
+            num_empty += 1
+            continue
+        index = index_of.get(readable(label).casefold())
+        if index is None:
+            hint = did_you_mean(label, class_names) or f"; the classes are {', '.join(class_names[:8])}" + (
+                ", ..." if len(class_names) > 8 else ""
+            )
+            raise UserError(f"{path}, line {line}: {label!r} is no class and not {NONE_TEXT!r}{hint}")
+        if found.setdefault(name, index) != index:
+            raise UserError(
+                f"{path} has two labels for {name!r} (the second in line {line}): keep one of them"
+            )
+    if not found:
+        raise UserError(f"{path} has no label: fill in the column `label`, or leave --labels out")
+    return GivenLabels(path=path, class_names=class_names, by_id=found, num_empty=num_empty)
+
+
+def _read_rows(text: str, *, path: str) -> list[tuple[int, str, str]]:
+    """Line, id and label of each row; columns are parted by commas, semicolons or tabs."""
+    head = text.lstrip("\ufeff").partition("\n")[0]
+    delimiter = max(",;\t", key=head.count)
+    reader = csv.reader(io.StringIO(text.lstrip("\ufeff"), newline=""), delimiter=delimiter)
+    try:
+        names = [name.strip().casefold() for name in next(reader, [])]
+        if any(names.count(name) != 1 for name in COLUMNS):
+            raise UserError(
+                f"{path} must begin with a line that names the columns id and label, not {head[:60]!r}"
+            )
+        places = [names.index(name) for name in COLUMNS]
+        found = []
+        for row in reader:
+            cells: Sequence[str] = [row[place] if place < len(row) else "" for place in places]
+            if any(cell.strip() for cell in row):
+                found.append((reader.line_num, cells[0], cells[1].strip()))
+    except csv.Error as error:
+        raise UserError(f"{path} is no CSV file that can be read: line {reader.line_num}: {error}") from error
+    return found
+
+
+def left_out(y: np.ndarray, x: np.ndarray, given: FewLabels | None) -> np.ndarray:
+    """The labels (M,) to evaluate on, -1 also for images whose label the training was given.
+
+    `x` (M, d) are their features: an image under another name has the same, bit by bit.
+    """
+    if given is None:
+        return y
+    known = {row.tobytes() for row in given.features.numpy().astype(x.dtype)}
+    is_known = np.fromiter((row.tobytes() in known for row in x), bool, count=len(x))
+    return np.where(is_known, -1, y)
