@@ -31,6 +31,7 @@ from lpclip.images.views import parse_views
 from lpclip.jobs import tracking
 from lpclip.jobs.console import LITE_NOTE, command_line, print_classes, print_plan
 from lpclip.jobs.counts import check_strict
+from lpclip.jobs.given_labels import GivenLabels, left_out, read_given_labels
 from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
 from lpclip.jobs.mlflow_model import log_data, log_probe
 from lpclip.jobs.process import start_ray
@@ -41,6 +42,7 @@ from lpclip.jobs.tune_print import print_sweep, print_sweep_plan
 from lpclip.jobs.tune_runs import TrialRuns
 from lpclip.method.calibration import label_free_temperature
 from lpclip.method.criteria import CRITERIA, make_yardstick, measure
+from lpclip.method.few_labels import FewLabels
 from lpclip.method.linear import Linear
 from lpclip.method.neighbours import comparison_dtype
 from lpclip.method.presence import with_absent
@@ -451,6 +453,7 @@ class _Sweep:
                 temperature=config.temperature,
                 config=config,
                 prior=material.task.priors[record.parameters.get("prior", self._job.training.prior)],
+                labels=self._few,
                 show=print_tried,
             )
             why = "" if found.trusted else "; ".join(found.tried[found.name].doubts)
@@ -494,6 +497,7 @@ class _Sweep:
             "rejected": choice.rejected,
             "evidence": _evidence(choice.accuracy, choice.worth, choice.best, criterion=criterion),
             "evaluated_on": evaluated_on(self._inputs, known),
+            **({"labels": self._given.summary()} if self._given is not None else {}),
             "prior": self._prior.summary(self._head.class_names) if self._prior else None,
             "classes": list(self._head.class_names),
             "encoder": self._info.identity,
@@ -571,6 +575,7 @@ class _Sweep:
             out=files.join(job.out, "again"),
             limit=job.limit,
             eval_limit=job.eval_limit,
+            labels=job.labels,
             source=job.source,
             encoder=job.encoder,
             encode=replace(job.encode, features=job.encode.features or folder),
