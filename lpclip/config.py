@@ -767,6 +767,23 @@ class UiJob:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SuggestJob:
+    """Choose the images whose true label would help most: OUT/suggested.csv to fill in, and a page that shows them."""
+
+    run: str
+    """Output folder of lpclip selftrain."""
+    count: int = 50
+    """Number of images to ask for. Those that OUT/corrections.csv has labels of are not asked for again."""
+    seed: int = 0
+    """Seed of the clusters that the images stand for."""
+
+    def check(self) -> None:
+        """Raise UserError for values out of range."""
+        _at_least(self, 1, "count")
+        _check_seed(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReviewJob:
     """Ask for labels in the browser: a page for this machine shows the images of OUT/suggested.csv one by one."""
 

@@ -31,6 +31,7 @@ from lpclip.config import (
     SelftrainJob,
     ServeJob,
     StoreAwayError,
+    SuggestJob,
     TuneJob,
     UiJob,
     UserError,
@@ -52,9 +53,10 @@ COMMANDS: dict[str, type] = {
     "export": ExportJob,
     "serve": ServeJob,
     "ui": UiJob,
+    "suggest": SuggestJob,
     "review": ReviewJob,
 }
-LATER = ("export", "serve", "ui", "review")
+LATER = ("export", "serve", "ui", "suggest", "review")
 """Commands that need no Ray, or start it by themselves."""
 DESCRIPTION = "Train linear probes on CLIP without labels, and measure them."
 EPILOG = """\

@@ -17,13 +17,20 @@ NONE = "none of these"
 def read_csv(path: str, *, columns: tuple[str, ...]) -> tuple[list[str], list[dict[str, str]]]:
     """The names of a CSV file's columns and its rows. Raises UserError when one of `columns` is not there."""
     text = files.decode_text(files.read_bytes(path), path=path)
-    table = csv.DictReader(io.StringIO(text, newline=""), restval="")
+    # Spreadsheets of some countries part columns by semicolons.
+    first = text.partition("\n")[0]
+    table = csv.DictReader(
+        io.StringIO(text, newline=""), restval="", delimiter=max(",;\t", key=first.count), strict=True
+    )
     names = [*(table.fieldnames or ())]
     missing = [name for name in columns if name not in names]
     if missing:
         raise UserError(f"{path} has no column {missing[0]}: its first line must name {', '.join(columns)}")
     # Cells beyond the last named column are under None.
-    return names, [{name: row[name] for name in names} for row in table]
+    try:
+        return names, [{name: row[name] for name in names} for row in table]
+    except csv.Error as error:
+        raise UserError(f"{path} is no CSV file that can be read: line {table.line_num}: {error}") from error
 
 
 @dataclass(frozen=True)

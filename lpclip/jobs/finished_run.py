@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,4 +40,35 @@ class FinishedRun:
         moved = files.join(out, "features", files.split(store)[1])
         if not files.exists(files.join(store, "manifest.json")) and files.exists(moved):
             store = moved
-        return cls(out=out, summary=summary, probe=load_probe(files.join(out, "probe")), store=Store.open(store))
+        return cls(
+            out=out, summary=summary, probe=load_probe(files.join(out, "probe")), store=Store.open(store)
+        )
+
+    def corrections(self) -> Corrections:
+        """The labels that were given to images of this run."""
+        return Corrections(files.join(self.out, "corrections.csv"))
+
+    def again(self, *, labels: str) -> str:
+        """The command that trains again with a file of labels, on the same features, in a folder of its own."""
+        config = self.summary["config"]
+        base = re.sub(r"-corrected(-\d+)?$", "", shown(self.out))
+        number, place = 1, f"{base}-corrected"
+        while files.exists(place):
+            number += 1
+            place = f"{base}-corrected-{number}"
+        features = config.get("features") or shown(files.join(self.out, "features"))
+        known = {**config, "labels": shown(labels), "features": features, "out": place, "run_name": None}
+        return command_line("selftrain", configured(SelftrainJob, known))
+
+
+def configured(kind: type[Any], config: dict[str, Any]) -> Any:
+    """A configuration from what a summary has of it; a flag that it lacks has its default."""
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(kind):
+        nested: Any = item.default_factory
+        if isinstance(nested, type) and dataclasses.is_dataclass(nested):
+            values[item.name] = configured(nested, config)
+        elif item.name in config:
+            value = config[item.name]
+            values[item.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from lpclip import files
 from lpclip.config import UserError, counted, did_you_mean, digest, readable
 from lpclip.features.store import Features, Store
+from lpclip.jobs.corrections import NONE, read_csv
 from lpclip.method.few_labels import NONE_OF_THESE, FewLabels
-
-NONE_TEXT = "none of these"
-"""The label of an image that belongs to no class, in the file."""
-COLUMNS = ("id", "label")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +91,7 @@ class GivenLabels:
         return {"images": len(self.by_id), "digest": self.digest, "by_class": dict(sorted(counts.items()))}
 
     def _text(self, label: int) -> str:
-        return NONE_TEXT if label == NONE_OF_THESE else self.class_names[label]
+        return NONE if label == NONE_OF_THESE else self.class_names[label]
 
 
 def read_given_labels(path: str | None, class_names: tuple[str, ...]) -> GivenLabels | None:
@@ -109,14 +102,15 @@ def read_given_labels(path: str | None, class_names: tuple[str, ...]) -> GivenLa
     if path is None:
         return None
     try:
-        text = files.decode_text(files.read_bytes(path), path=f"--labels {path}")
+        _, rows = read_csv(path, columns=("id", "label"))
     except OSError as error:
         raise UserError(f"--labels {path} cannot be read: {error.strerror or error}") from error
-    rows, num_empty = _read_rows(text, path=path), 0
+    num_empty = 0
     index_of = {readable(name).casefold(): place for place, name in enumerate(class_names)}
-    index_of |= {NONE_TEXT: NONE_OF_THESE} if NONE_TEXT not in index_of else {}
+    index_of |= {NONE: NONE_OF_THESE} if NONE not in index_of else {}
     found: dict[str, int] = {}
-    for line, name, label in rows:
+    for row in rows:
+        name, label = row["id"], row["label"].strip()
         if not label:
             num_empty += 1
             continue
@@ -125,36 +119,12 @@ def read_given_labels(path: str | None, class_names: tuple[str, ...]) -> GivenLa
             hint = did_you_mean(label, class_names) or f"; the classes are {', '.join(class_names[:8])}" + (
                 ", ..." if len(class_names) > 8 else ""
             )
-            raise UserError(f"{path}, line {line}: {label!r} is no class and not {NONE_TEXT!r}{hint}")
+            raise UserError(f"{path}: the label {label!r} of {name!r} is no class and not {NONE!r}{hint}")
         if found.setdefault(name, index) != index:
-            raise UserError(
-                f"{path} has two labels for {name!r} (the second in line {line}): keep one of them"
-            )
+            raise UserError(f"{path} has two labels for {name!r}: keep one of them")
     if not found:
         raise UserError(f"{path} has no label: fill in the column `label`, or leave --labels out")
     return GivenLabels(path=path, class_names=class_names, by_id=found, num_empty=num_empty)
-
-
-def _read_rows(text: str, *, path: str) -> list[tuple[int, str, str]]:
-    """Line, id and label of each row; columns are parted by commas, semicolons or tabs."""
-    head = text.lstrip("\ufeff").partition("\n")[0]
-    delimiter = max(",;\t", key=head.count)
-    reader = csv.reader(io.StringIO(text.lstrip("\ufeff"), newline=""), delimiter=delimiter)
-    try:
-        names = [name.strip().casefold() for name in next(reader, [])]
-        if any(names.count(name) != 1 for name in COLUMNS):
-            raise UserError(
-                f"{path} must begin with a line that names the columns id and label, not {head[:60]!r}"
-            )
-        places = [names.index(name) for name in COLUMNS]
-        found = []
-        for row in reader:
-            cells: Sequence[str] = [row[place] if place < len(row) else "" for place in places]
-            if any(cell.strip() for cell in row):
-                found.append((reader.line_num, cells[0], cells[1].strip()))
-    except csv.Error as error:
-        raise UserError(f"{path} is no CSV file that can be read: line {reader.line_num}: {error}") from error
-    return found
 
 
 def left_out(y: np.ndarray, x: np.ndarray, given: FewLabels | None) -> np.ndarray:

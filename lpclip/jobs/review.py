@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
-import re
-import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,16 +11,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lpclip import files
-from lpclip.config import ReviewJob, SelftrainJob, SourceConfig, UserError, check, counted
+from lpclip.config import ReviewJob, SourceConfig, SuggestJob, UserError, check, counted
 from lpclip.encoders.passes import mean_view
 from lpclip.features.store import Store, matrix
 from lpclip.images.open import open_source
 from lpclip.images.pixels import decode_image
 from lpclip.images.views import BASE_VIEWS
-from lpclip.jobs.console import command_line, shown
+from lpclip.jobs.console import shown
 from lpclip.jobs.corrections import NONE, Corrections, read_csv
+from lpclip.jobs.finished_run import FinishedRun, configured
 from lpclip.jobs.review_server import ADDRESS, Question, Review, ReviewServer
-from lpclip.method.probe import Probe, load_probe
+from lpclip.jobs.suggest import suggest_job
+from lpclip.method.probe import Probe
 
 KEYS = 9
 """Likely labels that have a key."""
@@ -37,9 +36,8 @@ def review_job(job: ReviewJob) -> dict[str, int]:
     Raises UserError when OUT holds no run, its list of images is of another one, or the port is taken.
     """
     check(job)
-    out = files.absolute(job.run)
-    summary = _read_summary(out)
-    probe, store = load_probe(files.join(out, "probe")), Store.open(summary["features"]["train"])
+    run = FinishedRun.open(job.run)
+    out, probe, store = run.out, run.probe, run.store
     if NONE in probe.class_names:
         raise UserError(
             f'a class is called "{NONE}", which stands for images of no class: give it another name'
@@ -56,13 +54,13 @@ def review_job(job: ReviewJob) -> dict[str, int]:
             corrections.set(row["id"], row["label"])
     ids = [row["id"] for row in rows]
     guesses = _guesses(store, probe, ids, path=files.join(out, "suggested.csv"))
-    pictures = _Pictures(summary["config"], store, ids)
+    pictures = _Pictures(run.summary["config"], store, ids)
     review = Review(
         questions=[Question(row["id"], guesses[row["id"]], row.get("why", "")) for row in rows],
         classes=probe.class_names,
         none=NONE,
         file=shown(file),
-        command=_next_command(summary["config"], out=out, labels=file),
+        command=run.again(labels=file),
         answers=corrections.labels,
         take=corrections.set,
         image=pictures.jpeg,
@@ -82,24 +80,11 @@ def review_job(job: ReviewJob) -> dict[str, int]:
     return {"answered": count, "images": len(ids)}
 
 
-def _read_summary(out: str) -> dict[str, Any]:
-    path = files.join(out, "summary.json")
-    try:
-        summary: dict[str, Any] = files.read_json(path)
-        if summary["features"]["train"] and summary["config"]:
-            return summary
-    except (FileNotFoundError, KeyError, TypeError):
-        pass
-    raise UserError(
-        f"{out} holds no finished run of lpclip selftrain: --run takes the folder that its --out names"
-    )
-
-
 def _suggested(out: str) -> list[dict[str, str]]:
     """The images to ask about, in order."""
     path = files.join(out, "suggested.csv")
     if not files.exists(path):
-        raise UserError(f"{out} has no suggested.csv: lpclip suggest --run {shown(out)} makes it")
+        suggest_job(SuggestJob(run=out))
     _, rows = read_csv(path, columns=("id", "label"))
     if not rows:
         raise UserError(f"{path} names no image: remove it, and it is made again")
@@ -138,7 +123,7 @@ class _Pictures:
         # The images may have moved since the run: then their thumbnails do.
         with contextlib.suppress(UserError, OSError):
             data = [value for value in config["data"] if "://" not in value]
-            source = open_source(data, config=_again(SourceConfig, config), limit=config.get("limit"))
+            source = open_source(data, config=configured(SourceConfig, config), limit=config.get("limit"))
             for unit in source.units:
                 paths = source.reader.paths(unit)
                 if paths:
@@ -146,7 +131,7 @@ class _Pictures:
                     self._files |= {name: path for (name, _), path in listed if path and name in wanted}
         if len(self._files) < len(wanted):
             self._thumbnails = {name: data for name, data in store.thumbnails().items() if name in wanted}
-        limits = _again(SourceConfig, config)
+        limits = configured(SourceConfig, config)
         self._limits = {"max_pixels": limits.max_pixels, "max_bytes": limits.max_bytes}
 
     def jpeg(self, name: str) -> bytes | None:
@@ -159,30 +144,3 @@ class _Pictures:
                 image.save(sink, "JPEG", quality=90)
                 return sink.getvalue()
         return self._thumbnails.get(name)
-
-
-def _next_command(config: dict[str, Any], *, out: str, labels: str) -> str:
-    """The command that trains again with the labels, on the same features, in a folder of its own."""
-    base = re.sub(r"-corrected(-\d+)?$", "", shown(out))
-    number, place = 1, f"{base}-corrected"
-    while files.exists(place):
-        number += 1
-        place = f"{base}-corrected-{number}"
-    features = config.get("features") or shown(files.join(out, "features"))
-    again = _again(
-        SelftrainJob, {**config, "labels": None, "features": features, "out": place, "run_name": None}
-    )
-    return f"{command_line('selftrain', again)} --labels {shlex.quote(shown(labels))}"
-
-
-def _again(kind: type[Any], config: dict[str, Any]) -> Any:
-    """A configuration from what a summary has of it; a flag that it lacks has its default."""
-    values: dict[str, Any] = {}
-    for item in dataclasses.fields(kind):
-        nested: Any = item.default_factory
-        if isinstance(nested, type) and dataclasses.is_dataclass(nested):
-            values[item.name] = _again(nested, config)
-        elif item.name in config:
-            value = config[item.name]
-            values[item.name] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)

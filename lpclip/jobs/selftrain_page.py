@@ -86,7 +86,7 @@ class Gallery:
     def example(self, row: int, **about: Labelling) -> Example | None:
         """An image with its labels, by default zero-shot's and the probe's; None if its thumbnail is damaged."""
         name = self.ids[row]
-        image = _shrunk(self.thumbnails[name])
+        image = shrunk(self.thumbnails[name])
         if image is None:
             return None
         about = about or {"zero-shot": self.before, "probe": self.after}
@@ -283,7 +283,7 @@ def _confusions(
     return [(pair, same.get((pair.first, pair.second), 0)) for pair in pairs], images
 
 
-def _shrunk(data: bytes) -> bytes | None:
+def shrunk(data: bytes) -> bytes | None:
     """A thumbnail at the size of the page, as a JPEG of few bytes; None when it is damaged."""
     with contextlib.suppress(UserError):
         image = decode_image(data, max_pixels=1 << 20, max_bytes=1 << 20)
