@@ -62,8 +62,10 @@ class Confirmation:
     """The confidence that names without a meaning reach (lpclip/method/chance.py)."""
     labelled: int = 0
     """Images with a class that somebody gave them. The rounds that are tried do not see these labels."""
+    right: int = 0
+    """Those of them that the rounds have right."""
     won: int = 0
-    """Those of them that the rounds have right and zero-shot has not."""
+    """Those that the rounds have right and zero-shot has not."""
     lost: int = 0
     """Those that zero-shot has right and the rounds have not."""
 
@@ -146,9 +148,10 @@ class Sample:
         mean = Agreement(*(float(np.mean(values)) for values in zip(*found, strict=True)))
         shares = np.bincount(labels, minlength=num_classes) / len(labels)
         entropy = -(shares * np.log(np.maximum(shares, 1e-12))).sum() / np.log(max(2, num_classes))
-        won, lost = self._games(prior, state.classifier(self._head))
+        right, won, lost = self._games(prior, state.classifier(self._head))
         return Confirmation(
             labelled=0 if self._given is None else len(self._given.classes),
+            right=right,
             won=won,
             lost=lost,
             agreement=mean.share,
@@ -163,16 +166,16 @@ class Sample:
         one, other = self._right[prior], self._right[over]
         return more_often_right(int((one & ~other).sum()), int((other & ~one).sum()))
 
-    def _games(self, prior: Prior, classifier: Linear) -> tuple[int, int]:
-        """Given labels that only the rounds have right, and those that only zero-shot has right."""
+    def _games(self, prior: Prior, classifier: Linear) -> tuple[int, int, int]:
+        """Given labels that the rounds have right, that only they have right, and that only zero-shot has right."""
         if self._given is None:
             self._right[prior] = np.zeros(0, bool)
-            return 0, 0
+            return 0, 0, 0
         features, wanted = self._given.features, self._given.classes.numpy()
         own = classifier.predict(features) == wanted
         zero_shot = (features @ self._head.T).argmax(dim=1).numpy() == wanted
         self._right[prior] = own
-        return int((own & ~zero_shot).sum()), int((zero_shot & ~own).sum())
+        return int(own.sum()), int((own & ~zero_shot).sum()), int((zero_shot & ~own).sum())
 
     def present(self) -> Presence:
         """The class names that have images in the sample."""
