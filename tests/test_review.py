@@ -176,7 +176,7 @@ def test_only_the_page_itself_reads_and_writes(out: Path) -> None:
         printed, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     assert f"1 of 5 images answered, in {out}/corrections.csv" in printed
-    assert f"--features {out}/features --labels {out}/corrections.csv" in printed
+    assert f"--labels {out}/corrections.csv --features {out}/features" in printed
 
 
 def test_rows_of_other_hands_stay_and_those_filled_in_are_taken_over(
