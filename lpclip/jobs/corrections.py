@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import threading
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lpclip import files
@@ -22,12 +23,14 @@ def read_csv(path: str, *, columns: tuple[str, ...]) -> tuple[list[str], list[di
     table = csv.DictReader(
         io.StringIO(text, newline=""), restval="", delimiter=max(",;\t", key=first.count), strict=True
     )
-    names = [*(table.fieldnames or ())]
-    missing = [name for name in columns if name not in names]
-    if missing:
-        raise UserError(f"{path} has no column {missing[0]}: its first line must name {', '.join(columns)}")
-    # Cells beyond the last named column are under None.
     try:
+        names = [*(table.fieldnames or ())]
+        missing = [name for name in columns if name not in names]
+        if missing:
+            raise UserError(
+                f"{path} has no column {missing[0]}: its first line must name {', '.join(columns)}"
+            )
+        # Cells beyond the last named column are under None.
         return names, [{name: row[name] for name in names} for row in table]
     except csv.Error as error:
         raise UserError(f"{path} is no CSV file that can be read: line {table.line_num}: {error}") from error
@@ -54,11 +57,18 @@ class Corrections:
                 rows += known
             for row in known:
                 row["label"] = label
-            sink = io.StringIO(newline="")
-            table = csv.DictWriter(sink, columns, lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows)
-            files.write_bytes(self.path, sink.getvalue().encode())
+            self._write(columns, rows)
+
+    def write(self, labels: Mapping[str, str]) -> None:
+        """Write these labels by id, and nothing else."""
+        self._write(["id", "label"], [{"id": name, "label": label} for name, label in labels.items()])
+
+    def _write(self, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:
+        sink = io.StringIO(newline="")
+        table = csv.DictWriter(sink, columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+        files.write_bytes(self.path, sink.getvalue().encode())
 
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
         if not files.exists(self.path):

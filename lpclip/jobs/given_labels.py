@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from lpclip import files
 from lpclip.config import UserError, counted, did_you_mean, digest, readable
 from lpclip.features.store import Features, Store
-from lpclip.jobs.corrections import NONE, read_csv
+from lpclip.jobs.corrections import NONE, Corrections, read_csv
 from lpclip.method.few_labels import NONE_OF_THESE, FewLabels
 
 
@@ -29,6 +30,12 @@ class GivenLabels:
     def digest(self) -> str:
         """What identifies the labels, whatever their file and its order."""
         return digest({name: self._text(label) for name, label in self.by_id.items()})
+
+    def keep(self, out: str) -> None:
+        """Write OUT/corrections.csv, unless it is there: a further round of questions goes on with these labels."""
+        corrections = Corrections(files.join(out, "corrections.csv"))
+        if not files.exists(corrections.path):
+            corrections.write({name: self._text(label) for name, label in self.by_id.items()})
 
     def among(self, present: np.ndarray | None) -> dict[str, int]:
         """The labels by image, as indices of the names at these places (K',); None is for all names."""

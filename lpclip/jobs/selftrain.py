@@ -180,6 +180,8 @@ def _train(
         identity["labels"] = opened.given.digest
     # Before anything is written: OUT may hold the results of other work.
     claim(out, identity, mark=False)
+    if opened.given is not None:
+        opened.given.keep(out)
     chosen = settle_prior(
         job.training,
         out=out,

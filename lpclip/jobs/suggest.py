@@ -12,6 +12,7 @@ from lpclip import files
 from lpclip.config import ReviewJob, SuggestJob, UserError, check, counted
 from lpclip.features.store import Features
 from lpclip.jobs.console import command_line, shown
+from lpclip.jobs.corrections import read_csv
 from lpclip.jobs.finished_run import FinishedRun
 from lpclip.jobs.selftrain_page import shrunk
 from lpclip.method.suggestions import Suggestions, suggest
@@ -102,6 +103,5 @@ def _refuse_answers(path: str) -> None:
     """Refuse to overwrite a file of suggestions in which somebody has filled in labels."""
     if not files.exists(path):
         return
-    text = files.decode_text(files.read_bytes(path), path=path)
-    if any((row.get("label") or "").strip() for row in csv.DictReader(io.StringIO(text, newline=""))):
+    if any(row["label"].strip() for row in read_csv(path, columns=("id", "label"))[1]):
         raise UserError(f"{path} has labels that were filled in: move it, and give it to --labels")

@@ -43,6 +43,7 @@ from lpclip.jobs.tune_runs import TrialRuns
 from lpclip.method.calibration import label_free_temperature
 from lpclip.method.criteria import CRITERIA, make_yardstick, measure
 from lpclip.method.few_labels import FewLabels
+from lpclip.method.fit import checked_by, corrected_zero_shot
 from lpclip.method.linear import Linear
 from lpclip.method.neighbours import comparison_dtype
 from lpclip.method.presence import with_absent
@@ -200,6 +201,7 @@ class _Sweep:
     ) -> None:
         self._given = given
         self._few: FewLabels | None = None
+        """The given labels, as indices of all names."""
         self._job, self._out, self._space, self._inputs = job, out, space, inputs
         self._info, self._head, self._run = info, head, run
         # Trials know the names that have images, where --present names them; the probes know all.
@@ -241,8 +243,6 @@ class _Sweep:
             present=self._present,
             labels=self._few,
         )
-        if self._few is not None and self._present is not None:
-            self._few = self._few.among(self._present)
         watch.lap("prior")
         material = self._prepare(known, configs, priors)
         watch.lap("prepare")
@@ -257,6 +257,13 @@ class _Sweep:
         self._tell_all(summary)
         print_sweep(summary, out=out, run=self._run)
         return summary
+
+    @property
+    def _few_used(self) -> FewLabels | None:
+        """The given labels, as indices of the names that trials know."""
+        if self._few is None or self._present is None:
+            return self._few
+        return self._few.among(self._present)
 
     @property
     def _steered(self) -> bool:
@@ -315,7 +322,7 @@ class _Sweep:
             configs=configs,
             dtype=comparison_dtype(),
             tell=functools.partial(print, flush=True),
-            labels=self._few,
+            labels=self._few_used,
         )
 
     def _run_trials(
@@ -453,7 +460,7 @@ class _Sweep:
                 temperature=config.temperature,
                 config=config,
                 prior=material.task.priors[record.parameters.get("prior", self._job.training.prior)],
-                labels=self._few,
+                labels=self._few_used,
                 show=print_tried,
             )
             why = "" if found.trusted else "; ".join(found.tried[found.name].doubts)
@@ -524,7 +531,13 @@ class _Sweep:
                 features=known.features.base,
                 trained=candidate,
                 head=torch.tensor(self._used.weight) / teacher,
+                checked=checked_by(self._few, before=self._prior, after=probe)
+                if self._few is not None and self._prior is not None
+                else None,
             )
+            probe = replace(probe, temperature=temperature)
+        elif self._few is not None:
+            probe, temperature = corrected_zero_shot(zero_shot, self._few, features=known.features.base)
             probe = replace(probe, temperature=temperature)
         summary = {
             "method": "self-trained, chosen by a sweep" if record else "zero-shot (chosen by a sweep)",

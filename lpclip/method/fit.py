@@ -183,10 +183,10 @@ def finish_probe(
             features=features,
             trained=own,
             head=head,
-            checked=None if labels is None else _checked(labels, before=chosen, after=probe),
+            checked=None if labels is None else checked_by(labels, before=chosen, after=probe),
         )
     elif labels is not None:
-        probe, temperature = _corrected(zero_shot, labels, features=features)
+        probe, temperature = corrected_zero_shot(zero_shot, labels, features=features)
     summary = {
         "method": "self-trained" if chosen.trusted else "zero-shot (fallback)",
         "training": to_dict(config),
@@ -196,7 +196,7 @@ def finish_probe(
     return replace(probe, temperature=temperature, summary=summary)
 
 
-def _checked(labels: FewLabels, *, before: ChosenPrior, after: Probe) -> Checked:
+def checked_by(labels: FewLabels, *, before: ChosenPrior, after: Probe) -> Checked:
     """How many of the labels rounds without them have right, and how many the probe."""
     named = labels.named
     right = after.predict(named.features) == named.classes.numpy()
@@ -205,7 +205,7 @@ def _checked(labels: FewLabels, *, before: ChosenPrior, after: Probe) -> Checked
     )
 
 
-def _corrected(zero_shot: Probe, labels: FewLabels, *, features: np.ndarray) -> tuple[Probe, float]:
+def corrected_zero_shot(zero_shot: Probe, labels: FewLabels, *, features: np.ndarray) -> tuple[Probe, float]:
     """Zero-shot with the step of the given labels, and the temperature of the result."""
     scale = zero_shot.temperature
     logits = Linear(weight=zero_shot.weight / scale, bias=zero_shot.bias / scale)

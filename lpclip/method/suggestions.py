@@ -38,7 +38,7 @@ def suggest(features: np.ndarray, probabilities: np.ndarray, *, count: int, seed
     rows = _leading(features.astype(np.float32))
     unsure = how_unsure(probabilities)
     weights = np.maximum(FLOOR, unsure**UNSURE)
-    count = min(count, len(np.unique(rows, axis=0)))
+    count = min(count, len(np.unique(features, axis=0)))
     found = KMeans(count, n_init=1, max_iter=STEPS, random_state=seed).fit(rows, sample_weight=weights)
     distance = ((rows - found.cluster_centers_[found.labels_]) ** 2).sum(axis=1)
     places, sizes, means = [], [], []
