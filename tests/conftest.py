@@ -37,6 +37,7 @@ from lpclip.config import (
     ReviewJob,
     SelftrainJob,
     ServeJob,
+    SuggestJob,
     TuneJob,
     UiJob,
 )
@@ -51,6 +52,7 @@ from lpclip.jobs.process import start_ray
 from lpclip.jobs.review import review_job
 from lpclip.jobs.selftrain import selftrain_job
 from lpclip.jobs.serve import serve_job
+from lpclip.jobs.suggest import suggest_job
 from lpclip.jobs.tune import tune_job
 from lpclip.jobs.ui import ui_job
 
@@ -157,6 +159,7 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "tune.py": (tune_job, TuneJob),
         "ui.py": (ui_job, UiJob),
         "review.py": (review_job, ReviewJob),
+        "suggest.py": (suggest_job, SuggestJob),
     }
     results: list[dict[str, Any]] = []
     function, config_type = jobs[job]

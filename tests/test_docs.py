@@ -36,6 +36,7 @@ COMMANDS = (
     "serve",
     "ui",
     "review",
+    "suggest",
 )
 # Their entries name files as they were.
 HISTORY = ("CHANGELOG", "log")

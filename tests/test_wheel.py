@@ -72,6 +72,7 @@ def test_the_installed_command_explains_itself(installed: dict[str, str], tmp_pa
         "export",
         "serve",
         "review",
+        "suggest",
     ):
         assert f"• {name} " in listing
     assert "LPCLIP_TRACEBACK=1" in listing

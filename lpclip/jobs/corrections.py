@@ -33,7 +33,9 @@ def read_csv(path: str, *, columns: tuple[str, ...]) -> tuple[list[str], list[di
         # Cells beyond the last named column are under None.
         return names, [{name: row[name] for name in names} for row in table]
     except csv.Error as error:
-        raise UserError(f"{path} is no CSV file that can be read: line {table.line_num}: {error}") from error
+        raise UserError(
+            f"{path} is no CSV file that can be read: line {table.reader.line_num}: {error}"
+        ) from error
 
 
 @dataclass(frozen=True)

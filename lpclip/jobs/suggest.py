@@ -80,7 +80,13 @@ def suggest_job(job: SuggestJob) -> dict[str, Any]:
     files.write_bytes(path, sink.getvalue().encode())
     print(f"{counted(len(lines), 'image')} to label: {shown(path)}, with pictures in {shown(page)}")
     print(f"next     label them in the browser: {command_line('review', ReviewJob(run=job.run))}")
-    print(f"         or in the file, then:      {run.again(labels=path)}", flush=True)
+    if known:
+        print(
+            f"         it takes over what is filled in in the file, and keeps {counted(len(known), 'answer')}",
+            flush=True,
+        )
+    else:
+        print(f"         or in the file, then:      {run.again(labels=path)}", flush=True)
     return {"images": len(rows), "suggested": len(lines)}
 
 
