@@ -91,7 +91,7 @@ def test_curves_hold_the_metrics_and_are_the_same_from_a_probe_and_from_its_judg
 def test_the_temperature_without_labels_gives_the_expected_accuracy_as_confidence(sharpness: float):
     features, _ = blobs(500, classes=(0, 1, 2))
     zero_shot, probe = probe_of(3, sharpness=2.0), probe_of(3, sharpness=sharpness)
-    *_, evidence = held_out_logits(probe, head=zero_shot.weight, features=features)
+    evidence = held_out_logits(probe, head=zero_shot.weight, features=features).evidence
     assert 0.9 < evidence < 1
     target = expected_accuracy(mean_confidence(zero_shot, features), evidence=evidence)
     temperature = label_free_temperature(
@@ -107,7 +107,8 @@ def test_a_student_s_confidence_in_what_it_was_fitted_to_is_not_taken_for_its_co
     noise = np.random.default_rng(0).normal(size=(150, 100)).astype(np.float32) / 10
     zero_shot = probe_of(3, sharpness=2.0)
     zero_shot = replace(zero_shot, weight=F.pad(zero_shot.weight, (0, 100 - DIM)))
-    fitted, held_out, evidence = held_out_logits(zero_shot, head=zero_shot.weight, features=noise)
+    found = held_out_logits(zero_shot, head=zero_shot.weight, features=noise)
+    fitted, held_out, evidence = found.fitted, found.held_out, found.evidence
     labels = zero_shot.predict(noise)
     assert (fitted.argmax(dim=1).numpy() == labels).mean() > (
         held_out.argmax(dim=1).numpy() == labels
@@ -137,8 +138,8 @@ def test_held_out_logits_know_nothing_of_the_rows_of_their_fold():
     probe = probe_of(3, sharpness=2.0)
     moved = features.copy()
     moved[0] = -moved[0]
-    (_, before, _), (_, after, _) = (
-        held_out_logits(probe, head=probe.weight, features=rows) for rows in (features, moved)
+    before, after = (
+        held_out_logits(probe, head=probe.weight, features=rows).held_out for rows in (features, moved)
     )
     own, others = torch.arange(5, 60, 5), torch.arange(1, 60, 5)
     # The scale is that of the mean confidence of all rows.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from lpclip.method.few_labels import Correction, FewLabels, mean_feature
 from lpclip.method.held_out import held_out_logits
 from lpclip.method.linear import BLOCK_CELLS, Linear
 from lpclip.method.probe import Probe
@@ -15,7 +14,7 @@ from lpclip.method.pseudo_labels import bisect_factor
 
 # The temperature is set on this many rows, the first in row order: a fair sample.
 CALIBRATION_ROWS = 20_000
-# The guess of the accuracy counts as much as this many given labels.
+# The guess without labels counts as much as this many given labels.
 GUESS_LABELS = 20
 
 
@@ -36,22 +35,6 @@ def expected_accuracy(zero_shot_confidence: float, *, evidence: float = 1.0) -> 
     return c + evidence * max(0.0, c**2 / (c**2 + (1 - c) ** 2) - c)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Checked:
-    """What given labels say of a classifier's accuracy."""
-
-    count: int
-    right_without: int
-    """Labels that the classifier before it, which knew none of them, has right: too few."""
-    right_with: int
-    """Labels that the classifier has right, which knows them: too many."""
-
-    def accuracy(self, guess: float) -> float:
-        """Halfway between the two, as if GUESS_LABELS more labels had shown the `guess`."""
-        seen = (self.right_without + self.right_with) / 2
-        return (GUESS_LABELS * guess + seen) / (GUESS_LABELS + self.count)
-
-
 def label_free_temperature(
     probe: Probe,
     *,
@@ -59,22 +42,42 @@ def label_free_temperature(
     features: np.ndarray,
     trained: Linear,
     head: Tensor,
-    checked: Checked | None = None,
+    labels: FewLabels | None = None,
 ) -> float:
     """The temperature at which the probe is as confident on the mean as it can be expected to be right.
 
     A probe is surer of images that it was fitted to than of others. How much surer is measured with students that did
     without a part of the images (`held_out_logits`): `trained` (K', d) is the rounds' own classifier, `head` (K', d)
-    the texts of its names in units of logits. Labels play no part, but for the few that were given, if any: `checked`.
+    the texts of its names in units of logits. Labels play no part, but for the few that were given, if any: `labels`.
     docs/method.md has what other ways give.
     """
     sample = features[:CALIBRATION_ROWS]
-    fitted, held_out, evidence = held_out_logits(trained, head=head, features=features)
-    target = expected_accuracy(mean_confidence(zero_shot, sample), evidence=evidence)
-    if checked is not None:
-        target = checked.accuracy(target)
-    optimism = temperature_at(held_out, confidence=target) / temperature_at(fitted, confidence=target)
-    return optimism * temperature_at(probe.logits(sample), confidence=target)
+    found = held_out_logits(trained, head=head, features=features)
+    target = expected_accuracy(mean_confidence(zero_shot, sample), evidence=found.evidence)
+    honest = temperature_at(found.held_out, confidence=target)
+    optimism = honest / temperature_at(found.fitted, confidence=target)
+    guess = optimism * temperature_at(probe.logits(sample), confidence=target)
+    if labels is None:
+        return guess
+    return guess * labelled_temperature(found.student, labels, features=features, guess=honest) / honest
+
+
+def labelled_temperature(
+    classifier: Linear, labels: FewLabels, *, features: np.ndarray, guess: float
+) -> float:
+    """The temperature at which the step of given labels makes a classifier as confident of others as it is right.
+
+    A fifth of the labels after the other is left out of the step, and asked. They are no fair sample, as people are
+    asked for the labels of hard images; so it is their own confidence that is set to the share of them that is right.
+    The `guess` of the temperature counts as if GUESS_LABELS more labels had shown it.
+    """
+    logits = Correction(labels, mean=mean_feature(features)).held_out(classifier)
+    if not len(logits):
+        return guess
+    right = int((logits.argmax(dim=1) == labels.named.classes).sum())
+    guessed = float(torch.softmax(logits / guess, dim=1).amax(dim=1).mean())
+    target = (GUESS_LABELS * guessed + right) / (GUESS_LABELS + len(logits))
+    return temperature_at(logits, confidence=target)
 
 
 def temperature_at(logits: Tensor, *, confidence: float) -> float:

@@ -62,10 +62,8 @@ class Confirmation:
     """The confidence that names without a meaning reach (lpclip/method/chance.py)."""
     labelled: int = 0
     """Images with a class that somebody gave them. The rounds that are tried do not see these labels."""
-    right: int = 0
-    """Those of them that the rounds have right."""
     won: int = 0
-    """Those that the rounds have right and zero-shot has not."""
+    """Those of them that the rounds have right and zero-shot has not."""
     lost: int = 0
     """Those that zero-shot has right and the rounds have not."""
 
@@ -76,15 +74,13 @@ class Confirmation:
 
     @property
     def doubts(self) -> list[str]:
-        """The reasons not to trust the rounds, each a clause."""
+        """The reasons not to trust the rounds, each a clause; none where given labels show that they are better.
+
+        The opposite is no reason: labels are asked for where the rounds are unsure, and so most likely wrong.
+        """
         if more_often_right(self.won, self.lost):
             return []
         found = []
-        if more_often_right(self.lost, self.won):
-            found.append(
-                f"of the {self.labelled} labels that were given, zero-shot has {self.lost} right that the rounds have "
-                f"wrong, and the rounds {self.won} that zero-shot has wrong"
-            )
         if self.kappa < MIN_KAPPA:
             found.append(f"the halves hardly confirm them (kappa {self.kappa:.2f}, {MIN_KAPPA} is needed)")
         if self.confidence <= self.chance:
@@ -113,7 +109,6 @@ class Sample:
         The rounds do without the `labels`, which then say how often the rounds are right.
         """
         self._given = None if labels is None else labels.named
-        self._right: dict[Prior, np.ndarray] = {}
         self._head, self._config = zero_shot / temperature, config
         rows = features[:SAMPLE_ROWS]
         shard = Shard(features=rows, num_rows=len(rows), device=compute_device())
@@ -148,10 +143,9 @@ class Sample:
         mean = Agreement(*(float(np.mean(values)) for values in zip(*found, strict=True)))
         shares = np.bincount(labels, minlength=num_classes) / len(labels)
         entropy = -(shares * np.log(np.maximum(shares, 1e-12))).sum() / np.log(max(2, num_classes))
-        right, won, lost = self._games(prior, state.classifier(self._head))
+        won, lost = self._games(state.classifier(self._head))
         return Confirmation(
             labelled=0 if self._given is None else len(self._given.classes),
-            right=right,
             won=won,
             lost=lost,
             agreement=mean.share,
@@ -161,21 +155,14 @@ class Sample:
             chance=self._chance,
         )
 
-    def prefers(self, prior: Prior, *, over: Prior) -> bool:
-        """Say whether the given labels show that the rounds with a prior are better than those with another one."""
-        one, other = self._right[prior], self._right[over]
-        return more_often_right(int((one & ~other).sum()), int((other & ~one).sum()))
-
-    def _games(self, prior: Prior, classifier: Linear) -> tuple[int, int, int]:
-        """Given labels that the rounds have right, that only they have right, and that only zero-shot has right."""
+    def _games(self, classifier: Linear) -> tuple[int, int]:
+        """Given labels that only the rounds have right, and those that only zero-shot has right."""
         if self._given is None:
-            self._right[prior] = np.zeros(0, bool)
-            return 0, 0, 0
+            return 0, 0
         features, wanted = self._given.features, self._given.classes.numpy()
         own = classifier.predict(features) == wanted
         zero_shot = (features @ self._head.T).argmax(dim=1).numpy() == wanted
-        self._right[prior] = own
-        return int(own.sum()), int((own & ~zero_shot).sum()), int((zero_shot & ~own).sum())
+        return int((own & ~zero_shot).sum()), int((zero_shot & ~own).sum())
 
     def present(self) -> Presence:
         """The class names that have images in the sample."""
@@ -230,8 +217,7 @@ def choose_prior(
     """The name in `PRIORS`, and the evidence for each candidate: equal class shares where the halves confirm them.
 
     Otherwise the pull to them is weak, and there is none where even this pull leaves labels that are far from equal.
-    Given labels come first, where they tell the two apart. `show` is called with each candidate's evidence as soon as
-    it is there.
+    `show` is called with each candidate's evidence as soon as it is there.
     """
     found: dict[str, Confirmation] = {}
 
@@ -241,13 +227,7 @@ def choose_prior(
         return found[name]
 
     uniform, weak = try_one("uniform"), try_one("weak")
-    if sample.prefers(PRIORS["weak"], over=PRIORS["uniform"]):
-        is_equal = False
-    elif sample.prefers(PRIORS["uniform"], over=PRIORS["weak"]):
-        is_equal = True
-    else:
-        is_equal = uniform.agreement >= weak.agreement + SUSPICION * (1 - weak.entropy) - TOLERANCE
-    if is_equal:
+    if uniform.agreement >= weak.agreement + SUSPICION * (1 - weak.entropy) - TOLERANCE:
         return "uniform", found
     if weak.entropy >= LEAST_ENTROPY:
         return "weak", found

@@ -31,6 +31,7 @@ RIDGE = 0.4  # r
 WRONG = 0.05  # e
 CONSTANT = 0.5
 STEPS = 40
+FOLDS = 5
 # Two classifiers are told apart by labels where chance would do so less often than this.
 CHANCE = 0.05
 
@@ -120,6 +121,19 @@ class Correction:
         weight = step[:, :-1] / self._scale
         bias = CONSTANT * step[:, -1] - weight @ self.mean
         return Linear(weight=classifier.weight + weight.float(), bias=classifier.bias + bias.float())
+
+    def held_out(self, classifier: Linear) -> Tensor:
+        """Logits (L, K) of the labels' images that belong to a class, each with the step of other labels alone."""
+        labels = self.labels.named
+        fold_of = torch.arange(len(labels.classes)) % FOLDS
+        logits = torch.zeros(len(labels.classes), len(classifier.bias))
+        for fold in range(FOLDS):
+            mine, rest = fold_of == fold, fold_of != fold
+            others = FewLabels(
+                places=labels.places[rest], features=labels.features[rest], classes=labels.classes[rest]
+            )
+            logits[mine] = Correction(others, mean=self.mean).apply(classifier).logits(labels.features[mine])
+        return logits
 
     @cached_property
     def _scale(self) -> float:

@@ -13,13 +13,7 @@ from torch import Tensor
 
 from lpclip.config import SelfTrainingConfig, UserError, check, to_dict
 from lpclip.method.arrays import StoredFeatures, ZeroShotHead, arrange, check_head, join_origins
-from lpclip.method.calibration import (
-    CALIBRATION_ROWS,
-    Checked,
-    label_free_temperature,
-    mean_confidence,
-    temperature_at,
-)
+from lpclip.method.calibration import label_free_temperature, labelled_temperature
 from lpclip.method.confirmation import with_neighbours
 from lpclip.method.few_labels import NONE_OF_THESE, Correction, FewLabels, mean_feature
 from lpclip.method.linear import Linear
@@ -183,7 +177,7 @@ def finish_probe(
             features=features,
             trained=own,
             head=head,
-            checked=None if labels is None else checked_by(labels, before=chosen, after=probe),
+            labels=labels,
         )
     elif labels is not None:
         probe, temperature = corrected_zero_shot(zero_shot, labels, features=features)
@@ -196,31 +190,13 @@ def finish_probe(
     return replace(probe, temperature=temperature, summary=summary)
 
 
-def checked_by(labels: FewLabels, *, before: ChosenPrior, after: Probe) -> Checked:
-    """How many of the labels rounds without them have right, and how many the probe."""
-    named = labels.named
-    right = after.predict(named.features) == named.classes.numpy()
-    return Checked(
-        count=len(right), right_without=before.tried[before.name].right, right_with=int(right.sum())
-    )
-
-
 def corrected_zero_shot(zero_shot: Probe, labels: FewLabels, *, features: np.ndarray) -> tuple[Probe, float]:
     """Zero-shot with the step of the given labels, and the temperature of the result."""
     scale = zero_shot.temperature
     logits = Linear(weight=zero_shot.weight / scale, bias=zero_shot.bias / scale)
     found = Correction(labels, mean=mean_feature(features)).apply(logits)
-    named = labels.named
-    wanted, count = named.classes.numpy(), len(named.classes)
-    checked = Checked(
-        count=count,
-        right_without=int((zero_shot.predict(named.features) == wanted).sum()),
-        right_with=int((found.predict(named.features) == wanted).sum()),
-    )
-    sample = features[:CALIBRATION_ROWS]
-    target = checked.accuracy(mean_confidence(zero_shot, sample))
-    probe = replace(zero_shot, weight=found.weight, bias=found.bias, temperature=1.0)
-    return probe, temperature_at(probe.logits(sample), confidence=target)
+    probe = replace(zero_shot, weight=scale * found.weight, bias=scale * found.bias)
+    return probe, scale * labelled_temperature(logits, labels, features=features, guess=1.0)
 
 
 def zero_shot_labels(probe: Probe, features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

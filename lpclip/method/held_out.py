@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,12 +20,22 @@ LEAST_ROWS = 10
 ROWS = 20_000
 
 
-def held_out_logits(
-    classifier: Linear, *, head: Tensor, features: np.ndarray
-) -> tuple[Tensor, Tensor, float]:
-    """Logits (n, K) of the first 20,000 features (N, d) by a student of all rows, and by ones without the row's fold.
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """What a student of all rows says, and what ones say that were fitted without a part of them."""
 
-    The third value is the evidence of the student of all rows.
+    fitted: Tensor
+    """(n, K) logits of the first 20,000 rows by the student of all rows."""
+    held_out: Tensor
+    """(n, K) by the students without the row's fold."""
+    student: Linear
+    """The student of all rows."""
+    evidence: float
+    """Its evidence."""
+
+
+def held_out_logits(classifier: Linear, *, head: Tensor, features: np.ndarray) -> HeldOut:
+    """Logits of the first 20,000 features (N, d) by a student of all rows, and by ones without the row's fold.
 
     The students are Gaussian classes of the classifier's own soft labels, anchored in the texts `head` (K, d), which
     are in units of logits. A student without a fold does without it in everything: class means and covariances. With
@@ -51,7 +61,7 @@ def held_out_logits(
     whole = fit(*everything)
     fitted = whole.logits(sample)
     if len(sample) < LEAST_ROWS:
-        return fitted, fitted, whole.evidence
+        return HeldOut(fitted=fitted, held_out=fitted, student=whole, evidence=whole.evidence)
     held_out = torch.empty_like(fitted)
     fold_of = torch.arange(len(sample)) % FOLDS
     for fold in range(FOLDS):
@@ -60,7 +70,7 @@ def held_out_logits(
             total - own for total, own in zip(everything, _sums(mine, classifier=classifier), strict=True)
         )
         held_out[fold_of == fold] = fit(*rest).logits(mine)
-    return fitted, held_out, whole.evidence
+    return HeldOut(fitted=fitted, held_out=held_out, student=whole, evidence=whole.evidence)
 
 
 def _sums(rows: Tensor, *, classifier: Linear) -> tuple[Tensor, Tensor, Tensor]:
