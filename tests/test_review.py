@@ -23,10 +23,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import ROOT, draw, refusal
+from conftest import ROOT, draw, refusal, run
 
 from lpclip import files
 from lpclip.config import SelftrainJob, to_dict
+from lpclip.features.store import Store
 from lpclip.features.store_writer import Part, StoreWriter
 from lpclip.jobs.corrections import NONE
 from lpclip.method.probe import Probe
@@ -106,9 +107,9 @@ def review(out: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], int]
     )
     try:
         assert process.stdout is not None
-        line = process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:(\d+)/", line)
-        assert found, line
+        addresses = (re.search(r"http://127\.0\.0\.1:(\d+)/", line) for line in process.stdout)
+        found = next(filter(None, addresses), None)
+        assert found is not None, process.communicate()
         yield process, int(found[1])
     finally:
         process.kill()
@@ -303,9 +304,12 @@ def browser() -> Iterator[Browser]:
         driver.communicate()
 
 
+TITLE = "document.getElementById('title').textContent"
+
+
 @pytest.mark.slow
 def test_a_person_answers_by_keys_corrects_and_goes_on_later(out: Path, browser: Browser) -> None:
-    title = "document.getElementById('title').textContent"
+    title = TITLE
     with review(out) as (_, port):
         browser.open(f"http://127.0.0.1:{port}/")
         browser.wait(f"{title} === 'Image 1 of 5'")
@@ -369,3 +373,34 @@ def test_a_person_answers_by_keys_corrects_and_goes_on_later(out: Path, browser:
     assert list(answers(out).items()) == [
         *zip(IDS[:2], CLASSES, strict=False), (IDS[3], "bird 8"), (IDS[2], "horse"), (IDS[4], "bird 1"),
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_loop_of_the_readme_raises_the_accuracy_with_a_minute_of_answers(
+    cluster: None, tmp_path: Path, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = "--data fashion-mnist --limit 1500 --eval-limit 500 --views weak,mirror"
+    first = run(f"selftrain.py {flags} --out {tmp_path}/first", monkeypatch)
+    with review(tmp_path / "first") as (process, port):
+        names, suggested = first["classes"], tmp_path / "first" / "suggested.csv"
+        browser.open(f"http://127.0.0.1:{port}/")
+        with suggested.open(newline="") as file:
+            asked = [row["id"] for row in csv.DictReader(file)]
+        assert len(set(asked)) == 50
+        ids, labels = Store.open(first["features"]["train"]).ids_and_labels()
+        truth = dict(zip(ids.tolist(), labels.tolist(), strict=True))
+        for place, name in enumerate(asked[:30], 1):
+            browser.wait(f"{TITLE} === 'Image {place} of 50'")
+            browser.run("document.getElementById('other').focus()")
+            browser.type(f"{names[truth[name]]}\ue007")
+        browser.wait(f"{TITLE} === 'Image 31 of 50'")
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=120)
+    assert "30 of 50 images answered" in printed
+    # The command is run as it was printed.
+    command = re.search(r"next +\S+ (\S*selftrain\S* .*)", printed)
+    assert command is not None, printed
+    second = run(f"selftrain.py {command[1].split('selftrain', 1)[1].split(' ', 1)[1]}", monkeypatch)
+    assert second["labels"]["images"] == 30
+    assert second["probe"]["accuracy"] > first["probe"]["accuracy"] + 0.03
