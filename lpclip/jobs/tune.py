@@ -43,7 +43,7 @@ from lpclip.jobs.tune_runs import TrialRuns
 from lpclip.method.calibration import label_free_temperature
 from lpclip.method.criteria import CRITERIA, make_yardstick, measure
 from lpclip.method.few_labels import FewLabels
-from lpclip.method.fit import checked_by, corrected_zero_shot
+from lpclip.method.fit import corrected_zero_shot
 from lpclip.method.linear import Linear
 from lpclip.method.neighbours import comparison_dtype
 from lpclip.method.presence import with_absent
@@ -531,9 +531,7 @@ class _Sweep:
                 features=known.features.base,
                 trained=candidate,
                 head=torch.tensor(self._used.weight) / teacher,
-                checked=checked_by(self._few, before=self._prior, after=probe)
-                if self._few is not None and self._prior is not None
-                else None,
+                labels=self._few_used,
             )
             probe = replace(probe, temperature=temperature)
         elif self._few is not None:

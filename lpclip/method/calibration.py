@@ -15,7 +15,7 @@ from lpclip.method.pseudo_labels import bisect_factor
 # The temperature is set on this many rows, the first in row order: a fair sample.
 CALIBRATION_ROWS = 20_000
 # The guess without labels counts as much as this many given labels.
-GUESS_LABELS = 20
+GUESS_LABELS = 50
 
 
 def mean_confidence(probe: Probe, features: np.ndarray) -> float:

@@ -177,7 +177,7 @@ def finish_probe(
             features=features,
             trained=own,
             head=head,
-            labels=labels,
+            labels=labels if labels is None or places is None else labels.among(places),
         )
     elif labels is not None:
         probe, temperature = corrected_zero_shot(zero_shot, labels, features=features)

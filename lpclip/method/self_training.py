@@ -57,6 +57,10 @@ class Rounds:
         With strong views a last round of the gaussian solver follows, beyond `config.rounds`. `start` is the state of
         the last round of an interrupted run. Raises UserError when no row is left to fit.
         """
+        if self.whitenings is None and (self.config.solver == "gaussian" or self.labels is not None):
+            whitenings = fit_whitenings(self.shard, all_reduce=self.all_reduce)
+            yield from replace(self, whitenings=whitenings).run(start)
+            return
         teacher = start or self._corrected(self._zero_shot())
         previous, labelled = None, self._pass(teacher, previous=None)
         solver, last_solver = self._solvers()
@@ -167,11 +171,8 @@ class Rounds:
     def _correction(self) -> Correction | None:
         if self.labels is None:
             return None
-        return Correction(self.labels, mean=self._whitenings.base.mean.cpu())
-
-    @cached_property
-    def _whitenings(self) -> Whitenings:
-        return self.whitenings or fit_whitenings(self.shard, all_reduce=self.all_reduce)
+        assert self.whitenings is not None
+        return Correction(self.labels, mean=self.whitenings.base.mean.cpu())
 
     def _settled(self, teacher: State) -> bool:
         return teacher.round > 0 and teacher.metrics["flip_rate"] < self.recipe.stop_flip_rate
@@ -184,7 +185,8 @@ class Rounds:
             return GradientSolver(
                 shard=shard, head=self.head, seed=seed, recipe=recipe, all_reduce=all_reduce
             ), None
-        whitenings = self._whitenings
+        whitenings = self.whitenings
+        assert whitenings is not None
         base = GaussianSolver(
             shard=shard,
             head=self.head,
