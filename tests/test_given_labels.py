@@ -226,7 +226,6 @@ def test_a_run_with_labels_uses_them_and_reports_them_apart(
     assert summary["prior"]["trusted"]
     (tried, *_) = summary["prior"]["tried"].values()
     assert tried["labelled"] == 22
-    assert tried["right"] >= tried["won"]
     found = pseudo_labels(out)
     for name, label in given.items():
         if label == NONE:
