@@ -102,6 +102,7 @@ def made(
     bias: float = 0.0,
     with_labels: bool = True,
     kappa: float = 0.6,
+    **given: int,
 ) -> Outcome:
     """A training on made features: a cloud for each class, and a probe that is nearer to it than zero-shot.
 
@@ -139,7 +140,7 @@ def made(
     noisy = unit(means + 0.25 * random.normal(size=means.shape))
     zero_shot = replace(zero_shot_probe(torch.from_numpy(noisy), temperature=0.1, **about), bias=first)
     probe = Probe(weight=torch.from_numpy(means), bias=first, temperature=0.1, **about)
-    found = Confirmation(agreement=0.7, kappa=kappa, entropy=0.9, confidence=0.6, chance=0.3)
+    found = Confirmation(agreement=0.7, kappa=kappa, entropy=0.9, confidence=0.6, chance=0.3, **given)
     chosen = ChosenPrior(
         name="weak", prior=PRIORS["weak"], tried={"weak": found}, present=None, why="all of them"
     )
@@ -227,6 +228,27 @@ def test_a_fallback_says_why(tmp_path: Path) -> None:
     assert "the halves hardly confirm them (kappa 0.10, 0.28 is needed)" in page.text
     assert "Changed labels" not in titles(text)
     assert "cat (100 images)" in page.text
+
+
+@pytest.mark.parametrize(
+    ("kappa", "won", "sentence"),
+    [
+        (
+            0.6,
+            0,
+            "The rounds were trusted: two halves of the features, which cannot see each other, confirm them.",
+        ),
+        (0.1, 9, "The rounds were trusted: they have more of the given labels right than zero-shot."),
+        (0.1, 0, "The probe is zero-shot with the given labels alone, because the rounds cannot be trusted"),
+    ],
+)
+def test_the_verdict_tells_what_given_labels_did(
+    tmp_path: Path, kappa: float, won: int, sentence: str
+) -> None:
+    outcome = made(tmp_path, names=["cat", "dog"], kappa=kappa, labelled=20, won=won)
+    _, page = page_of(outcome, tmp_path)
+    assert sentence in page.text
+    assert "Training was given 20 labels, and these images are not evaluated on." in page.text
 
 
 def test_all_images_of_one_class(tmp_path: Path) -> None:

@@ -171,6 +171,8 @@ def print_result(
         print(f"{measured_on(where)}:")
         trusted = summary["prior"]["trusted"]
         kind = "self-trained" if trusted else "fell back to zero-shot"
+        if "labels" in summary:
+            kind += f", {summary['labels']['images']:,} labels given"
         names = {"zero_shot": "zero-shot", "probe": f"probe ({kind})", "supervised": "supervised"}
         print(
             format_table(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -188,11 +188,13 @@ def _thumbnails(store: Store) -> tuple[dict[str, bytes], str]:
 
 
 def _guard(chosen: ChosenPrior, names: tuple[str, ...]) -> Guard:
-    summary = chosen.summary(names)
+    summary, found = chosen.summary(names), chosen.tried[chosen.name]
     return Guard(
+        given=found.labelled,
+        by_labels=not found.doubts and bool(replace(found, won=0, lost=0).doubts),
         prior=chosen.name,
         tried={name: asdict(found) for name, found in chosen.tried.items()},
-        doubts=chosen.tried[chosen.name].doubts,
+        doubts=found.doubts,
         absent=summary["absent"],
         why_these_names=chosen.why,
     )

@@ -34,6 +34,10 @@ class Guard:
     absent: Sequence[str]
     """Class names that the rounds leave out."""
     why_these_names: str
+    given: int = 0
+    """Labels that people gave."""
+    by_labels: bool = False
+    """True where nothing but these labels speaks for the rounds."""
 
     @property
     def trusted(self) -> bool:
@@ -119,16 +123,24 @@ def _share(count: int, total: int) -> str:
 
 def _verdict(report: TrainingReport) -> Section:
     guard = report.guard
+    changed = f"The probe gives {_share(report.num_changed, report.num_images)} another label than zero-shot."
     if guard.trusted:
+        why = "two halves of the features, which cannot see each other, confirm them"
+        if guard.by_labels:
+            why = "they have more of the given labels right than zero-shot"
+        text = f"The rounds were trusted: {why}. {changed}"
+    elif guard.given:
         text = (
-            "The rounds were trusted: two halves of the features, which cannot see each other, confirm them. The "
-            f"probe gives {_share(report.num_changed, report.num_images)} another label than zero-shot."
+            "The probe is zero-shot with the given labels alone, because the rounds cannot be trusted: "
+            f"{'; '.join(guard.doubts)}. {changed}"
         )
     else:
         text = (
             "The probe fell back to zero-shot: it is zero-shot itself and changed no label, because the rounds "
             f"cannot be trusted: {'; '.join(guard.doubts)}."
         )
+    if guard.given:
+        text += f" Training was given {counted(guard.given, 'label')}, and these images are not evaluated on."
     names = {"zero_shot": "zero-shot", "probe": "probe", "supervised": "supervised"}
     rows = [
         {
@@ -144,7 +156,7 @@ def _verdict(report: TrainingReport) -> Section:
         before, after = (report.results[name]["accuracy"] or 0.0 for name in ("zero_shot", "probe"))
         text += (
             f"\n\nOn {report.measured_on}, the probe is right on {after:.1%}, zero-shot on {before:.1%}. Training "
-            "read none of these labels."
+            "read no label of the images that are evaluated on."
         )
         if after < before:
             text += " Here the probe is worse than zero-shot: use OUT/zero_shot, or more images."
