@@ -78,7 +78,7 @@ from lpclip.jobs.predict import labelled
 from lpclip.method.probe import Probe
 
 torch.set_num_threads(1)
-folder, units, dim, classes = sys.argv[1], 200, 512, 500
+folder, units, dim, classes = sys.argv[1], 200, 512, 1000
 random = np.random.default_rng(0)
 
 def unit(count):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from lpclip import files
@@ -161,7 +161,9 @@ def _verdict(method: str, run: Mapping[str, Any] | None) -> str:
 def _doubts(prior: Mapping[str, Any]) -> list[str]:
     """The reasons that a training gave not to trust its rounds; none where they are not known."""
     found = prior.get("tried", {}).get(prior.get("name"), {})
-    if found.keys() != {field.name for field in fields(Confirmation)}:
+    known = {field.name: field.default is MISSING for field in fields(Confirmation)}
+    needed = {name for name, is_needed in known.items() if is_needed}
+    if not needed <= found.keys() <= known.keys():
         return []  # earlier versions measured less
     return Confirmation(**found).doubts
 
