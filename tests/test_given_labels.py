@@ -87,8 +87,10 @@ def test_the_digest_is_of_the_labels_and_not_of_their_file(tmp_path: Path) -> No
 
 
 BAD = {
-    "nothing": (b"", "has no column id: its first line must name id, label"),
-    "other columns": (b"name,class\na,dog\n", "has no column id: its first line must name id, label"),
+    "nothing": (b"", "has no column id: its first line must name id and label, each once, and names nothing"),
+    "other columns": (b"name,class\na,dog\n", "has no column id: .*, each once, and names name, class"),
+    "two label columns": (b"id,label,label\na,dog,cat\n", "has two columns label"),
+    "too many cells": (b"id,label\na,dog,cat\n", "line 2, has more cells than the first line names columns"),
     "no label column": (b"id,guess\na,dog\n", "has no column label"),
     "no row": (b"id,label\n", "has no label: fill in the column `label`, or leave --labels out"),
     "no answer": (b"id,label\na,\nb, \n", "has no label: fill in the column `label`"),
@@ -436,7 +438,7 @@ def test_images_with_an_answer_are_not_asked_for_and_answers_are_not_overwritten
     printed = capsys.readouterr().out
     # With the file alone, the next training would lose the earlier answers.
     assert printed.count("or in the file, then:") == 1
-    assert "it takes over what is filled in in the file, and keeps 5 answers" in printed
+    assert "labels that the file has by then, to the 5 answers in" in printed
     for between in (",", ";"):
         with (out / "suggested.csv").open("w", newline="") as file:
             table = csv.DictWriter(file, list(second[0]), delimiter=between)
@@ -466,7 +468,7 @@ def test_a_run_that_was_moved_is_asked_about_and_what_is_no_run_is_refused(
         assert said.startswith(f"{tmp_path}/{name} holds no finished run of lpclip selftrain: --run takes")
     assert "--count must be at least 1" in refusal(f"suggest.py --run {moved} --count 0", monkeypatch, capsys)
     shutil.rmtree(tmp_path / "elsewhere" / "features")
-    assert "is not a complete feature store" in refusal(f"suggest.py --run {moved}", monkeypatch, capsys)
+    assert "the features of the run are not at" in refusal(f"suggest.py --run {moved}", monkeypatch, capsys)
 
 
 def test_the_next_turn_goes_on_with_the_labels_of_the_last(

@@ -216,7 +216,7 @@ def test_what_cannot_be_asked_is_one_sentence(
     suggest(out)
     assert "names no image" in said()
     (out / "suggested.csv").write_text("name\na\n")
-    assert "has no column id: its first line must name id, label" in said()
+    assert "has no column id: its first line must name id and label" in said()
     suggest(out, *IDS)
     (out / "corrections.csv").write_bytes(b"\xff\xfe\0")
     assert "is not UTF-8 text" in said()

@@ -16,7 +16,10 @@ NONE = "none of these"
 
 
 def read_csv(path: str, *, columns: tuple[str, ...]) -> tuple[list[str], list[dict[str, str]]]:
-    """The names of a CSV file's columns and its rows. Raises UserError when one of `columns` is not there."""
+    """The names of a CSV file's columns and its rows.
+
+    Raises UserError when one of `columns` is not there, or twice, or a row has more cells than there are columns.
+    """
     text = files.decode_text(files.read_bytes(path), path=path)
     # Spreadsheets of some countries part columns by semicolons.
     first = text.partition("\n")[0]
@@ -24,14 +27,26 @@ def read_csv(path: str, *, columns: tuple[str, ...]) -> tuple[list[str], list[di
         io.StringIO(text, newline=""), restval="", delimiter=max(",;\t", key=first.count), strict=True
     )
     try:
-        names = [*(table.fieldnames or ())]
-        missing = [name for name in columns if name not in names]
-        if missing:
-            raise UserError(
-                f"{path} has no column {missing[0]}: its first line must name {', '.join(columns)}"
-            )
-        # Cells beyond the last named column are under None.
-        return names, [{name: row[name] for name in names} for row in table]
+        told = [name.strip() for name in table.fieldnames or ()]
+        names = [name.lower() if name.lower() in columns else name for name in told]
+        table.fieldnames = names
+        for name in columns:
+            if names.count(name) != 1:
+                found = ", ".join(told) if text.strip() else "nothing: it is empty"
+                raise UserError(
+                    f"{path} has {'two columns' if name in names else 'no column'} {name}: its first line must name "
+                    f"{' and '.join(columns)}, each once, and names {found}"
+                )
+        rows = []
+        for row in table:
+            # Cells beyond the last named column are under None.
+            if any(row.get(None) or ()):
+                raise UserError(
+                    f"{path}, line {table.reader.line_num}, has more cells than the first line names columns: put a "
+                    "text with commas into quotes"
+                )
+            rows.append({name: row[name] for name in names})
+        return names, rows
     except csv.Error as error:
         raise UserError(
             f"{path} is no CSV file that can be read: line {table.reader.line_num}: {error}"

@@ -40,6 +40,11 @@ class FinishedRun:
         moved = files.join(out, "features", files.split(store)[1])
         if not files.exists(files.join(store, "manifest.json")) and files.exists(moved):
             store = moved
+        if not files.exists(store):
+            raise UserError(
+                f"the features of the run are not at {store}: put the folder back if it was moved, or run the command "
+                "of the run again"
+            )
         return cls(
             out=out, summary=summary, probe=load_probe(files.join(out, "probe")), store=Store.open(store)
         )

@@ -355,6 +355,7 @@ def _outcome(
             "encoder": opened.info.name + lite,
             "classes": f"{len(opened.head.class_names):,}",
             "rounds": f"{trained.rounds[-1].round}",
+            **({"given labels": f"{len(opened.given.by_id):,}"} if opened.given is not None else {}),
             "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         },
     )

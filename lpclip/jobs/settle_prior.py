@@ -69,9 +69,9 @@ def settle_prior(
     identity = digest(known)
     kept = files.read_json(path) if files.exists(path) else {}
     if kept.get("identity") != identity:
+        what = "trying the rounds" if prior is None else "as asked; can the rounds be trusted? Trying them"
         print(
-            "prior: trying the rounds on a sample, whole and in random halves of the features' directions "
-            "(a minute)",
+            f"prior: {what} on a sample, whole and in random halves of the features' directions (a minute)",
             flush=True,
         )
         found = try_priors(

@@ -82,7 +82,9 @@ def suggest_job(job: SuggestJob) -> dict[str, Any]:
     print(f"next     label them in the browser: {command_line('review', ReviewJob(run=job.run))}")
     if known:
         print(
-            f"         it takes over what is filled in in the file, and keeps {counted(len(known), 'answer')}",
+            f"         review adds them, and labels that the file has by then, to the "
+            f"{counted(len(known), 'answer')} in {shown(run.corrections().path)}, and prints the command that trains "
+            "again",
             flush=True,
         )
     else:
@@ -102,7 +104,7 @@ def _candidates(features: Features, *, thumbnails: dict[str, bytes], known: dict
 
 def _why(found: Suggestions, number: int) -> str:
     size, unsure = int(found.stands_for[number]), float(found.unsure[number])
-    return f"stands for {counted(size, 'image')}, of which the probe is {unsure:.0%} unsure on the mean"
+    return f"stands for {counted(size, 'image')}, of which the probe is unsure by {unsure:.0%} on average"
 
 
 def _refuse_answers(path: str) -> None:
