@@ -1,4 +1,4 @@
-"""What a few labels add: none, random ones, suggested ones, suggested ones of which a tenth is wrong.
+"""Accuracy with a few given labels: none, random ones, suggested ones, and suggested ones of which a tenth is wrong.
 
 python benchmarks/labels.py cifar10.npz pets.npz --seeds 5 --counts 50,200
 

@@ -4,9 +4,9 @@
     python benchmarks/random_kills.py --seconds 60 --seed 7 --json runs/kills.json
 
 encode, selftrain and tune run in turn on a cluster of three Ray nodes of this machine. Each has a third of the time for
-faults, as often as it ends, and is then brought to its end without them. Every few seconds something is chosen by a
-seeded generator: SIGKILL for the job's own process, for one of Ray's workers with what it encodes, trains or tries, or
-for all of a node, which is started anew; or for a while no worker can write a file of a part's size, as on a full disk.
+faults, as often as it ends, and is then brought to its end without them. Every few seconds a seeded generator chooses a
+fault. SIGKILL ends the job's own process, one of Ray's workers, or a whole node, which then starts again. Or no worker
+can write a file of a part's size for a while, as on a full disk.
 A job that ended with an error is given again, the same command. In the end, features, pseudo-labels, the probe and
 trials must be those of jobs that nothing befell, byte by byte. What the moments hit depends on the machine.
 """

@@ -30,7 +30,7 @@ from lpclip.method.few_labels import (
     more_often_right,
     with_labelled,
 )
-from lpclip.method.fit import SelfTraining, finish_probe
+from lpclip.method.fit import SelfTraining, finish_probe, zero_shot_labels
 from lpclip.method.linear import Linear
 from lpclip.method.priors import PRIORS
 from lpclip.method.probe import zero_shot_probe
@@ -328,6 +328,18 @@ def test_where_the_rounds_are_not_trusted_labels_correct_zero_shot(what: str) ->
         assert after == before
         sure, other = (one.probabilities(features).max(dim=1).values.mean() for one in (zero_shot, probe))
         assert float(other) == pytest.approx(float(sure), abs=0.01)
+
+
+def test_a_fallback_keeps_the_given_labels_of_its_images() -> None:
+    features, classes, head = planted(200)
+    labels = some(classes, each=2)
+    rows = np.flatnonzero(labels >= 0)
+    labels[rows[0]], labels[rows[1]] = NONE_OF_THESE, (classes[rows[1]] + 1) % NUM_CLASSES
+    probe = zero_shot_probe(head, temperature=TEMPERATURE, class_names=NAMES)
+    found, confidence, kept = zero_shot_labels(probe, features, labels=few(labels, features))
+    assert (found[rows[1:]] == labels[rows[1:]]).all()
+    assert (confidence[rows[1:]] == 1).all()
+    assert np.flatnonzero(~kept).tolist() == [rows[0]]
 
 
 def test_the_guess_of_the_temperature_gives_way_to_labels_as_they_become_more() -> None:

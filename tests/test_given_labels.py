@@ -86,6 +86,15 @@ def test_the_digest_is_of_the_labels_and_not_of_their_file(tmp_path: Path) -> No
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_names_that_differ_in_letters_alone_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    names, path = ("Turkey", "turkey", "dog"), tmp_path / "labels.csv"
+    found = read_given_labels(str(write(path, {"a": "turkey", "b": "Turkey", "c": "DOG"})), names)
+    assert found is not None
+    assert found.by_id == {"a": 1, "b": 0, "c": 2}
+    with pytest.raises(UserError, match="the label 'TURKEY' of 'a' is no class"):
+        read_given_labels(str(write(path, {"a": "TURKEY"})), names)
+
+
 BAD = {
     "nothing": (b"", "has no column id: its first line must name id and label, each once, and names nothing"),
     "other columns": (b"name,class\na,dog\n", "has no column id: .*, each once, and names name, class"),
@@ -321,7 +330,12 @@ def test_a_run_that_falls_back_corrects_zero_shot_with_the_labels(
     probe, features = load_probe(f"{out}/probe"), Store.open(f"{work.folder}/labelled").features()
     found = pseudo_labels(out)
     expected = dict(zip(features.ids.tolist(), probe.predict(features.base).tolist(), strict=True))
+    # As in a run that is trusted, an image with a label keeps it.
+    expected |= {name: NAMES.index(label) for name, label in given.items() if label != NONE}
     assert {name: row["label"] for name, row in found.items()} == expected
+    assert {name for name, row in found.items() if not row["kept"]} == {
+        name for name, label in given.items() if label == NONE
+    }
     # A sweep falls back to the same.
     space = work.space("one", '"rounds": tune.choice([3])')
     command = (

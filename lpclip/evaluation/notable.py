@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 KINDS = ("surest", "least sure", "most typical")
-"""What is shown of a class. The most typical image is the nearest to the mean feature of its class."""
+"""Kinds of images of a class. The most typical one is nearest to the mean feature of the class."""
 
 LEAST_GROUPS, MOST_GROUPS = 8, 150
 GROUP_ROWS = 80
@@ -97,7 +97,7 @@ def examples_of_classes(
         confidence, likeness = labels.confidence[rows], features[rows].astype(np.float32) @ mean
         kinds: dict[str, list[int]] = {}
         shown: set[int] = set()
-        # Of a class with few images, each kind gets its first one before any kind gets more.
+        # A small class is shared out, so that no kind takes all of its images.
         for kind, scores in zip(KINDS, (-confidence, confidence, -likeness), strict=True):
             best = (int(row) for row in rows[np.argsort(scores, kind="stable")] if int(row) not in shown)
             kinds[kind] = [row for row, _ in zip(best, range(min(each, -(-len(rows) // 3))), strict=False)]

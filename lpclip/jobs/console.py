@@ -17,10 +17,10 @@ from lpclip.config import PredictJob, SelftrainJob, UiJob, counted, flags
 from lpclip.encoders.head import EncoderInfo, Head
 from lpclip.features.data import Data
 from lpclip.features.stored_views import Encoded
-from lpclip.images.classes import ClassList
 from lpclip.images.views import base_views, parse_views
 from lpclip.jobs import tracking
 from lpclip.jobs.counts import count_line
+from lpclip.jobs.given_labels import GivenLabels
 from lpclip.report.tables import format_table
 
 LITE_NOTE = (
@@ -95,23 +95,24 @@ def print_mlflow(run: tracking.Run) -> None:
     print(f"MLflow   compare the runs: {run.charts or command_line('ui', show)}", flush=True)
 
 
-def print_classes(names: tuple[str, ...], present: np.ndarray | None) -> None:
-    """Print a plan's class names, and those at the places `present` (K',) that `--present` names, if any."""
+def print_classes(names: tuple[str, ...], *, present: np.ndarray | None, given: GivenLabels | None) -> None:
+    """Print a plan's class names, those at the places `present` (K',) that `--present` names, and the given labels."""
     print(f"classes   {_listed(names)}")
     if present is not None:
         print(
             f"present   {_listed([names[place] for place in present])}, as --present says; the rounds use these"
         )
+    if given is not None:
+        print(f"labels    {given.told()}")
 
 
 def _listed(names: Sequence[str]) -> str:
     return f"{len(names)}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
 
 
-def print_training(job: SelftrainJob, classes: ClassList, head: Head, *, present: np.ndarray | None) -> None:
+def print_training(job: SelftrainJob, *, head: Head) -> None:
     """The plan of the rounds."""
     t = job.training
-    print_classes(classes.names, present)
     workers = counted(t.num_workers, "Ray Train worker") if t.num_workers else "in this process"
     print(
         f"training  {t.solver}, at most {counted(t.rounds, 'round')}, temperature {head.temperature:.4g}, "

@@ -28,7 +28,7 @@ class GivenLabels:
 
     @property
     def digest(self) -> str:
-        """What identifies the labels, whatever their file and its order."""
+        """The identity of the labels. It does not depend on the file or on its order."""
         return digest({name: self._text(label) for name, label in self.by_id.items()})
 
     def keep(self, out: str) -> None:
@@ -82,7 +82,7 @@ class GivenLabels:
         return found
 
     def told(self) -> str:
-        """What is given, in a line for the plan."""
+        """The number of labels, in a line for the plan."""
         none = sum(label == NONE_OF_THESE for label in self.by_id.values())
         classes = len({label for label in self.by_id.values() if label >= 0})
         text = f"{counted(len(self.by_id) - none, 'image')} of {classes} classes"
@@ -113,15 +113,15 @@ def read_given_labels(path: str | None, class_names: tuple[str, ...]) -> GivenLa
     except OSError as error:
         raise UserError(f"--labels {path} cannot be read: {error.strerror or error}") from error
     num_empty = 0
-    index_of = {readable(name).casefold(): place for place, name in enumerate(class_names)}
-    index_of |= {NONE: NONE_OF_THESE} if NONE not in index_of else {}
+    exact = {name: place for place, name in enumerate(class_names)}
+    loose = _loose_names(class_names)
     found: dict[str, int] = {}
     for row in rows:
         name, label = row["id"], row["label"].strip()
         if not label:
             num_empty += 1
             continue
-        index = index_of.get(readable(label).casefold())
+        index = exact.get(label, loose.get(readable(label).casefold()))
         if index is None:
             hint = did_you_mean(label, class_names) or f"; the classes are {', '.join(class_names[:8])}" + (
                 ", ..." if len(class_names) > 8 else ""
@@ -132,6 +132,13 @@ def read_given_labels(path: str | None, class_names: tuple[str, ...]) -> GivenLa
     if not found:
         raise UserError(f"{path} has no label: fill in the column `label`, or leave --labels out")
     return GivenLabels(path=path, class_names=class_names, by_id=found, num_empty=num_empty)
+
+
+def _loose_names(class_names: tuple[str, ...]) -> dict[str, int]:
+    """The class index of each name in small letters that only one class has, and NONE."""
+    names = [readable(name).casefold() for name in class_names]
+    counts = Counter(names)
+    return {NONE: NONE_OF_THESE} | {name: place for place, name in enumerate(names) if counts[name] == 1}
 
 
 def left_out(y: np.ndarray, x: np.ndarray, given: FewLabels | None) -> np.ndarray:

@@ -47,7 +47,9 @@ from lpclip.images.open import open_source
 from lpclip.images.source import Source
 from lpclip.images.views import base_views, parse_views
 from lpclip.jobs.console import print_zero_shot
+from lpclip.jobs.given_labels import GivenLabels, left_out, read_given_labels
 from lpclip.jobs.runtime import Stopwatch
+from lpclip.method.few_labels import FewLabels
 from lpclip.method.presence import named_classes
 from lpclip.method.probe import Probe, zero_shot_probe
 
@@ -62,6 +64,8 @@ class Inputs:
     classes: ClassList
     present: np.ndarray | None
     """Places (K',) of the class names that have images, as `--present` says; None where it says nothing of that."""
+    given: GivenLabels | None = None
+    """The labels that `--labels` names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +81,11 @@ class EncodedInputs:
     x: np.ndarray
     """(M, d) float16, what is evaluated on."""
     y: np.ndarray
-    """(M,) int64 class indices, -1 where there is no label."""
+    """(M,) int64 class indices, -1 where there is no label, and for images whose label the training was given."""
     probe_encoder: dict[str, Any]
     """Everything a probe needs to compute the same features again."""
+    few: FewLabels | None = None
+    """The given labels with the features of their images, as indices of all names."""
 
 
 def open_inputs(job: SelftrainJob | TuneJob) -> Inputs:
@@ -96,7 +102,10 @@ def open_inputs(job: SelftrainJob | TuneJob) -> Inputs:
         data = with_checked_labels(data, classes)
     data = data.noted(*notes_on_names(classes.names))
     present = _named_present(job.training.present, classes.names)
-    return Inputs(data=data, test=test, classes=classes, present=present)
+    given = read_given_labels(job.labels, classes.names)
+    if given is not None:
+        given.check_present(present)
+    return Inputs(data=data, test=test, classes=classes, present=present, given=given)
 
 
 def _named_present(spec: str, class_names: tuple[str, ...]) -> np.ndarray | None:
@@ -176,6 +185,10 @@ def encode_inputs(
     if test is None:
         x, y = features.base, class_indices(raw, data=data, classes=classes)
         _tell_zero_shot(head, x, y, data=data.name)
+    few = None
+    if inputs.given is not None:
+        inputs.given.check_images(encoded.store, data=data.name)
+        few = inputs.given.few(features)
     watch.lap("encode")
     return EncodedInputs(
         encoded=encoded,
@@ -183,7 +196,8 @@ def encode_inputs(
         features=features,
         raw_labels=raw,
         x=x,
-        y=y,
+        y=left_out(y, x, few),
+        few=few,
         probe_encoder={
             "config": to_dict(job.encoder),
             "identity": info.identity,

@@ -72,11 +72,7 @@ def predict_job(job: PredictJob) -> dict[str, Any]:
         encoded = encoding.one_store_of(data, views)
         store = encoded.store
         watch.lap("encode")
-        counts: Counter[str] = Counter()
-        with files.parquet_by_tables(job.out) as add:
-            for table in labelled(store, probe, views=views, top_k=job.top_k, with_all=job.probabilities):
-                counts.update(table["label"].to_pylist())
-                add(table)
+        counts = _write_labels(job, store, probe, views=views)
         quarantine, told = _keep_quarantine(store, job.out), count_line(data, store)
         watch.lap("label")
         exported, sentence = 0, ""
@@ -109,6 +105,16 @@ def _begin_export(job: PredictJob, data: Data) -> LabelledFolder | None:
     root = data.source.root if data.source else ""
     identity = [data.identity, root, probe_digest(local_probe(job.probe)), job.min_probability]
     return LabelledFolder.begin(job.export_folder, data=data, named=job.data, identity=identity)
+
+
+def _write_labels(job: PredictJob, store: Store, probe: Probe, *, views: tuple[View, ...]) -> Counter[str]:
+    """Write the Parquet file. Returns the number of images by label."""
+    counts: Counter[str] = Counter()
+    with files.parquet_by_tables(job.out) as add:
+        for table in labelled(store, probe, views=views, top_k=job.top_k, with_all=job.probabilities):
+            counts.update(table["label"].to_pylist())
+            add(table)
+    return counts
 
 
 def labelled(

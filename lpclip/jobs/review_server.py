@@ -30,7 +30,7 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Review:
-    """What the page shows, and what becomes of an answer."""
+    """The contents of the page, and the function that takes an answer."""
 
     questions: list[Question]
     classes: tuple[str, ...]
@@ -85,7 +85,7 @@ class ReviewServer(ThreadingHTTPServer):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What a request may call this server: under any other name, a page from elsewhere would be its caller."""
+        """The names of this server. A request under another name comes from a page of another site."""
         return tuple(f"{name}:{self.server_port}" for name in (ADDRESS, "localhost"))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,13 +17,18 @@ from lpclip.encoders.head import EncoderInfo, Head, make_head, take_names
 from lpclip.encoders.prompts import templates
 from lpclip.evaluation.judge import accuracy, evaluate, probe_curves
 from lpclip.features.describe import describe_encoder
-from lpclip.features.store import Features
 from lpclip.images.classes import map_labels
 from lpclip.images.views import parse_views
 from lpclip.jobs import tracking
-from lpclip.jobs.console import LITE_NOTE, measured_on, print_plan, print_result, print_training
+from lpclip.jobs.console import (
+    LITE_NOTE,
+    measured_on,
+    print_classes,
+    print_plan,
+    print_result,
+    print_training,
+)
 from lpclip.jobs.counts import check_strict
-from lpclip.jobs.given_labels import GivenLabels, left_out, read_given_labels
 from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
 from lpclip.jobs.mlflow_model import log_data, log_probe
 from lpclip.jobs.process import start_ray
@@ -31,7 +36,6 @@ from lpclip.jobs.run import check_job, job_run, provenance, single_metrics
 from lpclip.jobs.runtime import Stopwatch, check_workers, claim, output_folder, versions
 from lpclip.jobs.selftrain_page import Outcome, write_training_page
 from lpclip.jobs.settle_prior import ChosenPrior, load_prior, settle_prior
-from lpclip.method.few_labels import FewLabels
 from lpclip.method.fit import finish_probe, is_last_student, zero_shot_labels
 from lpclip.method.presence import among_all
 from lpclip.method.priors import Prior
@@ -56,8 +60,6 @@ class _Opened:
     """Zero-shot at the encoder's own temperature, which it was calibrated with."""
     teacher: Head
     """The same at the temperature of the first teacher."""
-    given: GivenLabels | None
-    """The labels that --labels names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,15 +92,12 @@ def selftrain_job(job: SelftrainJob) -> dict[str, Any]:
         opened = _open(job)
         inputs, info = opened.inputs, opened.info
         print_plan(inputs.data, inputs.test, info=info, views=job.encode.views, out=out)
-        print_training(job, inputs.classes, opened.head, present=inputs.present)
-        if opened.given is not None:
-            print(f"labels    {opened.given.told()}", flush=True)
+        print_classes(inputs.classes.names, present=inputs.present, given=inputs.given)
+        print_training(job, head=opened.head)
         watch.lap("start")
         with job_run("selftrain", job, out=out, encoder=info.name, data=inputs.data.name) as run:
             known = encode_inputs(job, inputs, info=info, head=opened.head, out=out, watch=watch)
-            few = _few_labels(opened, known)
-            known = replace(known, y=left_out(known.y, known.x, few))
-            trained = _train(job, opened, known, few, out=out, watch=watch)
+            trained = _train(job, opened, known, out=out, watch=watch)
             results = {name: evaluate(probe, known.x, known.y) for name, probe in trained.shown.items()}
             history = [
                 {
@@ -133,9 +132,6 @@ def _open(job: SelftrainJob) -> _Opened:
     inputs = open_inputs(job)
     names = inputs.classes.names
     prior = load_prior(job.training.prior, names)
-    given = read_given_labels(job.labels, names)
-    if given is not None:
-        given.check_present(inputs.present)
     if job.supervised and not inputs.data.has_labels:
         raise UserError("--supervised needs labels in --data, and there are none")
     start_ray()
@@ -148,40 +144,26 @@ def _open(job: SelftrainJob) -> _Opened:
     )
     head = make_head(info, names, temperature=None)
     teacher = make_head(info, names, temperature=job.training.temperature)
-    return _Opened(inputs=inputs, prior=prior, info=info, head=head, teacher=teacher, given=given)
-
-
-def _few_labels(opened: _Opened, known: EncodedInputs) -> FewLabels | None:
-    """The given labels with the features of their images."""
-    if opened.given is None:
-        return None
-    opened.given.check_images(known.encoded.store, data=opened.inputs.data.name)
-    return opened.given.few(known.features)
+    return _Opened(inputs=inputs, prior=prior, info=info, head=head, teacher=teacher)
 
 
 def _train(
-    job: SelftrainJob,
-    opened: _Opened,
-    known: EncodedInputs,
-    few: FewLabels | None,
-    *,
-    out: str,
-    watch: Stopwatch,
+    job: SelftrainJob, opened: _Opened, known: EncodedInputs, *, out: str, watch: Stopwatch
 ) -> _Trained:
     """Choose the prior, run the rounds, and make probes of them, which are saved to OUT."""
-    fingerprint = known.encoded.store.manifest.fingerprint
+    fingerprint, given = known.encoded.store.manifest.fingerprint, opened.inputs.given
     identity = {
         "features": fingerprint,
         "head": opened.teacher.identity,
         "training": config_identity(job.training),
         "eval_data": known.tested.store.manifest.content_digest if known.tested else None,
     }
-    if opened.given is not None:
-        identity["labels"] = opened.given.digest
+    if given is not None:
+        identity["labels"] = given.digest
     # Before anything is written: OUT may hold the results of other work.
     claim(out, identity, mark=False)
-    if opened.given is not None:
-        opened.given.keep(out)
+    if given is not None:
+        given.keep(out)
     chosen = settle_prior(
         job.training,
         out=out,
@@ -190,12 +172,12 @@ def _train(
         head=opened.teacher,
         fingerprint=fingerprint,
         present=opened.inputs.present,
-        labels=few,
+        labels=known.few,
     )
     watch.lap("prior")
     rounds, labels = _run_rounds(job, opened, known, chosen=chosen, identity=identity, out=out)
     watch.lap("rounds")
-    trained = _make_probes(job, opened, known, few, chosen=chosen, rounds=rounds, labels=labels)
+    trained = _make_probes(job, opened, known, chosen=chosen, rounds=rounds, labels=labels)
     files.write_parquet(files.join(out, "pseudo_labels.parquet"), trained.pseudo_labels)
     for name, probe in trained.shown.items():
         probe.save(files.join(out, name))
@@ -225,7 +207,7 @@ def _run_rounds(
         prior=chosen.prior,
         config=job.training,
         folder=files.join(out, "rounds"),
-        labels=None if opened.given is None else opened.given.among(chosen.present),
+        labels=None if opened.inputs.given is None else opened.inputs.given.among(chosen.present),
     )
     claim(out, {**work.identity, **identity})
     count = RECIPE.neighbour_count(
@@ -248,7 +230,6 @@ def _make_probes(
     job: SelftrainJob,
     opened: _Opened,
     known: EncodedInputs,
-    few: FewLabels | None,
     *,
     chosen: ChosenPrior,
     rounds: list[State],
@@ -272,7 +253,7 @@ def _make_probes(
         features=features.base,
         config=job.training,
         chosen=chosen,
-        labels=few,
+        labels=known.few,
     )
     return _Trained(
         chosen=chosen,
@@ -281,7 +262,7 @@ def _make_probes(
         zero_shot=zero_shot,
         probe=probe,
         supervised=_supervised(opened.inputs, known, like=probe) if job.supervised else None,
-        pseudo_labels=labels if chosen.trusted else _zero_shot_labels(probe, features),
+        pseudo_labels=labels if chosen.trusted else _zero_shot_labels(probe, known),
     )
 
 
@@ -294,10 +275,10 @@ def _supervised(inputs: Inputs, known: EncodedInputs, *, like: Probe) -> Probe:
     return supervised_probe(known.features.base, labels, like=like)
 
 
-def _zero_shot_labels(probe: Probe, features: Features) -> pa.Table:
-    """The pseudo-labels of a training that fell back to zero-shot: round 0, all of them kept."""
-    label, confidence, kept = zero_shot_labels(probe, features.base)
-    ids, first = pa.array(features.ids, pa.string()), np.zeros(len(label), np.int32)
+def _zero_shot_labels(probe: Probe, known: EncodedInputs) -> pa.Table:
+    """The pseudo-labels of a training that fell back to zero-shot: round 0, all kept but those of no class."""
+    label, confidence, kept = zero_shot_labels(probe, known.features.base, labels=known.few)
+    ids, first = pa.array(known.features.ids, pa.string()), np.zeros(len(label), np.int32)
     return pa.table({"id": ids, "label": label, "confidence": confidence, "kept": kept, "round": first})
 
 
@@ -311,7 +292,7 @@ def _summary(
     encoded, tested = known.encoded, known.tested
     return {
         "evaluated_on": evaluated_on(opened.inputs, known),
-        **({"labels": opened.given.summary()} if opened.given is not None else {}),
+        **({"labels": opened.inputs.given.summary()} if opened.inputs.given is not None else {}),
         "rounds": history,
         "images": {
             "encoded": encoded.store.manifest.num_rows,
@@ -355,7 +336,7 @@ def _outcome(
             "encoder": opened.info.name + lite,
             "classes": f"{len(opened.head.class_names):,}",
             "rounds": f"{trained.rounds[-1].round}",
-            **({"given labels": f"{len(opened.given.by_id):,}"} if opened.given is not None else {}),
+            **({"given labels": f"{len(known.few.places):,}"} if known.few is not None else {}),
             "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         },
     )

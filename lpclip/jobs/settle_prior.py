@@ -69,27 +69,12 @@ def settle_prior(
     identity = digest(known)
     kept = files.read_json(path) if files.exists(path) else {}
     if kept.get("identity") != identity:
-        what = "trying the rounds" if prior is None else "as asked; can the rounds be trusted? Trying them"
-        print(
-            f"prior: {what} on a sample, whole and in random halves of the features' directions (a minute)",
-            flush=True,
-        )
-        found = try_priors(
-            features,
-            torch.tensor(tried_head.weight),
-            temperature=head.temperature,
-            config=training,
-            prior=prior,
-            labels=labels,
-            show=print_tried,
-        )
-        outcome = {k: asdict(v) for k, v in found.tried.items()}
-        places = None if found.present is None else found.present.tolist()
+        found = _try(training, features=features, prior=prior, head=tried_head, labels=labels)
         kept = {
             "identity": identity,
             "name": found.name,
-            "tried": outcome,
-            "present": places,
+            "tried": {k: asdict(v) for k, v in found.tried.items()},
+            "present": None if found.present is None else found.present.tolist(),
             "why": found.why,
         }
         files.write_json(path, kept)
@@ -107,6 +92,31 @@ def settle_prior(
     )
     print_prior(name, tried, trusted=chosen.trusted, labelled=labels is not None)
     return chosen
+
+
+def _try(
+    training: SelfTrainingConfig,
+    *,
+    features: np.ndarray,
+    prior: Prior | None,
+    head: Head,
+    labels: FewLabels | None,
+) -> ChosenPrior:
+    """The outcome of `try_priors`, told as it goes on."""
+    what = "trying the rounds" if prior is None else "as asked; can the rounds be trusted? Trying them"
+    print(
+        f"prior: {what} on a sample, whole and in random halves of the features' directions (a minute)",
+        flush=True,
+    )
+    return try_priors(
+        features,
+        torch.tensor(head.weight),
+        temperature=head.temperature,
+        config=training,
+        prior=prior,
+        labels=labels,
+        show=print_tried,
+    )
 
 
 def print_tried(name: str, found: Confirmation) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,32 +53,9 @@ def suggest_job(job: SuggestJob) -> dict[str, Any]:
         }
         for number, place in enumerate(found.places)
     ]
-    sink = io.StringIO(newline="")
-    table = csv.DictWriter(sink, COLUMNS, lineterminator="\n")
-    table.writeheader()
-    table.writerows(lines)
-    examples = [
-        Example(
-            image=image,
-            name=f"{number}. {line['id']}",
-            predictions={"probe": (line["guess"], float(line["confidence"]))},
-        )
-        for number, line in enumerate(lines, 1)
-        if (image := shrunk(thumbnails.get(line["id"], b""))) is not None
-    ]
-    text = (
-        f"Fill in the column label of {shown(path)} for these images, in any order and as many as you like: a class "
-        'name, or "none of these". The first ones help most. The numbers are those of the lines.'
-    )
-    missing = "" if examples else "There are no pictures, because the feature store has no thumbnails."
-    sections = [Section(title="Images", text=f"{text}\n\n{missing}", examples=[("", examples)])]
-    facts = {
-        "Run": shown(run.out),
-        "Images": f"{len(features.ids):,}",
-        "Suggested": f"{len(lines):,}",
-    }
-    files.write_bytes(page, render_page("Images to label", facts=facts, sections=sections).encode())
-    files.write_bytes(path, sink.getvalue().encode())
+    facts = {"Run": shown(run.out), "Images": f"{len(features.ids):,}", "Suggested": f"{len(lines):,}"}
+    files.write_bytes(page, _page(lines, thumbnails, path=shown(path), facts=facts).encode())
+    files.write_bytes(path, _csv(lines).encode())
     print(f"{counted(len(lines), 'image')} to label: {shown(path)}, with pictures in {shown(page)}")
     print(f"next     label them in the browser: {command_line('review', ReviewJob(run=job.run))}")
     if known:
@@ -90,6 +68,41 @@ def suggest_job(job: SuggestJob) -> dict[str, Any]:
     else:
         print(f"         or in the file, then:      {run.again(labels=path)}", flush=True)
     return {"images": len(rows), "suggested": len(lines)}
+
+
+def _csv(lines: Sequence[Mapping[str, str]]) -> str:
+    sink = io.StringIO(newline="")
+    table = csv.DictWriter(sink, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(lines)
+    return sink.getvalue()
+
+
+def _page(
+    lines: Sequence[Mapping[str, str]],
+    thumbnails: Mapping[str, bytes],
+    *,
+    path: str,
+    facts: Mapping[str, str],
+) -> str:
+    """The page that shows the images of the lines of the file at `path`."""
+    examples = [
+        Example(
+            image=image,
+            name=f"{number}. {line['id']}",
+            predictions={"probe": (line["guess"], float(line["confidence"]))},
+        )
+        for number, line in enumerate(lines, 1)
+        if (image := shrunk(thumbnails.get(line["id"], b""))) is not None
+    ]
+    text = (
+        f"Fill in the column label of {path} for these images, in any order and as many as you like: a class "
+        'name, or "none of these". The first ones help most. The numbers are those of the lines.'
+    )
+    if not examples:
+        text += "\n\nThere are no pictures, because the feature store has no thumbnails."
+    section = Section(title="Images", text=text, examples=[("", examples)])
+    return render_page("Images to label", facts=facts, sections=[section])
 
 
 def _candidates(features: Features, *, thumbnails: dict[str, bytes], known: dict[str, str]) -> np.ndarray:

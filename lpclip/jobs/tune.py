@@ -31,7 +31,6 @@ from lpclip.images.views import parse_views
 from lpclip.jobs import tracking
 from lpclip.jobs.console import LITE_NOTE, command_line, print_classes, print_plan
 from lpclip.jobs.counts import check_strict
-from lpclip.jobs.given_labels import GivenLabels, left_out, read_given_labels
 from lpclip.jobs.inputs import EncodedInputs, Inputs, encode_inputs, evaluated_on, open_inputs
 from lpclip.jobs.mlflow_model import log_data, log_probe
 from lpclip.jobs.process import start_ray
@@ -100,9 +99,6 @@ def tune_job(job: TuneJob) -> dict[str, Any]:
     with output_folder(job.out) as out:
         inputs = open_inputs(job)
         names = inputs.classes.names
-        given = read_given_labels(job.labels, names)
-        if given is not None:
-            given.check_present(inputs.present)
         # The encoder's temperature is not known yet. With 1 in its place most mistakes are reported at once.
         check_space(space, base=job.training, own_temperature=1.0)
         priors = {spec: load_prior(spec, names) for spec in _prior_specs(job, space)}
@@ -125,13 +121,11 @@ def tune_job(job: TuneJob) -> dict[str, Any]:
         count = len(trials) or job.trials
         concurrent = job.concurrent or max(1, int(ray.cluster_resources().get("CPU", 1)))
         print_plan(inputs.data, inputs.test, info=info, views=job.encode.views, out=out)
-        print_classes(names, inputs.present)
-        if given is not None:
-            print(f"labels    {given.told()}", flush=True)
+        print_classes(names, present=inputs.present, given=inputs.given)
         print_sweep_plan(job, space, count=count, concurrent=concurrent)
         with job_run("tune", job, out=out, encoder=info.name, data=inputs.data.name) as run:
             watch.lap("start")
-            sweep = _Sweep(job, out, space, inputs, info, head, run, given)
+            sweep = _Sweep(job, out, space, inputs, info, head, run)
             summary = sweep.run(trials, configs, priors, count=count, concurrent=concurrent, watch=watch)
     check_strict(job.source, stores=summary["features"].values())
     return summary
@@ -197,11 +191,7 @@ class _Sweep:
         info: EncoderInfo,
         head: Head,
         run: tracking.Run,
-        given: GivenLabels | None,
     ) -> None:
-        self._given = given
-        self._few: FewLabels | None = None
-        """The given labels, as indices of all names."""
         self._job, self._out, self._space, self._inputs = job, out, space, inputs
         self._info, self._head, self._run = info, head, run
         # Trials know the names that have images, where --present names them; the probes know all.
@@ -210,6 +200,7 @@ class _Sweep:
         self._folder = files.join(out, "trials")
         self._runs: Mapping[str, tracking.Run] = {}
         self._prior: ChosenPrior | None = None
+        self._few: FewLabels | None = None
 
     def run(
         self,
@@ -224,10 +215,7 @@ class _Sweep:
         """All of it. Returns the summary."""
         job, out, head = self._job, self._out, self._head
         known = encode_inputs(job, self._inputs, info=self._info, head=head, out=out, watch=watch)
-        if self._given is not None:
-            self._given.check_images(known.encoded.store, data=self._inputs.data.name)
-            self._few = self._given.few(known.features)
-            known = replace(known, y=left_out(known.y, known.x, self._few))
+        self._few = known.few
         self._x, self._y, self._features = known.x, known.y, known.features.base
         fingerprint = known.encoded.store.manifest.fingerprint
         claim(out, self._identity(fingerprint))
@@ -272,7 +260,8 @@ class _Sweep:
 
     def _identity(self, fingerprint: str) -> dict[str, Any]:
         job = self._job
-        labels = {} if self._given is None else {"labels": self._given.digest}
+        given = self._inputs.given
+        labels = {} if given is None else {"labels": given.digest}
         return {
             **labels,
             "job": "tune",
@@ -504,7 +493,7 @@ class _Sweep:
             "rejected": choice.rejected,
             "evidence": _evidence(choice.accuracy, choice.worth, choice.best, criterion=criterion),
             "evaluated_on": evaluated_on(self._inputs, known),
-            **({"labels": self._given.summary()} if self._given is not None else {}),
+            **({"labels": self._inputs.given.summary()} if self._inputs.given is not None else {}),
             "prior": self._prior.summary(self._head.class_names) if self._prior else None,
             "classes": list(self._head.class_names),
             "encoder": self._info.identity,

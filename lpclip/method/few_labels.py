@@ -32,7 +32,7 @@ WRONG = 0.05  # e
 CONSTANT = 0.5
 STEPS = 40
 FOLDS = 5
-# Two classifiers are told apart by labels where chance would do so less often than this.
+# A classifier counts as better where chance alone would make it look so less often than this.
 CHANCE = 0.05
 
 

@@ -132,7 +132,7 @@ def fit(
         chosen=chosen,
         labels=given,
     )
-    found = zero_shot_labels(probe, rows)
+    found = zero_shot_labels(probe, rows, labels=given)
     if chosen.trusted:
         found = places[last.labels].astype(np.int32), last.confidence, last.kept
     labels, confidence, kept = (values[np.argsort(order)] for values in found)
@@ -199,10 +199,21 @@ def corrected_zero_shot(zero_shot: Probe, labels: FewLabels, *, features: np.nda
     return probe, scale * labelled_temperature(logits, labels, features=features, guess=1.0)
 
 
-def zero_shot_labels(probe: Probe, features: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels (N,) int32, confidences (N,) float32 and `kept` (N,) bool that a probe gives features (N, d)."""
-    label, confidence = probe.label(features)
-    return label.numpy().astype(np.int32), confidence.numpy(), np.ones(len(features), bool)
+def zero_shot_labels(
+    probe: Probe, features: np.ndarray, *, labels: FewLabels | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels (N,) int32, confidences (N,) float32 and `kept` (N,) bool that a probe gives features (N, d).
+
+    Images whose label was given have this one, with confidence 1; those of no class are not kept.
+    """
+    label, confidence, kept = (
+        *(found.numpy() for found in probe.label(features)),
+        np.ones(len(features), bool),
+    )
+    if labels is not None:
+        label[labels.named.places], confidence[labels.named.places] = labels.named.classes, 1.0
+        kept[labels.places] = labels.classes.numpy() >= 0
+    return label.astype(np.int32), confidence, kept
 
 
 def is_last_student(number: int, *, before: Mapping[str, float] | None, config: SelfTrainingConfig) -> bool:

@@ -22,7 +22,7 @@ ROWS = 20_000
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """What a student of all rows says, and what ones say that were fitted without a part of them."""
+    """Logits of a student of all rows, and of students that were fitted without a fold of them."""
 
     fitted: Tensor
     """(n, K) logits of the first 20,000 rows by the student of all rows."""

@@ -121,7 +121,8 @@ def _share(count: int, total: int) -> str:
     return f"{count:,} of {counted(total, 'image')} ({count / max(1, total):.1%})"
 
 
-def _verdict(report: TrainingReport) -> Section:
+def _outcome(report: TrainingReport) -> str:
+    """Whether the rounds were trusted and why, and what they changed."""
     guard = report.guard
     changed = f"The probe gives {_share(report.num_changed, report.num_images)} another label than zero-shot."
     if guard.trusted:
@@ -141,6 +142,11 @@ def _verdict(report: TrainingReport) -> Section:
         )
     if guard.given:
         text += f" Training was given {counted(guard.given, 'label')}, and these images are not evaluated on."
+    return text
+
+
+def _verdict(report: TrainingReport) -> Section:
+    text = _outcome(report)
     names = {"zero_shot": "zero-shot", "probe": "probe", "supervised": "supervised"}
     rows = [
         {
