@@ -34,7 +34,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,9 @@ from lpclip.jobs.cli import OPTIONS
 SUBNET = "198.18.77"  # of the addresses that are reserved for measurements
 HEAD, USER = 1, 4
 HOSTS = (HEAD, 2, 3)
-CPUS = 1  # of each host: two workers are on two hosts
+CPUS = dict.fromkeys(HOSTS, 1)  # two workers are on two hosts
 MTU = 1500
 STORE_BYTES = 200_000_000
-SHORT_CUT = 15.0
 DELAY, LOSS = 0.05, 0.05
 AT_WORK = ("ray::MapWorker", "ray::RayTrainWorker", "ray::ImplicitFunc")
 RAY = (sys.executable, str(Path(sys.executable).with_name("ray")))
@@ -81,6 +80,8 @@ class Options:
     """Faults to inject, by their names in the table; all by default."""
     num_images: int = 4500
     """Images of selftrain and tune."""
+    cut: float = 15
+    """Seconds of cut-short."""
     json: str | None = None
     """File to write the rows to."""
 
@@ -226,8 +227,8 @@ print(urllib.request.urlopen(request, timeout=10).read().decode())
 class Hosts:
     """Ray on three hosts, its own on each, joined by docs/deployment.md. At the end of a `with`, none of it is left."""
 
-    def __init__(self, network: Network, folder: Path) -> None:
-        self.network, self._folder, self._starts = network, folder, 0
+    def __init__(self, network: Network, folder: Path, *, cpus: Mapping[int, int] = CPUS) -> None:
+        self.network, self._folder, self._cpus, self._starts = network, folder, cpus, 0
 
     def __enter__(self) -> Hosts:
         try:
@@ -244,6 +245,7 @@ class Hosts:
 
     def start(self, host: int) -> None:
         """`ray start` on a host. It is part of the cluster when this returns."""
+        before = self.nodes()  # the host's last node is among them until Ray has missed it
         self._starts += 1
         mine = (
             ["--head", "--port=6379", f"--dashboard-host={address(HEAD)}"]
@@ -251,7 +253,7 @@ class Hosts:
             else [f"--address={address(HEAD)}:6379"]
         )
         flags = [f"--node-ip-address={address(host)}", f"--temp-dir={self._folder / str(host)}"]
-        more = [f"--num-cpus={CPUS}", f"--object-store-memory={STORE_BYTES}", "--block"]
+        more = [f"--num-cpus={self._cpus[host]}", f"--object-store-memory={STORE_BYTES}", "--block"]
         with (self._folder / f"start-{self._starts}-host-{host}.log").open("w") as log:
             command = [*self.network.inside(host), *RAY, "start", *mine, *flags, *more]
             ray = subprocess.Popen(command, stdout=log, stderr=log)
@@ -259,22 +261,39 @@ class Hosts:
         def joined() -> bool:
             if ray.poll() is not None:
                 raise RuntimeError(f"Ray on host {host} did not start:\n{Path(log.name).read_text()[-2000:]}")
-            return host in self.alive()
+            return any(there == host for node, there in self.nodes().items() if node not in before)
 
         wait_for(joined, f"host {host}")
 
+    def given_up(self, host: int) -> int:
+        """Wait until Ray has given the host up. Returns the seconds."""
+        begin = time.monotonic()
+        wait_for(lambda: host not in self.alive(), f"that Ray gives host {host} up")
+        return round(time.monotonic() - begin)
+
+    def revive(self, host: int) -> None:
+        """Bring a given-up host back, which is reached again: its own Ray ends by itself, and starts again."""
+        wait_for(lambda: not titled(self.network.processes(host), "ray::"), f"the end of host {host}'s Ray")
+        self.network.kill(host)
+        self.start(host)
+
     def alive(self) -> set[int]:
-        """The hosts that Ray knows and has not given up, by its dashboard."""
+        """The hosts that Ray knows and has not given up."""
+        return set(self.nodes().values())
+
+    def nodes(self) -> dict[str, int]:
+        """The same by the ids of their nodes, from Ray's dashboard."""
         time.sleep(0.5)  # to ask takes a process, which this machine's hosts would miss
-        url = f"http://{address(HEAD)}:8265/api/v0/nodes"
+        url = f"http://{address(HEAD)}:8265/api/v0/nodes?limit=1000"
         words = [sys.executable, "-c", ASK, url, os.environ["RAY_AUTH_TOKEN_PATH"]]
         done = subprocess.run(
             [*self.network.inside(USER), *words], capture_output=True, text=True, check=False
         )
         if done.returncode:  # it is not up yet
-            return set()
+            return {}
         nodes = json.loads(done.stdout)["data"]["result"]["result"]
-        return {int(node["node_ip"].rpartition(".")[2]) for node in nodes if node["state"] == "ALIVE"}
+        living = [node for node in nodes if node["state"] == "ALIVE"]
+        return {node["node_id"]: int(node["node_ip"].rpartition(".")[2]) for node in living}
 
     def at_work(self) -> list[int]:
         """The hosts that have an actor or a worker of the job."""
@@ -343,8 +362,10 @@ WORKS = {
 class Run:
     """A job on the hosts, in the middle of its work."""
 
-    def __init__(self, job: Job, hosts: Hosts, *, out: Path, middle: tuple[str, int]) -> None:
-        self.job, self.hosts = job, hosts
+    def __init__(
+        self, job: Job, hosts: Hosts, *, out: Path, middle: tuple[str, int], short_cut: float
+    ) -> None:
+        self.job, self.hosts, self.short_cut = job, hosts, short_cut
         self._out, self._middle = out, middle
 
     def reach_the_middle(self) -> None:
@@ -372,12 +393,6 @@ class Run:
         if not self.job.runs or (self._out / "summary.json").exists():
             raise RuntimeError("the job ended before the fault")
 
-    def given_up(self, host: int) -> int:
-        """Wait until Ray has given the host up. Returns the seconds."""
-        begin = time.monotonic()
-        wait_for(lambda: host not in self.hosts.alive(), f"that Ray gives host {host} up")
-        return round(time.monotonic() - begin)
-
 
 # Faults
 
@@ -390,27 +405,24 @@ def nothing(run: Run) -> str:
 def cut_short(run: Run) -> str:
     """No packet leaves or reaches a host, for less time than it takes Ray to give it up."""
     run.cut(run.hosts.working())
-    time.sleep(SHORT_CUT)
+    time.sleep(run.short_cut)
     run.cut()
-    return f"{SHORT_CUT:.0f} s cut off"
+    return f"{run.short_cut:.0f} s cut off"
 
 
 def cut_long(run: Run) -> str:
     """Cut a host off until Ray has given it up. Its own Ray then ends by itself, and starts again."""
     run.cut(host := run.hosts.working())
-    seconds = run.given_up(host)
+    seconds = run.hosts.given_up(host)
     run.cut()
-    network = run.hosts.network
-    wait_for(lambda: not titled(network.processes(host), "ray::"), "the end of the given-up host's Ray")
-    network.kill(host)
-    run.hosts.start(host)
+    run.hosts.revive(host)
     return f"given up after {seconds} s"
 
 
 def killed(run: Run) -> str:
     """Kill every process on a host. Its Ray starts again when the cluster has noticed the loss."""
     run.kill(host := run.hosts.working())
-    seconds = run.given_up(host)
+    seconds = run.hosts.given_up(host)
     run.hosts.start(host)
     return f"given up after {seconds} s"
 
@@ -440,8 +452,8 @@ FAULTS: dict[str, Callable[[Run], str]] = {
 class Bench:
     """Data, and what comes of each job on one host that nothing befalls."""
 
-    def __init__(self, folder: Path, network: Network, *, num_images: int) -> None:
-        self._folder, self._network = folder, network
+    def __init__(self, folder: Path, network: Network, *, num_images: int, short_cut: float) -> None:
+        self._folder, self._network, self._short_cut = folder, network, short_cut
         self._lab = Lab(folder, num_images=num_images)
         self._undisturbed: dict[str, Path] = {}
 
@@ -456,7 +468,8 @@ class Bench:
         try:
             server = f"http://{address(HEAD)}:8265"
             with Hosts(self._network, folder) as hosts, trial.job(address=server) as started:
-                run = Run(started, hosts, out=folder / "out", middle=work.middle)
+                out = folder / "out"
+                run = Run(started, hosts, out=out, middle=work.middle, short_cut=self._short_cut)
                 run.reach_the_middle()
                 before = trial.parts()
                 note = FAULTS[fault](run)
@@ -511,30 +524,43 @@ def compare(
     return replace(row, wrong=tuple(claim for claim, holds in held.items() if not holds))
 
 
+def can_make_hosts() -> bool:
+    """Whether network namespaces can be made. Says why not."""
+    can = os.geteuid() == 0 and shutil.which("ip") is not None
+    if not can:
+        print("error: network namespaces need root and `ip`: install iproute2, and use sudo", file=sys.stderr)
+    return can
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """What hosts and jobs need in their environment. Writes their token into the folder."""
+    token = folder / "token"
+    token.write_text(secrets.token_hex(32))
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": str(WAIT_SECONDS),  # this machine may be busy
+        "RAY_TMPDIR": str(folder),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+
+
 def main(options: Options) -> int:
     """Inject the faults, print the table, write JSON. Returns the exit code."""
     for name, asked, there in (("jobs", options.jobs, WORKS), ("faults", options.faults, FAULTS)):
         if unknown := set(asked) - set(there):
             raise ValueError(f"--{name} {' '.join(unknown)}: there are {', '.join(there)}")
-    if os.geteuid() != 0 or not shutil.which("ip"):
-        print("error: network namespaces need root and `ip`: install iproute2, and use sudo", file=sys.stderr)
+    if not can_make_hosts():
         return 1
     # What is asked to end has to clear away its hosts first.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     os.environ.pop("RAY_ADDRESS", None)
     rows: dict[str, Row] = {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, Network() as network:
-        (Path(folder) / "token").write_text(secrets.token_hex(32))
-        os.environ |= {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": f"{folder}/token",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_raylet_start_wait_time_s": str(WAIT_SECONDS),  # this machine may be busy
-            "RAY_TMPDIR": folder,
-            "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        }
-        bench = Bench(Path(folder), network, num_images=options.num_images)
+        os.environ |= environment(Path(folder))
+        bench = Bench(Path(folder), network, num_images=options.num_images, short_cut=options.cut)
         for job in options.jobs or WORKS:
             for fault in options.faults or FAULTS:
                 name = f"{job}, {fault}"
