@@ -9,7 +9,8 @@ The features are centred and scaled to a mean square of 1, with a constant besid
 labels that may be wrong: a label that the classifier thinks impossible hardly counts. r holds the step back, so the
 labels' weight grows with their number. The largest D is found by expectation-maximisation, as each label is right or
 wrong. The curvature is replaced by its bound (Boehning, Annals of the Institute of Statistical Mathematics, 1992), so
-that one factor serves all steps of all rounds.
+that one factor serves all steps of all rounds. D is a sum of the labelled images' features, D = A' F: the steps are
+taken for A (L, K) and need no more of the features than their inner products.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lpclip.method.linear import Linear
 
 NONE_OF_THESE = -2
 """The label of an image that belongs to no class."""
-RIDGE = 0.4  # r
+RIDGE = 0.7  # r
 WRONG = 0.05  # e
 CONSTANT = 0.5
 STEPS = 40
@@ -111,13 +112,14 @@ class Correction:
         num_classes = len(classifier.bias)
         start = (labels.features @ classifier.weight.T + classifier.bias).double()
         wanted = torch.nn.functional.one_hot(labels.classes, num_classes).double()
-        step = torch.zeros(num_classes, rows.shape[1], dtype=torch.float64)
+        part = torch.zeros(len(rows), num_classes, dtype=torch.float64)
         for _ in range(STEPS):
-            found = torch.softmax(start + rows @ step.T, dim=1)
+            found = torch.softmax(start + self._products @ part, dim=1)
             own = (1 - WRONG) * (found * wanted).sum(dim=1)
             is_right = own / (own + WRONG / num_classes)
-            gradient = ((found - wanted) * is_right[:, None]).T @ rows + RIDGE * step
-            step -= torch.cholesky_solve(gradient.T, self._factor).T
+            gradient = (found - wanted) * is_right[:, None] + RIDGE * part
+            part -= torch.cholesky_solve(gradient, self._factor)
+        step = part.T @ rows
         weight = step[:, :-1] / self._scale
         bias = CONSTANT * step[:, -1] - weight @ self.mean
         return Linear(weight=classifier.weight + weight.float(), bias=classifier.bias + bias.float())
@@ -147,11 +149,15 @@ class Correction:
         return torch.nn.functional.pad(centred, (0, 1), value=CONSTANT)
 
     @cached_property
+    def _products(self) -> Tensor:
+        """(L, L) float64, the rows' inner products."""
+        return self._rows @ self._rows.T
+
+    @cached_property
     def _factor(self) -> Tensor:
-        """(d + 1, d + 1) float64, the root of the bound on the curvature."""
-        rows = self._rows
-        identity = torch.eye(rows.shape[1], dtype=torch.float64)
-        return torch.linalg.cholesky(rows.T @ rows / 2 + RIDGE * identity)
+        """(L, L) float64, the root of the bound on the curvature."""
+        identity = torch.eye(len(self._products), dtype=torch.float64)
+        return torch.linalg.cholesky(self._products / 2 + RIDGE * identity)
 
 
 def mean_feature(features: np.ndarray) -> Tensor:

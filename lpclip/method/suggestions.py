@@ -1,8 +1,8 @@
 """The images whose true label would help most: some of every region, more where the probe is unsure.
 
 The features are cut into as many clusters as labels are wanted, in their leading principal components, and every image
-counts by the root of how unsure the probe is of it: 1 less the difference of its two largest probabilities. The image
-nearest to a cluster's mean stands for it. So many labels go to the regions that are hard, and none is spent twice on
+counts by how unsure the probe is of it: 1 less the difference of its two largest probabilities. The image nearest to a
+cluster's mean stands for it. So many labels go to the regions that are hard, and none is spent twice on
 the same look; an outlier stands for nothing and is not asked for.
 """
 
@@ -16,7 +16,6 @@ from sklearn.cluster import KMeans
 COMPONENTS = 64
 ROWS_FOR_COMPONENTS = 5_000
 STEPS = 30
-UNSURE = 0.5
 # No image counts for less than this, so that clusters reach the sure images too.
 FLOOR = 1e-3
 
@@ -37,7 +36,7 @@ def suggest(features: np.ndarray, probabilities: np.ndarray, *, count: int, seed
     """Choose at most `count` of the images with features (N, d) and the probe's probabilities (N, K)."""
     rows = _leading(features.astype(np.float32))
     unsure = how_unsure(probabilities)
-    weights = np.maximum(FLOOR, unsure**UNSURE)
+    weights = np.maximum(FLOOR, unsure)
     count = min(count, len(np.unique(features, axis=0)))
     found = KMeans(count, n_init=1, max_iter=STEPS, random_state=seed).fit(rows, sample_weight=weights)
     distance = ((rows - found.cluster_centers_[found.labels_]) ** 2).sum(axis=1)
