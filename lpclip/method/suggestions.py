@@ -2,8 +2,8 @@
 
 The features are cut into as many clusters as labels are wanted, in their leading principal components, and every image
 counts by how unsure the probe is of it: 1 less the difference of its two largest probabilities. The image nearest to a
-cluster's mean stands for it. So many labels go to the regions that are hard, and none is spent twice on
-the same look; an outlier stands for nothing and is not asked for.
+cluster's mean stands for it. So many labels go to the regions that are hard, and none is spent twice on the same look;
+an outlier stands for nothing and is not asked for.
 """
 
 from __future__ import annotations
