@@ -525,7 +525,7 @@ def compare(
 
 
 def can_make_hosts() -> bool:
-    """Whether network namespaces can be made. Says why not."""
+    """Return True where network namespaces can be made. Elsewhere, print an error that says what is missing."""
     can = os.geteuid() == 0 and shutil.which("ip") is not None
     if not can:
         print("error: network namespaces need root and `ip`: install iproute2, and use sudo", file=sys.stderr)
@@ -533,7 +533,7 @@ def can_make_hosts() -> bool:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """What hosts and jobs need in their environment. Writes their token into the folder."""
+    """Write a token for the hosts into the folder. Returns the environment variables of all hosts and jobs."""
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     return {

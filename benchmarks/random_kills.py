@@ -68,7 +68,7 @@ class Options:
 
 
 class Chaos:
-    """What befalls the hosts and the jobs on them."""
+    """Chooses faults by a seed, and injects them into a job and its hosts."""
 
     def __init__(self, hosts: Hosts, *, seed: int) -> None:
         self._hosts, self._chance = hosts, random.Random(seed)

@@ -9,8 +9,8 @@ The features are centred and scaled to a mean square of 1, with a constant besid
 labels that may be wrong: a label that the classifier thinks impossible hardly counts. r holds the step back, so the
 labels' weight grows with their number. The largest D is found by expectation-maximisation, as each label is right or
 wrong. The curvature is replaced by its bound (Boehning, Annals of the Institute of Statistical Mathematics, 1992), so
-that one factor serves all steps of all rounds. D is a sum of the labelled images' features, D = A' F: the steps are
-taken for A (L, K) and need no more of the features than their inner products.
+that one factor serves all steps of all rounds. D is a sum of the labelled images' features, so it is looked for in the
+directions that these span, which are as many as there are labels, and d + 1 at most.
 """
 
 from __future__ import annotations
@@ -106,20 +106,20 @@ class Correction:
 
     def apply(self, classifier: Linear) -> Linear:
         """The classifier (K, d), in units of logits, with the step of the labels."""
-        labels, rows = self.labels.named, self._rows
-        if not len(rows):
+        labels = self.labels.named
+        if not len(labels.classes):
             return classifier
         num_classes = len(classifier.bias)
         start = (labels.features @ classifier.weight.T + classifier.bias).double()
         wanted = torch.nn.functional.one_hot(labels.classes, num_classes).double()
-        part = torch.zeros(len(rows), num_classes, dtype=torch.float64)
+        along = torch.zeros(num_classes, self._coordinates.shape[1], dtype=torch.float64)
         for _ in range(STEPS):
-            found = torch.softmax(start + self._products @ part, dim=1)
+            found = torch.softmax(start + self._coordinates @ along.T, dim=1)
             own = (1 - WRONG) * (found * wanted).sum(dim=1)
             is_right = own / (own + WRONG / num_classes)
-            gradient = (found - wanted) * is_right[:, None] + RIDGE * part
-            part -= torch.cholesky_solve(gradient, self._factor)
-        step = part.T @ rows
+            gradient = ((found - wanted) * is_right[:, None]).T @ self._coordinates + RIDGE * along
+            along -= torch.cholesky_solve(gradient.T, self._factor).T
+        step = along @ self._directions.T
         weight = step[:, :-1] / self._scale
         bias = CONSTANT * step[:, -1] - weight @ self.mean
         return Linear(weight=classifier.weight + weight.float(), bias=classifier.bias + bias.float())
@@ -149,15 +149,21 @@ class Correction:
         return torch.nn.functional.pad(centred, (0, 1), value=CONSTANT)
 
     @cached_property
-    def _products(self) -> Tensor:
-        """(L, L) float64, the rows' inner products."""
-        return self._rows @ self._rows.T
+    def _directions(self) -> Tensor:
+        """(d + 1, m) float64, orthonormal: m = min(L, d + 1) directions that hold all rows."""
+        return torch.linalg.qr(self._rows.T).Q
+
+    @cached_property
+    def _coordinates(self) -> Tensor:
+        """(L, m) float64, the rows along these directions."""
+        return self._rows @ self._directions
 
     @cached_property
     def _factor(self) -> Tensor:
-        """(L, L) float64, the root of the bound on the curvature."""
-        identity = torch.eye(len(self._products), dtype=torch.float64)
-        return torch.linalg.cholesky(self._products / 2 + RIDGE * identity)
+        """(m, m) float64, the root of the bound on the curvature."""
+        rows = self._coordinates
+        identity = torch.eye(rows.shape[1], dtype=torch.float64)
+        return torch.linalg.cholesky(rows.T @ rows / 2 + RIDGE * identity)
 
 
 def mean_feature(features: np.ndarray) -> Tensor:
