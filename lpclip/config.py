@@ -634,8 +634,8 @@ class PredictJob:
     probe: str
     """Folder of a saved probe, such as OUT/probe of lpclip selftrain, or hf-hub:OWNER/NAME."""
     data: tuple[str, ...]
-    """Images to label: a folder, Parquet, a WebDataset tar, a CSV/JSONL manifest, a named data set or a feature
-    store. Several values of one kind, also patterns in quotes, are read as one."""
+    """Images to label: a folder, Parquet, a WebDataset tar, a CSV/JSONL manifest, a named data set (its test part) or
+    a feature store. Several values of one kind, also patterns in quotes, are read as one."""
     out: str
     """Parquet file to write, with the columns id, label, probability, top_labels and top_probabilities. Images that
     cannot be read are listed beside it, for labels.parquet in labels.quarantine.parquet."""

@@ -533,6 +533,8 @@ def read_bytes(path: str) -> bytes:
 
     def read(filesystem: fs.FileSystem, inner: str) -> bytes:
         if isinstance(filesystem, fs.LocalFileSystem):
+            if Path(inner).is_dir():
+                raise UserError(f"{path} is a folder, and a file is wanted")
             _refuse_special_file(inner)
         with filesystem.open_input_file(inner) as stream:
             return stream.read()

@@ -128,7 +128,7 @@ def test_a_file_that_cannot_be_used_is_one_sentence(name: str, tmp_path: Path) -
 def test_a_file_that_is_not_there_or_none_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--labels .*nothing\.csv cannot be read: No such file"):
         read_given_labels(str(tmp_path / "nothing.csv"), CLASSES)
-    with pytest.raises(UserError, match="cannot read .* is a directory"):
+    with pytest.raises(UserError, match="is a folder, and a file is wanted$"):
         read_given_labels(str(tmp_path), CLASSES)
 
 
