@@ -27,7 +27,7 @@ from method_data import Data, Images, long_tailed
 from lpclip.config import SelfTrainingConfig
 from lpclip.encoders.head import Head
 from lpclip.evaluation.judge import evaluate
-from lpclip.method.confirmation import with_neighbours
+from lpclip.method.confirmation import Sample, with_neighbours
 from lpclip.method.few_labels import Correction, FewLabels, mean_feature
 from lpclip.method.fit import SelfTraining, finish_probe, fit
 from lpclip.method.linear import Linear
@@ -52,6 +52,13 @@ class Problem:
         self.plain: SelfTraining = fit(images.features, head)
         self.teacher = data.head / data.temperature
         shard = Shard(features=images.features, num_rows=len(images), device=compute_device())
+        self.sample = Sample(
+            images.features,
+            zero_shot=data.head,
+            temperature=data.temperature,
+            config=CONFIG,
+            dtype=comparison_dtype(),
+        )
         self.whitenings: Whitenings = fit_whitenings(shard)
         self.places = (
             np.arange(len(self.names)) if self.plain.prior.present is None else self.plain.prior.present
@@ -81,6 +88,7 @@ class Problem:
             chosen,
             tried={**chosen.tried, chosen.name: tried},
             present=None if len(places) == len(self.names) else places,
+            labelled_factor=self.sample.factor_of_labels(chosen.prior, labels=few, present=places),
         )
         *_, (last, _) = Rounds(
             self.shard,

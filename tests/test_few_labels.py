@@ -16,7 +16,7 @@ from test_self_training import Workers, assert_same_probe
 from lpclip import Head, fit
 from lpclip.config import SelfTrainingConfig, UserError
 from lpclip.method import few_labels as few_labels_module
-from lpclip.method.calibration import labelled_temperature
+from lpclip.method.calibration import OCTAVES, labelled_factor
 from lpclip.method.confirmation import Confirmation, Sample
 from lpclip.method.few_labels import (
     CONSTANT,
@@ -342,26 +342,72 @@ def test_a_fallback_keeps_the_given_labels_of_its_images() -> None:
     assert np.flatnonzero(~kept).tolist() == [rows[0]]
 
 
+def asked(count: int, *, wrong: float = 0.0) -> tuple[torch.Tensor, FewLabels, np.ndarray]:
+    """Logits four times as large as those that the labels were drawn from, the labels, and features of unit norm."""
+    rng = np.random.default_rng(3)
+    features = rng.normal(size=(count, DIM))
+    features = (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32)
+    logits = torch.from_numpy(rng.normal(size=(count, NUM_CLASSES)) * 1.5)
+    drawn = (logits + torch.from_numpy(rng.gumbel(size=logits.shape))).argmax(dim=1)
+    is_wrong = torch.from_numpy(rng.random(count) < wrong)
+    drawn[is_wrong] = torch.from_numpy(rng.integers(NUM_CLASSES, size=int(is_wrong.sum())))
+    labels = few(drawn.numpy(), features)
+    return 4 * logits.float(), labels, features
+
+
 def test_the_guess_of_the_temperature_gives_way_to_labels_as_they_become_more() -> None:
-    features, classes, head = planted(2000, misled=True)
-    zero_shot = Linear(weight=head / TEMPERATURE, bias=torch.zeros(len(head)))
+    found = [
+        labelled_factor(logits, labels, features=rows) for logits, labels, rows in map(asked, (30, 200, 3000))
+    ]
+    assert 1 < found[0] < found[1] < found[2]
+    assert found[2] == pytest.approx(4, rel=0.2)
+    logits, labels, rows = asked(3000, wrong=0.05)
+    assert labelled_factor(logits, labels, features=rows) == pytest.approx(4, rel=0.1), (
+        "a share is taken for wrong"
+    )
+    logits, labels, rows = asked(30)
+    none = labels.take(torch.zeros(30, dtype=torch.bool))
+    assert labelled_factor(logits[:0], none, features=rows) == 1
 
-    def confidence(each: int, guess: float) -> float:
-        given = few(some(classes, each=each), features)
-        found = labelled_temperature(zero_shot, given, features=features, guess=guess)
-        logits = Correction(given, mean=mean_feature(features)).held_out(zero_shot)
-        return float(torch.softmax(logits / found, dim=1).amax(dim=1).mean())
 
-    def right(each: int) -> float:
-        given = few(some(classes, each=each), features)
-        logits = Correction(given, mean=mean_feature(features)).held_out(zero_shot)
-        return float((logits.argmax(dim=1) == given.classes).double().mean())
+def test_a_label_counts_for_the_images_that_are_nearest_to_its_own() -> None:
+    """Two labels say that the guess is too sure, one that it is too unsure; most images are like the one."""
+    features = np.eye(3, DIM, dtype=np.float32)
+    logits = torch.tensor([[3.0, 0.0], [3.0, 0.0], [1.3, 0.0]])
+    labels = FewLabels(
+        places=torch.arange(3), features=torch.from_numpy(features), classes=torch.tensor([1, 1, 0])
+    )
 
-    gaps = [abs(confidence(each, guess=30.0) - right(each)) for each in (2, 20, 200)]
-    assert gaps[0] > gaps[1] > gaps[2]
-    assert gaps[2] < 0.05
-    none = few(np.where(np.arange(2000) < 3, NONE_OF_THESE, UNKNOWN), features)
-    assert labelled_temperature(zero_shot, none, features=features, guess=0.7) == 0.7
+    def factor(counts: list[int]) -> float:
+        return labelled_factor(logits, labels, features=np.repeat(features, counts, axis=0))
+
+    assert factor([5, 5, 5]) > 1
+    assert factor([1, 1, 300]) < 1
+    # One that stands for nearly all is one label, which the guess outweighs.
+    assert -np.log2(factor([1, 1, 300])) < OCTAVES
+
+
+def test_rounds_that_are_asked_for_labels_correct_zero_shots_confidence() -> None:
+    """Zero-shot is right about 82% of the images, and so is the guess about the rounds if zero-shot's confidence is."""
+    features, classes, head = planted(900, noise=0.3)
+
+    def factor(
+        temperature: float, labels: np.ndarray, present: np.ndarray | None = None
+    ) -> tuple[float, float]:
+        sample = Sample(features, zero_shot=head, temperature=temperature, config=CONFIG)
+        given = few(labels, features)
+        found = sample.factor_of_labels(PRIORS["weak"], labels=given, present=present)
+        return sample.confirm(PRIORS["weak"]).confidence, found
+
+    labels = np.full(900, UNKNOWN)
+    labels[:60] = classes[:60]
+    (too_sure, more), (unsure, less) = factor(0.02, labels), factor(0.3, labels)
+    assert too_sure > 0.95 > 0.5 > unsure
+    assert more > 1.1 > 0.6 > less
+    # A list of all names is the same as none, and images of no class say nothing of the confidence.
+    assert factor(0.3, labels, np.arange(NUM_CLASSES))[1] == less
+    labels[60:63] = NONE_OF_THESE
+    assert factor(0.3, labels)[1] == pytest.approx(less, rel=0.1)
 
 
 def test_held_out_logits_know_nothing_of_their_own_label() -> None:

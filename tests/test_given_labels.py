@@ -237,6 +237,9 @@ def test_a_run_with_labels_uses_them_and_reports_them_apart(
     assert summary["prior"]["trusted"]
     (tried, *_) = summary["prior"]["tried"].values()
     assert tried["labelled"] == 22
+    factor = summary["prior"]["labelled_factor"]
+    assert factor not in (0, 1)
+    assert json.loads((out / "prior.json").read_text())["labelled_factor"] == factor
     found = pseudo_labels(out)
     for name, label in given.items():
         if label == NONE:

@@ -16,7 +16,7 @@ from lpclip.method.priors import PRIORS, Prior, read_prior
 from lpclip.method.trial import ChosenPrior, try_priors
 
 # The format of prior.json: the outcome of another version's trial is not this version's.
-FORMAT = 3
+FORMAT = 4
 MEANINGS = {
     "uniform": " (labels are pulled to equal class shares)",
     "weak": " (labels are pulled weakly to equal class shares)",
@@ -76,6 +76,7 @@ def settle_prior(
             "tried": {k: asdict(v) for k, v in found.tried.items()},
             "present": None if found.present is None else found.present.tolist(),
             "why": found.why,
+            "labelled_factor": found.labelled_factor,
         }
         files.write_json(path, kept)
     name, tried = kept["name"], {k: Confirmation(**v) for k, v in kept["tried"].items()}
@@ -89,8 +90,11 @@ def settle_prior(
         tried=tried,
         present=present if kept["present"] is None else np.array(kept["present"]),
         why=kept["why"],
+        labelled_factor=kept["labelled_factor"],
     )
     print_prior(name, tried, trusted=chosen.trusted, labelled=labels is not None)
+    if labels is not None and chosen.trusted:
+        print_labelled_factor(chosen.labelled_factor)
     return chosen
 
 
@@ -154,3 +158,13 @@ def print_prior(name: str, tried: dict[str, Confirmation], *, trusted: bool, lab
             f"WARNING: the probe will be {result}, because the rounds cannot be trusted: {why}",
             flush=True,
         )
+
+
+def print_labelled_factor(factor: float) -> None:
+    """Print what given labels say of the temperature."""
+    how = "too sure" if factor > 1.05 else "not sure enough" if factor < 0.95 else "as sure as they should be"
+    print(
+        f"given labels: rounds that knew one half of them were {how} of the other half: the temperature is "
+        f"multiplied by {factor:.2f}",
+        flush=True,
+    )

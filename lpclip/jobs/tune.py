@@ -416,16 +416,19 @@ class _Sweep:
             for name, candidate in candidates.items()
         }
         trusted = prior is None or prior.trusted
-        best, rejected = ZERO_SHOT_KEY, list[str]()
+        best, rejected, confirmed = ZERO_SHOT_KEY, list[str](), None
         if trusted:
             ranked = sorted(worth, key=lambda name: -worth[name][self._job.criterion])
             for best in ranked:
-                if best == ZERO_SHOT_KEY or self._is_confirmed(finished[best], known, material):
+                if best == ZERO_SHOT_KEY:
+                    break
+                confirmed = self._confirmed(finished[best], known, material)
+                if confirmed is not None:
                     break
                 rejected.append(best)
         return _Choice(
             zero_shot=zero_shot,
-            probe=self._winner(zero_shot, candidates[best], finished.get(best), known),
+            probe=self._winner(zero_shot, candidates[best], finished.get(best), known, confirmed=confirmed),
             best=best,
             record=finished.get(best),
             worth=worth,
@@ -434,8 +437,8 @@ class _Sweep:
             rejected=rejected,
         )
 
-    def _is_confirmed(self, record: TrialRecord, known: EncodedInputs, material: Material) -> bool:
-        """Say whether the rounds can be trusted with a trial's own settings, as the command that repeats it asks."""
+    def _confirmed(self, record: TrialRecord, known: EncodedInputs, material: Material) -> ChosenPrior | None:
+        """Try the rounds as the command that repeats a trial does; None where they cannot be trusted."""
         config = self._config(record)
         assert config.temperature is not None
         print(
@@ -460,7 +463,7 @@ class _Sweep:
                 f"{_title(record.name, record.parameters)}: not chosen, because its rounds cannot be trusted: {why}",
                 flush=True,
             )
-        return not why
+        return None if why else found
 
     def _summary(self, known: EncodedInputs, records: list[TrialRecord], choice: _Choice) -> dict[str, Any]:
         """OUT/summary.json but for the timings."""
@@ -506,9 +509,15 @@ class _Sweep:
         }
 
     def _winner(
-        self, zero_shot: Probe, candidate: Linear, record: TrialRecord | None, known: EncodedInputs
+        self,
+        zero_shot: Probe,
+        candidate: Linear,
+        record: TrialRecord | None,
+        known: EncodedInputs,
+        *,
+        confirmed: ChosenPrior | None,
     ) -> Probe:
-        """The winner as a probe with a label-free temperature, saved."""
+        """The winner as a probe with its temperature, saved."""
         probe = zero_shot
         if record is not None:
             whole = self._whole(candidate)
@@ -520,9 +529,9 @@ class _Sweep:
                 features=known.features.base,
                 trained=candidate,
                 head=torch.tensor(self._used.weight) / teacher,
-                labels=self._few_used,
             )
-            probe = replace(probe, temperature=temperature)
+            assert confirmed is not None, "a trial wins only if its rounds are trusted"
+            probe = replace(probe, temperature=temperature * confirmed.labelled_factor)
         elif self._few is not None:
             probe, temperature = corrected_zero_shot(zero_shot, self._few, features=known.features.base)
             probe = replace(probe, temperature=temperature)

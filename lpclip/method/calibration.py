@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpclip.method.few_labels import Correction, FewLabels, mean_feature
+from lpclip.method.few_labels import WRONG, FewLabels
 from lpclip.method.held_out import held_out_logits
 from lpclip.method.linear import BLOCK_CELLS, Linear
 from lpclip.method.probe import Probe
@@ -14,8 +14,8 @@ from lpclip.method.pseudo_labels import bisect_factor
 
 # The temperature is set on this many rows, the first in row order: a fair sample.
 CALIBRATION_ROWS = 20_000
-# The guess without labels counts as much as this many given labels.
-GUESS_LABELS = 50
+# How far given labels are expected to move a guess of the temperature: a standard deviation, in octaves.
+OCTAVES = 0.3
 
 
 def mean_confidence(probe: Probe, features: np.ndarray) -> float:
@@ -36,48 +36,56 @@ def expected_accuracy(zero_shot_confidence: float, *, evidence: float = 1.0) -> 
 
 
 def label_free_temperature(
-    probe: Probe,
-    *,
-    zero_shot: Probe,
-    features: np.ndarray,
-    trained: Linear,
-    head: Tensor,
-    labels: FewLabels | None = None,
+    probe: Probe, *, zero_shot: Probe, features: np.ndarray, trained: Linear, head: Tensor
 ) -> float:
     """The temperature at which the probe is as confident on the mean as it can be expected to be right.
 
     A probe is surer of images that it was fitted to than of others. How much surer is measured with students that did
     without a part of the images (`held_out_logits`): `trained` (K', d) is the rounds' own classifier, `head` (K', d)
-    the texts of its names in units of logits. Labels play no part, but for the few that were given, if any: `labels`.
-    docs/method.md has what other ways give.
+    the texts of its names in units of logits. Labels play no part. docs/method.md has what other ways give.
     """
     sample = features[:CALIBRATION_ROWS]
     found = held_out_logits(trained, head=head, features=features)
     target = expected_accuracy(mean_confidence(zero_shot, sample), evidence=found.evidence)
-    honest = temperature_at(found.held_out, confidence=target)
-    optimism = honest / temperature_at(found.fitted, confidence=target)
-    guess = optimism * temperature_at(probe.logits(sample), confidence=target)
-    if labels is None:
-        return guess
-    return guess * labelled_temperature(found.student, labels, features=features, guess=honest) / honest
+    optimism = temperature_at(found.held_out, confidence=target) / temperature_at(
+        found.fitted, confidence=target
+    )
+    return optimism * temperature_at(probe.logits(sample), confidence=target)
 
 
-def labelled_temperature(
-    classifier: Linear, labels: FewLabels, *, features: np.ndarray, guess: float
-) -> float:
-    """The temperature at which the step of given labels makes a classifier as confident of others as it is right.
+def labelled_factor(logits: Tensor, labels: FewLabels, *, features: np.ndarray) -> float:
+    """What given labels say of a guess of the temperature: the factor that makes it right.
 
-    A fifth of the labels after the other is left out of the step, and asked. They are no fair sample, as people are
-    asked for the labels of hard images; so it is their own confidence that is set to the share of them that is right.
-    The `guess` of the temperature counts as if GUESS_LABELS more labels had shown it.
+    `logits` (L, K) are those of the labels' images, over the guessed temperature, by a classifier that did without the
+    label in question. The factor t makes the labels most likely, and is near 1 as long as they are few:
+
+        largest t of   sum_l w_l log((1 - e) softmax(logits_l / t)_{y_l} + e / K)  -  (log2 t)^2 / (2 s^2)
+
+    People are asked for the labels of hard images. So a label's weight w_l is the number of images, of features (N, d),
+    that are nearer to its own than to another one; the weights' sum is that of as many equal ones as say as much (Kish,
+    Survey Sampling, 1965).
     """
-    logits = Correction(labels, mean=mean_feature(features)).held_out(classifier)
     if not len(logits):
-        return guess
-    right = int((logits.argmax(dim=1) == labels.named.classes).sum())
-    guessed = float(torch.softmax(logits / guess, dim=1).amax(dim=1).mean())
-    target = (GUESS_LABELS * guessed + right) / (GUESS_LABELS + len(logits))
-    return temperature_at(logits, confidence=target)
+        return 1.0
+    counts = _stand_for(labels, features=features[:CALIBRATION_ROWS])
+    weights = counts * counts.sum() / (counts**2).sum()
+
+    def worth(octaves: float) -> float:
+        own = torch.softmax(logits.double() / 2**octaves, dim=1).gather(1, labels.classes[:, None])[:, 0]
+        likelihood = ((1 - WRONG) * own + WRONG / logits.shape[1]).log()
+        return float((weights * likelihood).sum()) - octaves**2 / (2 * OCTAVES**2)
+
+    near = max(np.linspace(-2, 2, 17), key=worth)
+    return float(2 ** max(near + np.linspace(-0.25, 0.25, 51), key=worth))
+
+
+def _stand_for(labels: FewLabels, *, features: np.ndarray) -> Tensor:
+    """(L,) float64: of features (N, d), how many are nearest to each label's image."""
+    counts = torch.zeros(len(labels.classes), dtype=torch.float64)
+    for block in torch.as_tensor(features).split(max(1, BLOCK_CELLS // len(counts))):
+        nearest = (block.float() @ labels.features.T).argmax(dim=1)
+        counts += torch.bincount(nearest, minlength=len(counts))
+    return counts
 
 
 def temperature_at(logits: Tensor, *, confidence: float) -> float:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lpclip.config import SelfTrainingConfig
 from lpclip.method.agreement import Agreement, agreement
+from lpclip.method.calibration import expected_accuracy, labelled_factor, temperature_at
 from lpclip.method.chance import chance_confidence, head_confidence
 from lpclip.method.few_labels import FewLabels, more_often_right
 from lpclip.method.gaussian import Whitening
@@ -26,9 +27,9 @@ from lpclip.method.linear import Linear
 from lpclip.method.neighbours import nearest
 from lpclip.method.presence import Presence, present_classes
 from lpclip.method.priors import PRIORS, Prior
-from lpclip.method.recipe import RECIPE, Recipe
+from lpclip.method.recipe import RECIPE
 from lpclip.method.self_training import Rounds
-from lpclip.method.shard import Shard, compute_device, fit_whitening
+from lpclip.method.shard import Shard, Whitenings, compute_device, fit_whitening, fit_whitenings
 from lpclip.method.state import Pass, State
 
 SAMPLE_ROWS = 10_000
@@ -106,21 +107,34 @@ class Sample:
     ) -> None:
         """Cut features (n, d), whose order says nothing; the head (K, d) has unit norm, `dtype` compares neighbours.
 
-        The rounds do without the `labels`, which then say how often the rounds are right.
+        The rounds of `confirm` do without the `labels`, which then say how often these rounds are right.
         """
         self._given = None if labels is None else labels.named
-        self._head, self._config = zero_shot / temperature, config
+        self._head = zero_shot / temperature
         rows = features[:SAMPLE_ROWS]
         shard = Shard(features=rows, num_rows=len(rows), device=compute_device())
         whitening = fit_whitening(shard)
         options: dict[str, Any] = {"config": config, "num_classes": len(zero_shot), "dtype": dtype}
-        self._whole = with_neighbours(shard, whitening=whitening, **options)
+        self._whole = Rounds(
+            with_neighbours(shard, whitening=whitening, **options),
+            head=self._head,
+            prior=PRIORS["none"],
+            config=config,
+            whitenings=Whitenings(base=whitening, last=None),
+        )
         seen = torch.from_numpy(rows[:HALF_ROWS]).float()
         self._confidence = head_confidence(seen, zero_shot, temperature=temperature)
         self._chance = chance_confidence(seen, zero_shot, temperature=temperature)
         logits = seen @ zero_shot.T / temperature
         # The halves must share nothing but the classes: their directions are uncorrelated.
         whitened = (seen - whitening.mean.float()) @ whitening.principal.float()
+        in_halves = replace(
+            self._whole,
+            # A half is less sure: the threshold would leave out others of its labels, or all.
+            config=replace(config, rounds=min(HALF_ROUNDS, config.rounds), threshold=0.0),
+            # Zero-shot sees the whole image: the halves start from its labels, and then do without it.
+            recipe=replace(RECIPE, zero_shot_share=0.0, text_rows=0.0),
+        )
         self._halves = []
         for seed in range(SPLITS):
             order = torch.randperm(whitened.shape[1], generator=torch.Generator().manual_seed(seed))
@@ -129,16 +143,14 @@ class Sample:
                 part = Shard(
                     features=directions, num_rows=len(directions), zero_shot=logits, device=shard.device
                 )
-                self._halves.append(with_neighbours(part, whitening=None, **options))
+                part = with_neighbours(part, whitening=None, **options)
+                self._halves.append(replace(in_halves, shard=part, whitenings=fit_whitenings(part)))
 
     def confirm(self, prior: Prior) -> Confirmation:
         """Try the rounds with a prior on the whole features, and on the halves."""
-        state, whole = self._run(self._whole, prior=prior, rounds=self._config.rounds)
-        labels = whole.labels[: len(self._halves[0].features)]
-        # Zero-shot sees the whole image: the halves start from its labels, and then do without it.
-        recipe = replace(RECIPE, zero_shot_share=0.0, text_rows=0.0)
-        halves = [self._labels(half, prior=prior, rounds=HALF_ROUNDS, recipe=recipe) for half in self._halves]
-        num_classes = len(self._head)
+        state, whole = _last(replace(self._whole, prior=prior))
+        labels, num_classes = whole.labels[:HALF_ROWS], len(self._head)
+        halves = [_last(replace(half, prior=prior))[1].labels for half in self._halves]
         found = [agreement(labels, half, num_classes=num_classes) for half in halves]
         mean = Agreement(*(float(np.mean(values)) for values in zip(*found, strict=True)))
         shares = np.bincount(labels, minlength=num_classes) / len(labels)
@@ -164,36 +176,39 @@ class Sample:
         zero_shot = (features @ self._head.T).argmax(dim=1).numpy() == wanted
         return int((own & ~zero_shot).sum()), int((zero_shot & ~own).sum())
 
+    def factor_of_labels(self, prior: Prior, *, labels: FewLabels, present: np.ndarray | None) -> float:
+        """What given labels say of the label-free temperature: rounds with one half of them are asked for the other.
+
+        `present` (K',) are the places of the names that the rounds use; None for all of them.
+        """
+        head = self._head if present is None else self._head[present]
+        labels = labels if present is None else labels.among(present)
+        rounds, features = replace(self._whole, head=head, prior=prior), self._whole.shard.features
+        rows = torch.from_numpy(features).float()
+        is_first = torch.arange(len(labels.classes)) % 2 == 0
+        logits = torch.zeros(len(labels.classes), len(head))
+        for mine in (is_first, ~is_first):
+            state, _ = _last(replace(rounds, labels=labels.take(~mine)))
+            classifier = state.classifier(head)
+            expected = expected_accuracy(self._confidence, evidence=state.evidence)
+            guess = temperature_at(classifier.logits(rows), confidence=expected)
+            logits[mine] = classifier.logits(labels.features[mine]) / guess
+        return labelled_factor(logits[labels.classes >= 0], labels.named, features=features)
+
     def present(self) -> Presence:
         """The class names that have images in the sample."""
-        zero_shot = torch.from_numpy(self._whole.features).float() @ self._head.T
+        zero_shot = torch.from_numpy(self._whole.shard.features).float() @ self._head.T
+        config = replace(self._whole.config, rounds=min(HALF_ROUNDS, self._whole.config.rounds))
 
         def label(places: np.ndarray) -> np.ndarray:
-            return self._labels(
-                self._whole, prior=PRIORS["none"], rounds=HALF_ROUNDS, head=self._head[places]
-            )
+            return _last(replace(self._whole, config=config, head=self._head[places]))[1].labels
 
         return present_classes(zero_shot, label=label)
 
-    def _labels(self, shard: Shard, **options: Any) -> np.ndarray:
-        return self._run(shard, **options)[1].labels
 
-    def _run(
-        self,
-        shard: Shard,
-        *,
-        prior: Prior,
-        rounds: int,
-        recipe: Recipe = RECIPE,
-        head: Tensor | None = None,
-    ) -> tuple[State, Pass]:
-        config = replace(self._config, rounds=min(rounds, self._config.rounds))
-        if shard is not self._whole:
-            # A half is less sure: the threshold would leave out others of its labels, or all.
-            config = replace(config, threshold=0.0)
-        head = self._head if head is None else head
-        *_, last = Rounds(shard, head=head, prior=prior, config=config, recipe=recipe).run()
-        return last
+def _last(rounds: Rounds) -> tuple[State, Pass]:
+    *_, last = rounds.run()
+    return last
 
 
 def with_neighbours(

@@ -63,9 +63,12 @@ class FewLabels:
     @cached_property
     def named(self) -> FewLabels:
         """Those of them that belong to a class."""
-        is_named = self.classes >= 0
+        return self.take(self.classes >= 0)
+
+    def take(self, which: Tensor) -> FewLabels:
+        """Those at which `which` (L,) bool is true."""
         return FewLabels(
-            places=self.places[is_named], features=self.features[is_named], classes=self.classes[is_named]
+            places=self.places[which], features=self.features[which], classes=self.classes[which]
         )
 
     def among(self, present: np.ndarray) -> FewLabels:
@@ -130,10 +133,7 @@ class Correction:
         fold_of = torch.arange(len(labels.classes)) % FOLDS
         logits = torch.zeros(len(labels.classes), len(classifier.bias))
         for fold in range(FOLDS):
-            mine, rest = fold_of == fold, fold_of != fold
-            others = FewLabels(
-                places=labels.places[rest], features=labels.features[rest], classes=labels.classes[rest]
-            )
+            mine, others = fold_of == fold, labels.take(fold_of != fold)
             logits[mine] = Correction(others, mean=self.mean).apply(classifier).logits(labels.features[mine])
         return logits
 

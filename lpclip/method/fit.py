@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lpclip.config import SelfTrainingConfig, UserError, check, to_dict
 from lpclip.method.arrays import StoredFeatures, ZeroShotHead, arrange, check_head, join_origins
-from lpclip.method.calibration import label_free_temperature, labelled_temperature
+from lpclip.method.calibration import label_free_temperature, labelled_factor
 from lpclip.method.confirmation import with_neighbours
 from lpclip.method.few_labels import NONE_OF_THESE, Correction, FewLabels, mean_feature
 from lpclip.method.linear import Linear
@@ -157,7 +157,7 @@ def finish_probe(
     chosen: ChosenPrior,
     labels: FewLabels | None = None,
 ) -> Probe:
-    """The last round's probe with its label-free temperature, or zero-shot where the rounds are not trusted.
+    """The last round's probe with its temperature, or zero-shot where the rounds are not trusted.
 
     The `labels` that were given correct zero-shot too.
 
@@ -177,8 +177,8 @@ def finish_probe(
             features=features,
             trained=own,
             head=head,
-            labels=labels if labels is None or places is None else labels.among(places),
         )
+        temperature *= chosen.labelled_factor
     elif labels is not None:
         probe, temperature = corrected_zero_shot(zero_shot, labels, features=features)
     summary = {
@@ -194,9 +194,10 @@ def corrected_zero_shot(zero_shot: Probe, labels: FewLabels, *, features: np.nda
     """Zero-shot with the step of the given labels, and the temperature of the result."""
     scale = zero_shot.temperature
     logits = Linear(weight=zero_shot.weight / scale, bias=zero_shot.bias / scale)
-    found = Correction(labels, mean=mean_feature(features)).apply(logits)
+    correction = Correction(labels, mean=mean_feature(features))
+    found = correction.apply(logits)
     probe = replace(zero_shot, weight=scale * found.weight, bias=scale * found.bias)
-    return probe, scale * labelled_temperature(logits, labels, features=features, guess=1.0)
+    return probe, scale * labelled_factor(correction.held_out(logits), labels.named, features=features)
 
 
 def zero_shot_labels(

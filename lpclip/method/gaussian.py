@@ -33,7 +33,9 @@ class Whitening:
     num_rows: float
 
     def to(self, device: torch.device) -> Whitening:
-        """The same on another device."""
+        """The same on a device; itself, with what it knows already, where it is there."""
+        if self.mean.device == device:
+            return self
         mean, covariance, shrunk = (part.to(device) for part in (self.mean, self.covariance, self.shrunk))
         return replace(self, mean=mean, covariance=covariance, shrunk=shrunk)
 
@@ -45,7 +47,7 @@ class Whitening:
     @cached_property
     def total_variance(self) -> float:
         """Sum of the variances in the white space."""
-        return float(torch.cholesky_solve(self.covariance, self.root).trace())
+        return float((torch.cholesky_inverse(self.root) * self.covariance).sum())
 
     @cached_property
     def whitener(self) -> Tensor:

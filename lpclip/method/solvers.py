@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -59,7 +60,7 @@ class GaussianSolver:
         fitted = gaussian_probe(
             sums,
             counts,
-            whitening=self.whitening.to(device),
+            whitening=self._whitening,
             anchors=anchors if self.recipe.text_rows else None,
         )
         rows = max(0, min(self.recipe.scale_rows, self.shard.num_rows) - self.shard.first_row)
@@ -73,6 +74,11 @@ class GaussianSolver:
             zero_shot_share=1 - (1 - self.zero_shot_share) * fitted.evidence,
             evidence=fitted.evidence,
         )
+
+    @cached_property
+    def _whitening(self) -> Whitening:
+        """On the shard's device, with its root and variance, which are the same in all rounds."""
+        return self.whitening.to(self.shard.device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,8 @@ class ChosenPrior:
     """Places (K',) of the class names that the rounds use; None for all of them."""
     why: str
     """Why these, a clause."""
+    labelled_factor: float = 1.0
+    """What given labels say of the label-free temperature (lpclip/method/calibration.py)."""
 
     @property
     def trusted(self) -> bool:
@@ -43,6 +45,7 @@ class ChosenPrior:
             "why_these_names": self.why,
             "absent": [name for place, name in enumerate(class_names) if place not in present],
             "tried": {name: asdict(found) for name, found in self.tried.items()},
+            "labelled_factor": self.labelled_factor,
         }
 
 
@@ -59,8 +62,9 @@ def try_priors(
     """Try the rounds on a sample of features (N, d), with the given prior or with the candidates of `auto`.
 
     `zero_shot` is the head (K, d) of all names, or of those that are known to have images; `show` is called with each
-    candidate's outcome. Given `labels` say how often the rounds that are tried are right. These are always those of the
-    gaussian solver, which is fast: what they say of the classes holds for the gradient solver too.
+    candidate's outcome. Given `labels` say how often the rounds that are tried are right, and whether rounds that have
+    the other labels are as sure as they should be. All rounds are those of the gaussian solver, which is fast: what
+    they say of the classes holds for the gradient solver too.
     """
     name, dtype = config.prior, comparison_dtype()
     config = replace(config, solver="gaussian")
@@ -90,4 +94,7 @@ def try_priors(
         if len(places) < len(zero_shot):
             name, present = "weak", places
     prior = PRIORS[name] if prior is None else prior
-    return ChosenPrior(name=name, prior=prior, tried=tried, present=present, why=why)
+    factor = 1.0
+    if labels is not None and tried[name].trusted:
+        factor = sample.factor_of_labels(prior, labels=labels, present=present)
+    return ChosenPrior(name=name, prior=prior, tried=tried, present=present, why=why, labelled_factor=factor)
