@@ -176,6 +176,8 @@ def _init() -> None:
     if here.decode(errors="replace") != os.getcwd():
         raise UserError(f"Ray cannot start in {here!r}, whose name is not UTF-8: run the command elsewhere")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray Train takes one report of its workers each time that it asks after them, by itself every 2 seconds.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     import ray
 
     if ray.is_initialized():
@@ -186,14 +188,33 @@ def _init() -> None:
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
     else:
         _make_spill_folder()
-        # "auto" would wait minutes for a dead cluster whose files are still there.
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            object_spilling_directory=_spilled,
-        )
+        with _no_dashboard():
+            # "auto" would wait minutes for a dead cluster whose files are still there.
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                object_spilling_directory=_spilled,
+            )
+
+
+@contextlib.contextmanager
+def _no_dashboard() -> Iterator[None]:
+    """Tell the Ray that is started meanwhile, but not this process, that no dashboard answers.
+
+    Ray Train asks a dashboard whether its controller is alive. Without an address it waits for one that never comes, 12
+    seconds for each training, or asks that of another Ray on this machine, which calls the controller dead.
+    """
+    name = "RAY_API_SERVER_ADDRESS"
+    before = os.environ.get(name)
+    os.environ[name] = "http://127.0.0.1:1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def _reach(address: str) -> None:
