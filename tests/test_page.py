@@ -191,6 +191,16 @@ def test_headings_are_in_order_and_links_lead_somewhere() -> None:
     assert page.attributes("html") == [{"lang": "en"}]
 
 
+def test_tables_of_equal_captions_are_told_apart_by_their_sections() -> None:
+    """A screen reader lists the regions of a page by their names."""
+    sections = [Section(title=title, tables=[("Mean", [{"a": 1}])]) for title in ("Fog", "Snow")]
+    regions = Page(render_page("Report", facts={}, sections=sections)).attributes("div")
+    assert [each["aria-label"] for each in regions if each.get("role") == "region"] == [
+        "Fog: Mean",
+        "Snow: Mean",
+    ]
+
+
 def test_small_pictures_have_rows_of_their_own() -> None:
     curves = {name: {"probe": {3: 0.5}} for name in ("fog", "snow")}
     small = [
