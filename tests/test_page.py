@@ -166,6 +166,13 @@ def test_examples_say_in_words_what_is_right_and_wrong() -> None:
     assert [attributes["alt"] for attributes in page.attributes("img")] == ["image, cat", "image", "image"]
 
 
+def test_images_without_a_caption_have_no_empty_heading() -> None:
+    sections = [Section(title="Images", examples=[("", [Example(image=thumbnail())])])]
+    page = Page(render_page("Report", facts={}, sections=sections))
+    assert page.texts("h3") == []
+    assert len(page.attributes("img")) == 1
+
+
 def test_other_images_are_refused() -> None:
     section = Section(title="Images", examples=[("Some", [Example(image=b"GIF89a...")])])
     with pytest.raises(ValueError, match="PNG or JPEG"):
