@@ -15,15 +15,17 @@ _OPTION = re.compile(rf"(?<=[?&;#])({_NAMES})(=|%3d)[^&;#\s'\"]+?(?=[),:.]*(?:[&
 _USER = re.compile(r"(?<=://)(?:[^/?#\s]*|[^/?#\s]*:(?!\d+/)[^?#\s]*)@")
 # A user name alone is none: abfs:// has the container there.
 _PASSWORD = re.compile(r"://[^/?#\s]*:(?!\d+/)[^?#\s]*@")
+# What a URI begins with, and a name on the Hugging Face hub, which some write options behind.
+_BEGINS = re.compile("://|hf-hub:")
 
 
 def holds_secret(text: str) -> bool:
     """True when a URI in the text holds a password, a secret key, a token or a signature."""
-    return "://" in text and bool(_PASSWORD.search(text) or _OPTION.search(text))
+    return bool(_BEGINS.search(text)) and bool(_PASSWORD.search(text) or _OPTION.search(text))
 
 
 def redact(text: str) -> str:
     """The text without the user names, passwords, keys, tokens and signatures of its URIs."""
-    if "://" not in text:
+    if not _BEGINS.search(text):
         return text
     return _OPTION.sub(r"\1\2...", _USER.sub("", text))

@@ -96,6 +96,12 @@ def test_what_only_looks_like_one_stays(text: str) -> None:
     assert redact(text) == text
 
 
+def test_a_token_behind_a_name_on_the_hub_is_one() -> None:
+    assert holds_secret("hf-hub:owner/name?token=abcdef")
+    assert redact("'hf-hub:owner/name?token=abcdef' is no name") == "'hf-hub:owner/name?token=...' is no name"
+    assert not holds_secret("hf-hub:owner/token")
+
+
 def test_signed_links_are_read_and_their_signatures_are_in_no_id(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
     links = [f"https://127.0.0.1:9/{n}.png?X-Amz-Signature=abcdef{n}&v={n}" for n in (1, 2)]

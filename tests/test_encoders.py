@@ -29,7 +29,9 @@ from lpclip.encoders import lite
 from lpclip.encoders.encoder import resolve_precision
 from lpclip.encoders.hub import reachable
 from lpclip.encoders.load import load_encoder
+from lpclip.encoders.on_cpu import describe_on_cpu
 from lpclip.encoders.open_clip import SMALL
+from lpclip.encoders.prompts import templates
 from lpclip.images.pixels import decode_image
 from lpclip.images.render import render, weak_view
 from lpclip.images.views import View
@@ -237,12 +239,18 @@ def test_damaged_and_foreign_weights_are_refused_in_one_sentence(checkpoint: Pat
         ("ViT-B-32", "nowhere.safetensors", "no such file exists: its tags are openai"),
         ("ViT-S-32", "openai", "no published weights, so pass a file"),
         ("hf-hub:owner/name", "openai", "carries its own weights"),
+        ("hf-hub:a b", None, "hf-hub:a b: an encoder on the hub is hf-hub:OWNER/NAME"),
         ("lite", "openai", "carries its own weights"),
     ],
 )
 def test_wrong_names_are_answered_with_what_there_is(name: str, pretrained: str | None, message: str):
     with pytest.raises(ValueError, match=message):
         load(name, pretrained)
+
+
+def test_a_name_that_is_none_on_the_hub_is_one_sentence_before_anything_is_kept() -> None:
+    with pytest.raises(UserError, match="an encoder on the hub is hf-hub:OWNER/NAME$"):
+        describe_on_cpu(EncoderConfig(encoder="hf-hub:a b"), ("dog",), templates("simple"))
 
 
 @pytest.fixture

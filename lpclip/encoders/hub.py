@@ -36,6 +36,14 @@ REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 REACH_SECONDS = 5.0
 
 
+def repository_of(name: str, *, what: str) -> str:
+    """OWNER/NAME of hf-hub:OWNER/NAME. Raises UserError, which says `what` has such a name, when it is another."""
+    repository = name.removeprefix(HUB)
+    if not REPOSITORY.fullmatch(repository):
+        raise UserError(f"{name}: {what} on the hub is hf-hub:OWNER/NAME")
+    return repository
+
+
 def local_probe(name: str) -> str:
     """The folder of a probe: a folder's own name, or for `hf-hub:OWNER/NAME` where its files lie in the hub's cache.
 
@@ -43,9 +51,7 @@ def local_probe(name: str) -> str:
     """
     if not name.startswith(HUB):
         return name
-    repository = name.removeprefix(HUB)
-    if not REPOSITORY.fullmatch(repository):
-        raise UserError(f"--probe {name}: a probe on the hub is hf-hub:OWNER/NAME")
+    repository = repository_of(name, what="a probe")
 
     def download() -> list[Path]:
         try:

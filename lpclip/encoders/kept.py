@@ -144,7 +144,9 @@ def _origin(config: EncoderConfig) -> list[Any]:
     if config.encoder.startswith("hf-hub:"):
         import huggingface_hub
 
-        name = config.encoder.removeprefix("hf-hub:")
+        from lpclip.encoders.hub import repository_of
+
+        name = repository_of(config.encoder, what="an encoder")
         found = huggingface_hub.try_to_load_from_cache(name, "open_clip_config.json")
         # The folder of what was downloaded is called like the commit.
         known.append(Path(found).parent.name if isinstance(found, str) else None)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lpclip.config import UserError
-from lpclip.encoders.hub import HUB, cached_or_online, first_line
+from lpclip.encoders.hub import HUB, cached_or_online, first_line, repository_of
 
 QUICK_GELU = "-quickgelu"
 
@@ -31,7 +31,7 @@ def load_model(name: str, pretrained: str | None) -> Any:
     if name.startswith(HUB):
         if pretrained is not None:
             raise UserError(f"{name} carries its own weights: drop --pretrained")
-        return _load_hub_model(name.removeprefix(HUB))
+        return _load_hub_model(repository_of(name, what="an encoder"))
     check_name(name)
     if pretrained is None:
         tags = open_clip.list_pretrained_tags_by_model(name)

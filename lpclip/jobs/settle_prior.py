@@ -132,8 +132,8 @@ def print_tried(name: str, found: Confirmation) -> None:
     )
     if found.labelled:
         print(
-            f"  {name}: of {counted(found.labelled, 'given label')}, these rounds alone have {found.won} right and "
-            f"zero-shot alone {found.lost}",
+            f"  {name}: of {counted(found.labelled, 'given label')}, these rounds have {found.won} right that "
+            f"zero-shot has wrong, and zero-shot {found.lost} that they have wrong",
             flush=True,
         )
 
