@@ -15,7 +15,7 @@ _OPTION = re.compile(rf"(?<=[?&;#])({_NAMES})(=|%3d)[^&;#\s'\"]+?(?=[),:.]*(?:[&
 _USER = re.compile(r"(?<=://)(?:[^/?#\s]*|[^/?#\s]*:(?!\d+/)[^?#\s]*)@")
 # A user name alone is none: abfs:// has the container there.
 _PASSWORD = re.compile(r"://[^/?#\s]*:(?!\d+/)[^?#\s]*@")
-# What a URI begins with, and a name on the Hugging Face hub, which some write options behind.
+# Options stand behind URIs, and some people write them behind names on the Hugging Face hub.
 _BEGINS = re.compile("://|hf-hub:")
 
 

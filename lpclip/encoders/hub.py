@@ -37,7 +37,10 @@ REACH_SECONDS = 5.0
 
 
 def repository_of(name: str, *, what: str) -> str:
-    """OWNER/NAME of hf-hub:OWNER/NAME. Raises UserError, which says `what` has such a name, when it is another."""
+    """OWNER/NAME of hf-hub:OWNER/NAME.
+
+    Raises UserError for another name. `what` is named there: "a probe" or "an encoder".
+    """
     repository = name.removeprefix(HUB)
     if not REPOSITORY.fullmatch(repository):
         raise UserError(f"{name}: {what} on the hub is hf-hub:OWNER/NAME")

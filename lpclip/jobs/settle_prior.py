@@ -161,7 +161,7 @@ def print_prior(name: str, tried: dict[str, Confirmation], *, trusted: bool, lab
 
 
 def print_labelled_factor(factor: float) -> None:
-    """Print what given labels say of the temperature."""
+    """Print the factor by which given labels correct the temperature."""
     how = "too sure" if factor > 1.05 else "not sure enough" if factor < 0.95 else "as sure as they should be"
     print(
         f"given labels: rounds that knew one half of them were {how} of the other half: the temperature is "

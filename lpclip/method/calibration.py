@@ -54,7 +54,7 @@ def label_free_temperature(
 
 
 def labelled_factor(logits: Tensor, labels: FewLabels, *, features: np.ndarray) -> float:
-    """What given labels say of a guess of the temperature: the factor that makes it right.
+    """The factor that corrects a guess of the temperature, found from given labels.
 
     `logits` (L, K) are those of the labels' images, over the guessed temperature, by a classifier that did without the
     label in question. The factor t makes the labels most likely, and is near 1 as long as they are few:

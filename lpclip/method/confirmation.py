@@ -131,7 +131,7 @@ class Sample:
         in_halves = replace(
             self._whole,
             # A half is less sure: the threshold would leave out others of its labels, or all.
-            config=replace(config, rounds=min(HALF_ROUNDS, config.rounds), threshold=0.0),
+            config=replace(_short(config), threshold=0.0),
             # Zero-shot sees the whole image: the halves start from its labels, and then do without it.
             recipe=replace(RECIPE, zero_shot_share=0.0, text_rows=0.0),
         )
@@ -177,7 +177,7 @@ class Sample:
         return int((own & ~zero_shot).sum()), int((zero_shot & ~own).sum())
 
     def factor_of_labels(self, prior: Prior, *, labels: FewLabels, present: np.ndarray | None) -> float:
-        """What given labels say of the label-free temperature: rounds with one half of them are asked for the other.
+        """The factor for the label-free temperature: rounds that know half of the labels are asked for the others.
 
         `present` (K',) are the places of the names that the rounds use; None for all of them.
         """
@@ -198,12 +198,16 @@ class Sample:
     def present(self) -> Presence:
         """The class names that have images in the sample."""
         zero_shot = torch.from_numpy(self._whole.shard.features).float() @ self._head.T
-        config = replace(self._whole.config, rounds=min(HALF_ROUNDS, self._whole.config.rounds))
+        short = replace(self._whole, config=_short(self._whole.config))
 
         def label(places: np.ndarray) -> np.ndarray:
-            return _last(replace(self._whole, config=config, head=self._head[places]))[1].labels
+            return _last(replace(short, head=self._head[places]))[1].labels
 
         return present_classes(zero_shot, label=label)
+
+
+def _short(config: SelfTrainingConfig) -> SelfTrainingConfig:
+    return replace(config, rounds=min(HALF_ROUNDS, config.rounds))
 
 
 def _last(rounds: Rounds) -> tuple[State, Pass]:

@@ -28,10 +28,8 @@ class HeldOut:
     """(n, K) logits of the first 20,000 rows by the student of all rows."""
     held_out: Tensor
     """(n, K) by the students without the row's fold."""
-    student: Linear
-    """The student of all rows."""
     evidence: float
-    """Its evidence."""
+    """That of the student of all rows."""
 
 
 def held_out_logits(classifier: Linear, *, head: Tensor, features: np.ndarray) -> HeldOut:
@@ -61,7 +59,7 @@ def held_out_logits(classifier: Linear, *, head: Tensor, features: np.ndarray) -
     whole = fit(*everything)
     fitted = whole.logits(sample)
     if len(sample) < LEAST_ROWS:
-        return HeldOut(fitted=fitted, held_out=fitted, student=whole, evidence=whole.evidence)
+        return HeldOut(fitted=fitted, held_out=fitted, evidence=whole.evidence)
     held_out = torch.empty_like(fitted)
     fold_of = torch.arange(len(sample)) % FOLDS
     for fold in range(FOLDS):
@@ -70,7 +68,7 @@ def held_out_logits(classifier: Linear, *, head: Tensor, features: np.ndarray) -
             total - own for total, own in zip(everything, _sums(mine, classifier=classifier), strict=True)
         )
         held_out[fold_of == fold] = fit(*rest).logits(mine)
-    return HeldOut(fitted=fitted, held_out=held_out, student=whole, evidence=whole.evidence)
+    return HeldOut(fitted=fitted, held_out=held_out, evidence=whole.evidence)
 
 
 def _sums(rows: Tensor, *, classifier: Linear) -> tuple[Tensor, Tensor, Tensor]:

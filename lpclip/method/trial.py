@@ -29,7 +29,7 @@ class ChosenPrior:
     why: str
     """Why these, a clause."""
     labelled_factor: float = 1.0
-    """What given labels say of the label-free temperature (lpclip/method/calibration.py)."""
+    """The label-free temperature is multiplied by it. Given labels decide it; without any it is 1."""
 
     @property
     def trusted(self) -> bool:
