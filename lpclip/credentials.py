@@ -12,9 +12,9 @@ _NAMES = (
 # Sentences go on behind a URI: its last marks are theirs.
 _OPTION = re.compile(rf"(?<=[?&;#])({_NAMES})(=|%3d)[^&;#\s'\"]+?(?=[),:.]*(?:[&;#\s'\"]|$))", re.IGNORECASE)
 # Some keys hold a slash. What follows a port is a path, and so is all behind a host without a colon.
-_USER = re.compile(r"(?<=://)(?:[^/?#\s]*|[^/?#\s]*:(?!\d+/)[^?#\s]*)@")
+_USER = re.compile(r"(?<=://)(?:[^/?#\s]*|[^/?#\s]*:(?!\d{1,5}/)[^?#\s]*)@")
 # A user name alone is none: abfs:// has the container there.
-_PASSWORD = re.compile(r"://[^/?#\s]*:(?!\d+/)[^?#\s]*@")
+_PASSWORD = re.compile(r"://[^/?#\s]*:(?!\d{1,5}/)[^?#\s]*@")
 # Options stand behind URIs, and some people write them behind names on the Hugging Face hub.
 _BEGINS = re.compile("://|hf-hub:")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from pathlib import Path
 
@@ -74,8 +75,9 @@ def test_a_secret_in_an_option_goes_and_the_rest_stays(
 @given(places(), WORDS, SECRETS.filter(lambda text: not text.isdigit()), st.sampled_from(["", "/", "/x/"]))
 def test_a_password_goes_with_its_user(place: tuple[str, str], user: str, secret: str, slash: str) -> None:
     scheme, rest = place
-    text = f"{scheme}{user}:{secret[:6]}{slash}{secret[6:]}@{rest}"
-    if secret[:6].isdigit() and slash:
+    password = f"{secret[:6]}{slash}{secret[6:]}"
+    text = f"{scheme}{user}:{password}@{rest}"
+    if re.match(r"\d{1,5}/", password):
         return  # a port, and a path with an @
     assert holds_secret(text)
     assert redact(text) == f"{scheme}{rest}"
@@ -94,6 +96,11 @@ def test_a_password_goes_with_its_user(place: tuple[str, str], user: str, secret
 def test_what_only_looks_like_one_stays(text: str) -> None:
     assert not holds_secret(text)
     assert redact(text) == text
+
+
+def test_a_password_of_more_digits_than_a_port_is_one() -> None:
+    assert redact("s3://user:0123456789/x@bucket/y") == "s3://bucket/y"
+    assert not holds_secret("hdfs://namenode:65535/user@x/y")
 
 
 def test_a_token_behind_a_name_on_the_hub_is_one() -> None:
