@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,20 +26,24 @@ def whole(num_rows: int) -> Features:
     return Features(ids=ids, labels=np.zeros(num_rows, np.int32), base=base, strong={"strong": strong})
 
 
+def share(num_rows: int, rank: int) -> Features:
+    """The rows whose ids have a length of the worker's own, so that one has many and one hardly any."""
+    found = whole(num_rows)
+    mine = np.array([len(text) % WORKERS == rank for text in found.ids], bool)
+    return Features(
+        ids=found.ids[mine],
+        labels=found.labels[mine],
+        base=found.base[mine],
+        strong={"strong": found.strong["strong"][mine]},
+    )
+
+
 def work(rank: int, folder: str) -> None:
-    """One worker, which has the rows whose ids have a length of its own, so that one has many and one hardly any."""
+    """One worker."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORKERS)
     results = {}
     for name, (num_rows, chunk) in CASES.items():
-        found = whole(num_rows)
-        mine = np.array([len(text) % WORKERS == rank for text in found.ids], bool)
-        part = Features(
-            ids=found.ids[mine],
-            labels=found.labels[mine],
-            base=found.base[mine],
-            strong={"strong": found.strong["strong"][mine]},
-        )
-        results[name] = exchange(part, chunk=chunk)
+        results[name] = exchange(partial(share, num_rows, rank), chunk=chunk)
     Path(folder, f"found-{rank}").write_bytes(pickle.dumps(results))
     dist.destroy_process_group()
 

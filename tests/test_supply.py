@@ -23,7 +23,7 @@ from lpclip.encoders.weights import create_model, load_tokenizer
 from lpclip.features.store import open_part
 from lpclip.images.open import open_source
 from lpclip.training.contrastive import resume_step
-from lpclip.training.rounds import read_rounds
+from lpclip.training.round_files import RoundFiles
 from lpclip.training.trials import read_classifier
 
 FOLDERS = ("lpclip", "jobs", "tune_spaces", "benchmarks")
@@ -205,7 +205,7 @@ class TestWhatJobsWrite:
         (tmp_path / "round-001.json").write_text("{}")
         folder = str(tmp_path)
         for name, read in (
-            ("round-001", lambda: read_rounds(folder)),
+            ("round-001", lambda: RoundFiles(folder).states()),
             ("trial", lambda: read_classifier(folder, "trial")),
             ("state", lambda: resume_step(folder)),
         ):

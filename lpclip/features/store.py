@@ -288,7 +288,7 @@ class Store:
             for key, views in means.items():
                 arrays[key][start:stop] = mean_view([matrix(table, view, dim) for view in views])
         order = self._row_order()
-        return {key: _permuted(array[:stop], order) for key, array in arrays.items()}
+        return {key: permuted(array[:stop], order) for key, array in arrays.items()}
 
     def _pass(self, columns: list[str], *, with_labels: bool) -> Iterator[pa.Table]:
         """These columns of each part. Ids, and labels where they are wanted, are read on the way and kept."""
@@ -377,7 +377,7 @@ def has_unit_norm(features: np.ndarray) -> np.ndarray:
     return np.asarray(np.abs(norms - 1) < NORM_TOLERANCE)
 
 
-def _permuted(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
+def permuted(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Rows (N, d) in another order, moved in place a few columns at a time: a copy of all would double the memory."""
     for start in range(0, rows.shape[1], COLUMNS_AT_ONCE):
         rows[:, start : start + COLUMNS_AT_ONCE] = rows[order, start : start + COLUMNS_AT_ONCE]

@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from lpclip import files
-from lpclip.config import SelftrainJob, UserError, config_identity, counted
+from lpclip.config import SelftrainJob, UserError, config_identity
 from lpclip.encoders.head import EncoderInfo, Head, make_head, take_names
 from lpclip.encoders.prompts import templates
 from lpclip.evaluation.judge import accuracy, evaluate, probe_curves
@@ -40,12 +40,12 @@ from lpclip.method.fit import finish_probe, is_last_student, zero_shot_labels
 from lpclip.method.presence import among_all
 from lpclip.method.priors import Prior
 from lpclip.method.probe import Probe, zero_shot_probe
-from lpclip.method.recipe import RECIPE
 from lpclip.method.state import State
 from lpclip.method.supervised import supervised_probe
 from lpclip.report.style import save
 from lpclip.report.training_figures import confusion_matrix_figure, reliability_figure, rounds_figure
-from lpclip.training.rounds import make_work, read_pseudo_labels, run_rounds
+from lpclip.training.round_files import RoundFiles
+from lpclip.training.rounds import make_work, run_rounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,11 +198,9 @@ def _run_rounds(
 
     `identity` is the job's, except for the prior.
     """
-    manifest = known.encoded.store.manifest
     head = opened.teacher if chosen.present is None else take_names(opened.teacher, chosen.present)
     work = make_work(
-        store_path=known.encoded.store.path,
-        fingerprint=manifest.fingerprint,
+        store=known.encoded.store,
         head=head,
         prior=chosen.prior,
         config=job.training,
@@ -210,16 +208,8 @@ def _run_rounds(
         labels=None if opened.inputs.given is None else opened.inputs.given.among(chosen.present),
     )
     claim(out, {**work.identity, **identity})
-    count = RECIPE.neighbour_count(
-        job.training, num_rows=manifest.num_rows, num_classes=len(head.class_names)
-    )
-    if count:
-        print(
-            f"rounds: first, each of {manifest.num_rows:,} images gets its {counted(count, 'nearest neighbour')}",
-            flush=True,
-        )
     rounds = run_rounds(work, storage=files.join(out, "ray"), tell=partial(print, flush=True))
-    labels = read_pseudo_labels(work.folder)
+    labels = RoundFiles(work.folder).pseudo_labels()
     if chosen.present is not None:
         places = pa.array(chosen.present[labels["label"].to_numpy()], pa.int32())
         labels = labels.set_column(labels.schema.get_field_index("label"), "label", places)

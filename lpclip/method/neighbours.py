@@ -30,6 +30,7 @@ ROWS_PER_CELL = 40
 CLUSTERING_STEPS = 10
 
 Show = Callable[[int], object]
+Keep = Callable[[int, Tensor], object]
 
 
 def comparison_dtype() -> torch.dtype:
@@ -52,6 +53,8 @@ def nearest(
     all_reduce: AllReduce = alone,
     exact: bool | None = None,
     show: Show = lambda done: None,
+    known: Tensor | None = None,
+    keep: Keep = lambda first_row, found: None,
 ) -> Tensor:
     """Places (n, count) int32, among all rows, of the nearest neighbours of a shard's n rows by cosine.
 
@@ -60,10 +63,16 @@ def nearest(
     its own neighbour. Shards are runs of whole chunks, and all workers call this at the same time. `show` is called
     with the number of rows that are done.
 
+    An interrupted search goes on: `keep` is called with the place of each of the shard's chunks and with what was found
+    for it (m, count), and `known` (M, count) is what was found for the first M of all rows, whole chunks.
+
     Work of all workers is 2 N^2 d operations, or 12 N sqrt(N) d in cells; memory is that of the worker's own rows.
     """
     assert count < shard.num_rows
-    show(0)
+    num_known = 0 if known is None else len(known)
+    show(num_known)
+    if known is not None and num_known == shard.num_rows:
+        return known[shard.first_row : shard.stop_row].clone().to(shard.device)
     exact = is_exact(shard) if exact is None else exact
     device = shard.device if exact else torch.device("cpu")
     whitening = whitening.to(device) if whitening is not None else None
@@ -81,7 +90,10 @@ def nearest(
         index.add(_white(own, whitening), first_row=shard.first_row + start)
     rank, num_workers = _rank(shard, all_reduce)
     found = torch.empty(len(shard.features), count, dtype=torch.int32, device=device)
-    for start in range(0, shard.num_rows, CHUNK_ROWS):
+    if known is not None:
+        mine = known[shard.first_row : shard.stop_row]
+        found[: len(mine)] = mine.to(device)
+    for start in range(num_known, shard.num_rows, CHUNK_ROWS):
         rows = block(start)
         similarity = torch.zeros(num_workers, len(rows), count, device=device)
         places = torch.zeros(num_workers, len(rows), count, dtype=torch.int32, device=device)
@@ -91,6 +103,7 @@ def nearest(
         if shard.first_row <= start < shard.stop_row:
             _, best = _best(similarity.movedim(0, 1).flatten(1), places.movedim(0, 1).flatten(1), count=count)
             found[start - shard.first_row :][: len(rows)] = best
+            keep(start, best)
         show(start + len(rows))
     return found.to(shard.device)
 
@@ -138,11 +151,16 @@ class _Cells:
 
         num_rows, dim = shard.num_rows, shard.features.shape[1]
         num_cells = max(1, min(round(CELLS_PER_ROOT * num_rows**0.5), num_rows // ROWS_PER_CELL))
-        # The order of the rows says nothing: the first ones are a sample.
-        sample = torch.cat([block(start) for start in range(0, num_cells * ROWS_PER_CELL, CHUNK_ROWS)])
+        # Each worker's own k-means might end at other centres, so the first worker's serves all. The order of the rows
+        # says nothing: the first ones are a sample.
+        is_first = shard.first_row == 0 < shard.stop_row
+        sample: list[Tensor] = []
+        for start in range(0, num_cells * ROWS_PER_CELL, CHUNK_ROWS):
+            rows = block(start)
+            if is_first:
+                sample.append(rows)
         centres = torch.zeros(num_cells, dim)
-        if shard.first_row == 0 and shard.stop_row:
-            # Each worker's own k-means might end at other centres.
+        if is_first:
             means = faiss.Kmeans(
                 dim,
                 num_cells,
@@ -151,15 +169,17 @@ class _Cells:
                 max_points_per_centroid=2 * ROWS_PER_CELL,
                 min_points_per_centroid=1,
             )
-            means.train(sample.numpy())
+            means.train(torch.cat(sample).numpy())
             centres = torch.from_numpy(means.centroids)
+        del sample
+        centres = all_reduce(centres)
         self._quantizer = faiss.IndexFlatIP(dim)
-        self._quantizer.add(all_reduce(centres).numpy())
+        self._quantizer.add(centres.numpy())
         kind = faiss.ScalarQuantizer.QT_fp16
         self._index = faiss.IndexIVFScalarQuantizer(
             self._quantizer, dim, num_cells, kind, faiss.METRIC_INNER_PRODUCT, False
         )
-        self._index.train(sample.numpy())
+        self._index.train(centres.numpy())  # nothing is learnt for float16, and no index takes rows before
         self._index.nprobe = min(PROBES, num_cells)
 
     def add(self, rows: Tensor, *, first_row: int) -> None:

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property, partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,33 +52,44 @@ class Rounds:
     labels: FewLabels | None = None
     """Labels that people gave. They correct every teacher."""
 
-    def run(self, start: State | None = None) -> Iterator[tuple[State, Pass]]:
+    def run(
+        self, start: State | None = None, *, shared: SharedTargets | None = None
+    ) -> Iterator[tuple[State, Pass]]:
         """Yield each round's student with its metrics, and its own pass over the rows.
 
-        With strong views a last round of the gaussian solver follows, beyond `config.rounds`. `start` is the state of
-        the last round of an interrupted run. Raises UserError when no row is left to fit.
+        With strong views a last round of the gaussian solver follows, beyond `config.rounds`. An interrupted run goes
+        on from the state `start` of a round that is no last student; with neighbours, it needs the targets `shared` of
+        the pass before that round's own. Raises UserError when no row is left to fit.
         """
         if self.whitenings is None and (self.config.solver == "gaussian" or self.labels is not None):
             whitenings = fit_whitenings(self.shard, all_reduce=self.all_reduce)
-            yield from replace(self, whitenings=whitenings).run(start)
+            yield from replace(self, whitenings=whitenings).run(start, shared=shared)
             return
         teacher = start or self._corrected(self._zero_shot())
-        previous, labelled = None, self._pass(teacher, previous=None)
+        labelled = self._pass(teacher, shared=shared)
         solver, last_solver = self._solvers()
         while teacher.round < self.config.rounds and not self._settled(teacher):
-            previous, (teacher, labelled) = labelled, self._graduate(solver, teacher, labelled)
+            shared, (teacher, labelled) = labelled.targets, self._graduate(solver, teacher, labelled)
             yield teacher, labelled
         if last_solver is None:
             return
         # One more student, of the same labels, sees the strong views as well: what they change lies within a class, so
         # that its boundaries turn away from it. Earlier, it would cost the rounds what they know of clean images.
-        with_strong = self._pass(teacher, previous=previous, strong=True)  # step 7
+        with_strong = self._pass(teacher, shared=shared, strong=True)  # step 7
         yield self._graduate(last_solver, teacher, labelled, with_strong=with_strong)
 
-    def _pass(self, teacher: State, *, previous: Pass | None, strong: bool = False) -> Pass:
-        """Label all rows with the teacher, helped by the targets that the pass `previous` gave their neighbours.
+    def _pass(
+        self,
+        teacher: State,
+        *,
+        shared: SharedTargets | None,
+        before: np.ndarray | None = None,
+        strong: bool = False,
+    ) -> Pass:
+        """Label all rows with the teacher, helped by the targets `shared` that the pass before gave their neighbours.
 
-        The sums are those of the base features, or of their mean with the `strong` views.
+        The sums are those of the base features, or of their mean with the `strong` views. Labels that differ from those
+        `before` (n,) are counted.
         """
         shard, (num_classes, dim) = self.shard, teacher.weight.shape
         teacher, head = teacher.to(shard.device), self.head.to(shard.device)
@@ -86,14 +98,14 @@ class Rounds:
         prior, tally = zeros(2, num_classes, dtype=float64), zeros(len(Tally._fields), dtype=float64)
         labels, kept = zeros(len(shard.features), dtype=torch.int32), zeros(len(shard.features), dtype=bool)
         confidence = zeros(len(labels))
-        earlier = None if previous is None else torch.from_numpy(previous.labels).to(shard.device)
-        shared = None
+        earlier = None if before is None else torch.from_numpy(before).to(shard.device)
+        own = None
         if shard.neighbours is not None:
-            shared = SharedTargets.zeros(shard.num_rows, num_classes, device=shard.device)
+            own = SharedTargets.zeros(shard.num_rows, num_classes, device=shard.device)
         for rows, features in shard.chunks(width=num_classes):
             zero_shot = shard.zero_shot_logits(rows, features, head=head)
             logits = features @ teacher.weight.T + teacher.bias + teacher.zero_shot_share * zero_shot
-            logits += self._of_neighbours(rows, teacher=teacher, previous=previous)  # step 1
+            logits += self._of_neighbours(rows, teacher=teacher, shared=shared)  # step 1
             posterior, targets = soft_targets(logits, teacher.factors)  # step 2
             first_row, is_of_a_class = shard.first_row + rows.start, None
             if self.labels is not None:
@@ -102,8 +114,8 @@ class Rounds:
             keep = top >= self.config.threshold  # step 3
             if is_of_a_class is not None:
                 keep, targets = keep & is_of_a_class, targets * is_of_a_class[:, None]
-            if shared is not None:
-                shared.fill(first_row, targets)
+            if own is not None:
+                own.fill(first_row, targets)
             targets = targets * keep[:, None]
             seen = torch.stack(shard.views(rows, features, strong=True)).mean(dim=0) if strong else features
             sums += product_sum(targets, seen)
@@ -114,7 +126,7 @@ class Rounds:
             # In the order of Tally's fields.
             counted = (torch.ones_like(keep), keep, top, flips, zero_shot.argmax(dim=1) == label)
             tally += torch.stack([each.sum().double() for each in counted])
-        own = Pass(
+        found = Pass(
             sums=sums,
             counts=counts,
             prior=prior,
@@ -122,16 +134,16 @@ class Rounds:
             labels=labels.cpu().numpy(),
             confidence=confidence.cpu().numpy(),
             kept=kept.cpu().numpy(),
-            targets=shared,
+            targets=own,
         )
-        return own.over_shards(self.all_reduce)
+        return found.over_shards(self.all_reduce)
 
-    def _of_neighbours(self, rows: slice, *, teacher: State, previous: Pass | None) -> Tensor:
+    def _of_neighbours(self, rows: slice, *, teacher: State, shared: SharedTargets | None) -> Tensor:
         """The log of the neighbours' mean target (m, K) of a chunk, weighted; zeros (K,) without neighbours."""
-        if previous is None or previous.targets is None or self.shard.neighbours is None:
+        if shared is None or self.shard.neighbours is None:
             return torch.zeros_like(teacher.bias)
         places = self.shard.neighbours[rows].to(self.shard.device)
-        around = previous.targets.mean_of(places, num_classes=len(teacher.bias))
+        around = shared.mean_of(places, num_classes=len(teacher.bias))
         weight = self.recipe.neighbour_weight * teacher.evidence
         return weight * torch.log(around + self.recipe.neighbour_floor)
 
@@ -155,7 +167,7 @@ class Rounds:
             evidence=learnt.evidence,
         )
         student = self._corrected(student)
-        student_pass = self._pass(student, previous=labelled)
+        student_pass = self._pass(student, shared=labelled.targets, before=labelled.labels)
         return replace(student, metrics=student_pass.metrics()), student_pass
 
     def _corrected(self, state: State) -> State:

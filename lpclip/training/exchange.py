@@ -6,23 +6,27 @@ read the whole store. Instead each reads its share of the parts, and the rows ch
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from lpclip.features.store import Features, row_keys
+from lpclip.features.store import Features, permuted, row_keys
 
 
-def exchange(mine: Features, *, chunk: int) -> Features:
+def exchange(read: Callable[[], Features], *, chunk: int) -> Features:
     """This worker's run of whole chunks of the row order, out of what all workers have read, ids included.
 
-    `mine` has the rows of this worker's parts, in their row order. All workers of the process group call this at the
-    same time. Labels are not exchanged: they are -1.
+    `read` gives the rows of this worker's parts, in their row order. All workers of the process group call this at the
+    same time. Labels are not exchanged: they are -1. Views travel one after the other, and each is let go when it has
+    left: memory is that of the rows and of one view more.
     """
+    mine = read()
+    ids, origin, views = mine.ids, mine.origin, {"": mine.base, **mine.strong}
+    del mine
     rank, size = dist.get_rank(), dist.get_world_size()
-    places = _places(row_keys(mine.ids))
+    places = _places(row_keys(ids))
     num_rows = sum(map(len, places))
     num_chunks = -(-num_rows // chunk)
     ends = [min(num_rows, chunk * (num_chunks * worker // size)) for worker in range(size + 1)]
@@ -31,18 +35,17 @@ def exchange(mine: Features, *, chunk: int) -> Features:
     pieces = [found[slice(*np.searchsorted(found, ends[rank : rank + 2]))] for found in places]
     receive = np.array([len(piece) for piece in pieces])
     order = np.argsort(np.concatenate(pieces))
-
-    def swap(rows: np.ndarray) -> np.ndarray:
-        return _swap(rows, send=send, receive=receive)[order]
-
-    return replace(
-        mine,
-        ids=_swap_texts(mine.ids, send=send, receive=receive)[order],
+    found = {}
+    for view in list(views):
+        found[view] = permuted(_swap(views.pop(view), send=send, receive=receive), order)
+    return Features(
+        ids=_swap_texts(ids, send=send, receive=receive)[order],
         labels=np.full(len(order), -1, np.int32),
-        base=swap(mine.base),
-        strong={view: swap(rows) for view, rows in mine.strong.items()},
+        base=found.pop(""),
+        strong=found,
         first_row=ends[rank],
         num_rows=num_rows,
+        origin=origin,
     )
 
 
