@@ -48,12 +48,23 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LPCLIP_CACHE") or "~/.cache/lpclip").expanduser()
 
 
+KEYS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "abfs": "AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET",
+    "abfss": "AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET",
+    "hf": "HF_TOKEN",
+}
+"""The environment variables that give access, by the scheme of a URI."""
+
+
 def refuse_secrets(path: str, *, what: str = "a URI") -> None:
     """UserError, which does not repeat it, when a URI holds a password, a key or a signature."""
     if holds_secret(path):
+        names = KEYS.get(path.partition("://")[0].lower())
         raise UserError(
-            f"{what} holds a password or a secret key, which logs and summaries would keep: leave it out of the URI "
-            "and give it in the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3://)"
+            f"{what} holds a password or a secret key, which logs and summaries would keep: leave it out of the URI"
+            + (f" and give it in the environment ({names})" if names else "")
         )
 
 

@@ -23,7 +23,7 @@ from pyarrow import fs
 from safetensors.torch import load as load_tensors
 
 from lpclip import files
-from lpclip.config import SourceConfig, StoreAwayError
+from lpclip.config import SourceConfig, StoreAwayError, UserError
 from lpclip.features.pairs import PairStore
 from lpclip.features.store import Store
 from lpclip.features.store_writer import DIGEST_MODULUS
@@ -338,6 +338,20 @@ def test_a_secret_in_a_uri_is_refused_and_not_repeated(
     assert message.startswith(f"{flag.split()[0]} holds a password or a secret key")
     assert SECRET not in message
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "advice"),
+    [
+        (f"s3://reader:{SECRET}@bucket/x", "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"),
+        (f"abfs://reader:{SECRET}@account/x", "(AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET)"),
+        (f"https://reader:{SECRET}@host/x", "leave it out of the URI"),
+    ],
+)
+def test_a_secret_is_refused_with_advice_for_its_scheme(uri: str, advice: str) -> None:
+    with pytest.raises(UserError) as refused:
+        files.refuse_secrets(uri)
+    assert str(refused.value).endswith(advice)
 
 
 def test_user_names_ports_and_containers_are_no_secrets() -> None:
