@@ -28,6 +28,7 @@ def mixed(photos: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_what_was_found_is_what_was_left_out_quarantined_or_encoded(
     cluster: None,
     lite_map: None,
@@ -70,6 +71,7 @@ def test_what_was_found_is_what_was_left_out_quarantined_or_encoded(
     assert "34 read, 3 quarantined, 31 encoded" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_strict_jobs_end_with_an_error_when_everything_is_written(
     trained: Training,
     mixed: Path,

@@ -251,6 +251,7 @@ def test_a_run_with_labels_uses_them_and_reports_them_apart(
     assert {row["id"]: row["label"] for row in answers(out / "corrections.csv")} == given
 
 
+@pytest.mark.slow
 def test_the_same_command_reuses_and_other_labels_are_other_work(
     finished: tuple[Path, Summary, str],
     given: dict[str, str],
@@ -281,6 +282,7 @@ def test_the_same_command_reuses_and_other_labels_are_other_work(
     )
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_probe(
     finished: tuple[Path, Summary, str],
     work: Work,  # noqa: F811

@@ -300,6 +300,7 @@ def _quarantine(store: Store) -> list[dict[str, str]]:
     return pq.read_table(Path(store.path, "quarantine.parquet")).to_pylist()
 
 
+@pytest.mark.slow
 def test_without_a_gpu_one_sentence_says_so(tmp_path: Path) -> None:
     done = encode(tmp_path / "out", folder_of_all_kinds(tmp_path / "images"), "gpu", gpus=0)
     assert done.returncode != 0

@@ -135,6 +135,7 @@ def test_a_claim_that_is_not_renewed_is_broken_by_its_age_and_its_holder_ends(
         assert len(claims(bucket)) == 1
 
 
+@pytest.mark.slow
 def test_a_claim_of_another_machine_is_waited_for_until_it_lives_or_is_broken(
     bucket: str, hold: Hold, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -301,6 +302,7 @@ def test_of_two_jobs_that_want_the_same_features_one_encodes_them_and_the_other_
     assert len(set(Store.open(path).ids())) == 96
 
 
+@pytest.mark.slow
 def test_where_the_job_dies_that_makes_the_features_the_other_goes_on(
     tars: Path, alone: dict[str, bytes], tmp_path: Path, begin: Hold
 ) -> None:

@@ -63,6 +63,7 @@ def run(code: str, resources: dict[str, int] | None = None) -> subprocess.Comple
     )
 
 
+@pytest.mark.slow
 def test_the_plan_follows_the_device() -> None:
     done = run(PLAN.format(refused=False), {"CPU": 8, "GPU": 2})
     assert done.returncode == 0, done.stderr
@@ -73,6 +74,7 @@ def test_the_plan_follows_the_device() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_gpu_that_can_never_come_is_refused_in_a_sentence() -> None:
     done = run(PLAN.format(refused=True), {"CPU": 4})
     assert done.stdout.splitlines() == [
@@ -116,6 +118,7 @@ def job(name: str, *flags: str, **environment: str) -> subprocess.CompletedProce
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "flags"),
     [

@@ -114,6 +114,7 @@ print((peak() - before) / (2 * rows * dim + 4 * rows * classes))
 """
 
 
+@pytest.mark.slow
 def test_labels_are_written_without_all_features_or_probabilities_in_memory(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PEAK + LABEL, str(tmp_path / "store")]
     found = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -241,6 +241,7 @@ def test_a_resumed_run_has_one_model(tmp_path: Path) -> None:
     assert len(MlflowClient().get_run(again.run_id).outputs.model_outputs) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own_config", [False, True])
 @pytest.mark.filterwarnings("ignore:.* does not say")
 def test_a_local_checkpoint_comes_along(tmp_path: Path, *, own_config: bool) -> None:

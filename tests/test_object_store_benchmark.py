@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = Path(__file__).parent.parent / "benchmarks" / "object_store.py"
 
 
+@pytest.mark.slow
 def test_a_part_takes_one_request_to_write_two_to_read_and_none_to_know() -> None:
     # More parts than a listing shows at a time.
     command = [sys.executable, str(PROGRAM), "--parts", "1200", "--rows", "2", "--dim", "4", "--delay", "0"]

@@ -146,6 +146,7 @@ def outcome(work: Callable[[], object]) -> object:
         return error
 
 
+@pytest.mark.slow
 def test_a_store_that_is_busy_is_waited_for_and_blames_no_image(
     photos: Path, options: str, throttle: Throttle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +176,7 @@ def test_a_store_that_is_busy_is_waited_for_and_blames_no_image(
     assert found[-3:] == [[None]] * 3
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_when_a_fifth_of_the_requests_is_refused(
     photos: Path,
     cluster: None,

@@ -107,6 +107,7 @@ def fill(
     return fill_store(source, writer=writer, what="reading", stages=stages, limits=limits)
 
 
+@pytest.mark.slow
 def test_a_stage_that_sleeps_is_named_and_its_units_are_done_again(
     source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +125,7 @@ def test_a_stage_that_sleeps_is_named_and_its_units_are_done_again(
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_encoders_that_find_no_gpu_are_named_and_end_the_work(
     source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

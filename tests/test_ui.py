@@ -33,6 +33,7 @@ def ui(*flags: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_addresses_land_on_the_charts_of_runs_and_ctrl_c_ends_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -392,6 +392,7 @@ def test_predict_copies_the_images_of_other_sources(
     assert f"; left out: 3 images less probable than {least:g}\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_images_to_evaluate_on_that_are_trained_on_too_are_found_out_by_what_they_show(
     base: dict[str, Any], work: Path, lake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
