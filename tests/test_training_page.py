@@ -36,7 +36,7 @@ from lpclip.features.store import Store
 from lpclip.features.store_writer import StoreWriter
 from lpclip.features.stored_views import Encoded
 from lpclip.features.thumbnails import thumbnail
-from lpclip.jobs.inputs import EncodedInputs
+from lpclip.jobs.inputs import EncodedInputs, Held
 from lpclip.jobs.selftrain_page import Outcome, write_training_page
 from lpclip.method.confirmation import Confirmation
 from lpclip.method.priors import PRIORS
@@ -150,9 +150,9 @@ def made(
     known = EncodedInputs(
         encoded=Encoded(store=store, seconds=0.0, reused=True, rate=None),
         tested=None,
-        features=loaded,
+        held=Held(store),
+        tested_x=None,
         raw_labels=loaded.labels,
-        x=loaded.base,
         y=loaded.labels.astype(np.int64),
         probe_encoder={},
     )

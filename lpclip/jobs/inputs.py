@@ -27,7 +27,7 @@ from lpclip.evaluation.judge import accuracy
 from lpclip.features.data import Data, open_data
 from lpclip.features.describe import describe_encoder, uses_gpus
 from lpclip.features.find_or_encode import Encoding
-from lpclip.features.store import Features
+from lpclip.features.store import Features, Store
 from lpclip.features.stored_views import Encoded
 from lpclip.features.zero_shot_labels import ZeroShotLabels
 from lpclip.images.captions import with_captions
@@ -68,24 +68,52 @@ class Inputs:
     """The labels that `--labels` names."""
 
 
+class Held:
+    """A store's base features, in memory until they are let go, and read again when they are asked for."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._features: Features | None = None
+
+    def get(self) -> Features:
+        """The features, in row order."""
+        if self._features is None:
+            self._features = self._store.features(views=())
+        return self._features
+
+    def let_go(self) -> None:
+        """Give the memory back. Arrays that others hold stay."""
+        self._features = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncodedInputs:
     """The inputs of a job as features."""
 
     encoded: Encoded
     tested: Encoded | None
-    features: Features
-    """Base features of the unlabelled images, in row order."""
+    held: Held
+    """The features of the unlabelled images."""
+    tested_x: np.ndarray | None
+    """(M, d) float16 of the images to evaluate on; None where these are the unlabelled ones."""
     raw_labels: np.ndarray
     """(N,) int32 of the unlabelled images as the data tells them, for a supervised ceiling alone."""
-    x: np.ndarray
-    """(M, d) float16, what is evaluated on."""
     y: np.ndarray
     """(M,) int64 class indices, -1 where there is no label, and for images whose label the training was given."""
     probe_encoder: dict[str, Any]
     """Everything a probe needs to compute the same features again."""
     few: FewLabels | None = None
     """The given labels with the features of their images, as indices of all names."""
+
+    @property
+    def features(self) -> Features:
+        """Base features of the unlabelled images, in row order."""
+        return self.held.get()
+
+    @property
+    def x(self) -> np.ndarray:
+        """(M, d) float16, what is evaluated on."""
+        return self.features.base if self.tested_x is None else self.tested_x
 
 
 def open_inputs(job: SelftrainJob | TuneJob) -> Inputs:
@@ -169,18 +197,20 @@ def encode_inputs(
         device=job.encode.device,
         decode=job.encode.decode,
     )
-    tested = None
+    tested = tested_x = None
     if test is not None:
         # Students alone need the other views.
         base = base_views(job.encode.views)
         found = encoding.views_of(test, base)
-        x, tested = found.mean(*base), found.latest
+        x = tested_x = found.mean(*base)
+        tested = found.latest
         y = class_indices(found.labels, data=test, classes=classes)
         _tell_zero_shot(head, x, y, data=test.name)
         watch.lap("encode_eval")
     labels = ZeroShotLabels(head=head, folder=files.join(out, f"zero_shot-{head.identity[:12]}"))
     encoded = encoding.store_of(data, views=parse_views(job.encode.views), zero_shot=labels)
-    features = encoded.store.features(views=())
+    held = Held(encoded.store)
+    features = held.get()
     raw = features.labels
     if test is None:
         x, y = features.base, class_indices(raw, data=data, classes=classes)
@@ -193,9 +223,9 @@ def encode_inputs(
     return EncodedInputs(
         encoded=encoded,
         tested=tested,
-        features=features,
+        held=held,
+        tested_x=tested_x,
         raw_labels=raw,
-        x=x,
         y=left_out(y, x, few),
         few=few,
         probe_encoder={

@@ -175,6 +175,7 @@ def _train(
         labels=known.few,
     )
     watch.lap("prior")
+    known.held.let_go()  # the rounds read their own, and may need the memory
     rounds, labels = _run_rounds(job, opened, known, chosen=chosen, identity=identity, out=out)
     watch.lap("rounds")
     trained = _make_probes(job, opened, known, chosen=chosen, rounds=rounds, labels=labels)
