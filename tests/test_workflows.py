@@ -801,8 +801,16 @@ def test_a_wrong_path_ends_a_real_job_with_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in stderr
 
 
+@pytest.mark.parametrize(
+    ("sent", "code", "word"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        # Schedulers send it to Ray's processes too.
+        pytest.param(signal.SIGTERM, 143, "terminated", marks=pytest.mark.slow),
+    ],
+)
 def test_after_ctrl_c_the_same_command_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals, code: int, word: str
 ) -> None:
     (tmp_path / "images").mkdir()
     for tar in range(30):
@@ -818,13 +826,13 @@ def test_after_ctrl_c_the_same_command_goes_on(
             assert job.poll() is None, job.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        os.killpg(job.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the whole group
+        os.killpg(job.pid, sent)  # a terminal's Ctrl-C reaches the whole group
         _, stderr = job.communicate(timeout=240)
     finally:
         if job.poll() is None:
             job.kill()
-    assert job.returncode == 130
-    assert "interrupted: finished work is kept, and the same command resumes from there" in stderr
+    assert job.returncode == code
+    assert f"{word}: finished work is kept, and the same command resumes from there" in stderr
     assert "Traceback" not in stderr
     (folder,) = (tmp_path / "out" / "features").iterdir()
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*.parquet")}

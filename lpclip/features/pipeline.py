@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import threading
 import uuid
 import warnings
 from collections import Counter
@@ -35,6 +36,7 @@ from lpclip.images.source import Source
 from lpclip.images.views import View
 from lpclip.progress import Progress, watched
 
+END_SECONDS = 10.0
 # So many tables of pixels may wait for each consumer, beside the one that each CPU is decoding.
 TABLES_AHEAD = 4
 # One thread of the driver plans all tasks, and a task costs it the same whatever its size. With a unit in a task for
@@ -198,11 +200,19 @@ def _follow(
 
 def _end_actors(name: str) -> None:
     """End the actors of a failed pipeline: anything that refers to it keeps them, and their CPUs."""
-    for actor in ray.util.list_named_actors():
-        if actor.startswith(name):
-            # It may end by itself meanwhile.
-            with contextlib.suppress(ValueError):
-                ray.kill(ray.get_actor(actor))
+
+    def end() -> None:
+        # An actor may end by itself meanwhile, and Ray may have ended before.
+        with contextlib.suppress(Exception):
+            for actor in ray.util.list_named_actors():
+                if actor.startswith(name):
+                    with contextlib.suppress(ValueError):
+                        ray.kill(ray.get_actor(actor))
+
+    # A Ray that has ended is waited for a minute, then it ends this process.
+    thread = threading.Thread(target=end, daemon=True)
+    thread.start()
+    thread.join(END_SECONDS)
 
 
 def _dead_nodes() -> set[str]:

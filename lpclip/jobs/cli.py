@@ -14,6 +14,7 @@ import re
 import select
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -68,6 +69,10 @@ its traceback is shown as well. Ctrl-C keeps the finished work, and the same com
 # Libraries that write files meet a full disk as well, and raise their own OSError.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 OPTIONS = (conf.OmitArgPrefixes, conf.OmitSubcommandPrefixes, conf.FlagCreatePairsOff, conf.DisallowNone)
+
+
+SIGTERM_SECONDS = 20.0
+"""After SIGTERM, what a job puts away may take so long. Kubernetes kills after 30 seconds."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -139,21 +144,14 @@ def main(
         # A name that the terminal cannot show must not end a job.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with _terminable():
+        with _terminable(config):
             _refuse_texts(config)
             run(config)
     except KeyboardInterrupt as stop:
         # A second one ends the process at once.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         what, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
-        if isinstance(config, ServeJob):
-            print("\nended")  # there is no work to keep
-        elif isinstance(config, ExportJob):
-            print(f"\n{what}: no file is there by half", file=sys.stderr)
-        else:
-            print(
-                f"\n{what}: finished work is kept, and the same command resumes from there", file=sys.stderr
-            )
+        _print_end(config, what)
         sys.exit(code)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _output_is_closed():
@@ -182,13 +180,38 @@ def _quiet_where_nothing_reads() -> Iterator[None]:
         sys.exit(141)
 
 
+def _print_end(config: object, what: str) -> None:
+    """Print what becomes of the work of a command that is interrupted or terminated."""
+    if isinstance(config, ServeJob):
+        print("\nended")  # there is no work to keep
+    elif isinstance(config, ExportJob):
+        print(f"\n{what}: no file is there by half", file=sys.stderr)
+    else:
+        print(f"\n{what}: finished work is kept, and the same command resumes from there", file=sys.stderr)
+
+
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Turn SIGTERM into Terminated."""
-    before = signal.signal(signal.SIGTERM, _terminate)
+def _terminable(config: object) -> Iterator[None]:
+    """Turn SIGTERM into Terminated, and end the process when the work does not end by that."""
+
+    def leave_at_once() -> None:
+        _print_end(config, "terminated")
+        leave(143, in_order=False)
+
+    # Schedulers send SIGTERM to Ray's processes too. Then what is put away would wait a minute for their answers.
+    late = threading.Timer(SIGTERM_SECONDS, leave_at_once)
+    late.daemon = True
+
+    def terminate(number: int, frame: object) -> None:
+        if not late.is_alive():
+            late.start()
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     finally:
+        late.cancel()
         signal.signal(signal.SIGTERM, before)
 
 
@@ -197,10 +220,6 @@ def _output_is_closed() -> bool:
     poll = select.poll()
     poll.register(1, 0)  # standard output
     return any(events & select.POLLERR for _, events in poll.poll(0))
-
-
-def _terminate(number: int, frame: object) -> None:
-    raise Terminated
 
 
 def _refuse_texts(config: object) -> None:

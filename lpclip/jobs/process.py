@@ -124,10 +124,10 @@ def _hush(name: str) -> None:
     logger.addHandler(_warnings)
 
 
-def leave(code: int) -> NoReturn:
+def leave(code: int, *, in_order: bool = True) -> NoReturn:
     """End this process at once: everything is on disk, and a private Ray ends with it.
 
-    Taking Ray and Python down in order would take seconds, for nothing.
+    Taking Ray and Python down in order would take seconds, for nothing. A cluster is told, if `in_order`.
     """
     # Nothing is left to interrupt.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -145,7 +145,7 @@ def leave(code: int) -> NoReturn:
         for child in list(_descendants(os.getpid())):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
-    elif _starting is not None and _starting.done() and not _starting.exception():
+    elif in_order and _starting is not None and _starting.done() and not _starting.exception():
         sys.modules["ray"].shutdown()
     if _spilled is not None:
         shutil.rmtree(_spilled, ignore_errors=True)
