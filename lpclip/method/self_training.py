@@ -69,7 +69,8 @@ class Rounds:
         labelled = self._pass(teacher, shared=shared)
         solver, last_solver = self._solvers()
         while teacher.round < self.config.rounds and not self._settled(teacher):
-            shared, (teacher, labelled) = labelled.targets, self._graduate(solver, teacher, labelled)
+            shared = labelled.targets
+            teacher, labelled = self._graduate(solver, teacher, labelled)
             yield teacher, labelled
         if last_solver is None:
             return

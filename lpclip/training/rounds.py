@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -168,6 +170,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
             keep=search.keep,
         )
         shard = replace(shard, neighbours=found)
+        _return_memory()
     training = Rounds(
         shard,
         head=torch.tensor(work.head.weight) / work.head.temperature,
@@ -197,6 +200,12 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         dist.barrier()
     if rank == 0:
         there.finish(rounds=state.round, num_workers=size)
+
+
+def _return_memory() -> None:
+    """Give what is free in the heap back to the system: glibc keeps the pieces of a search's index."""
+    with contextlib.suppress(AttributeError, OSError):  # other libraries have no such function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _few_labels(work: Work, shard: Shard, ids: np.ndarray, *, all_reduce: AllReduce) -> FewLabels:
