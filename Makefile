@@ -1,6 +1,6 @@
 # make demo   the whole job on a small fixed subset, from images to a table
 # make demo TORCH=cpu   the same with PyTorch's CPU build, as by itself where no NVIDIA driver is
-# make test   the tests of a few minutes      make test-all   all tests
+# make test   the tests without the slow ones, about a quarter of an hour      make test-all   all tests
 # make lint   what .ci/run and pre-commit check
 # make ui     compare runs, in MLflow  make docs   these pages as a site, in docs/_build/html
 # make lock   pin the newest versions that fit pyproject.toml, for users and for developers
