@@ -101,9 +101,10 @@ def test_help_explains_every_flag(
 
 
 JOB = """
-import os, signal, sys
+import os, signal, sys, time
 from dataclasses import dataclass
 from lpclip.config import UserError
+from lpclip.jobs import cli
 from lpclip.jobs.cli import main
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,17 @@ def run(job):
         os.kill(os.getpid(), signal.SIGINT)
     if job.end == "terminate":
         os.kill(os.getpid(), signal.SIGTERM)
+    if job.end in ("renamed", "broken", "late"):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            if job.end == "renamed":
+                raise KeyboardInterrupt from None
+            if job.end == "broken":
+                raise RuntimeError("the cluster is gone") from None
+            time.sleep(600)
 
+cli.SIGTERM_SECONDS = 0.5
 main(run, Job)
 """
 REPORT_IT = "This is a fault of lpclip. Please report it with the traceback and the command."
@@ -141,7 +152,11 @@ REPORT_IT = "This is a fault of lpclip. Please report it with the traceback and 
         ("file", 1, ["FileNotFoundError: [Errno 2] No such file or directory: 'photos/missing'", REPORT_IT]),
         ("bug", 1, ["KeyError: 'bug'", REPORT_IT]),
         ("interrupt", 130, ["interrupted: finished work is kept, and the same command resumes from there"]),
-        ("terminate", 143, ["terminated: finished work is kept, and the same command resumes from there"]),
+        *(
+            (end, 143, ["terminated: finished work is kept, and the same command resumes from there"])
+            # Ray's own waiting ends with another interrupt, or with a loss, or not before a minute.
+            for end in ("terminate", "renamed", "broken", "late")
+        ),
     ],
 )
 def test_how_a_job_ends(end: str, code: int, last_lines: list[str]) -> None:

@@ -193,6 +193,7 @@ def _print_end(config: object, what: str) -> None:
 @contextlib.contextmanager
 def _terminable(config: object) -> Iterator[None]:
     """Turn SIGTERM into Terminated, and end the process when the work does not end by that."""
+    asked = threading.Event()
 
     def leave_at_once() -> None:
         _print_end(config, "terminated")
@@ -203,13 +204,19 @@ def _terminable(config: object) -> Iterator[None]:
     late.daemon = True
 
     def terminate(number: int, frame: object) -> None:
-        if not late.is_alive():
+        if not asked.is_set():
+            asked.set()
             late.start()
         raise Terminated
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
+    except (KeyboardInterrupt, Exception) as error:
+        # Ray gives what interrupts its own waiting another name, and tells of processes that were ended as well.
+        if asked.is_set():
+            raise Terminated from error
+        raise
     finally:
         late.cancel()
         signal.signal(signal.SIGTERM, before)

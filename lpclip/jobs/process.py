@@ -129,8 +129,8 @@ def leave(code: int, *, in_order: bool = True) -> NoReturn:
 
     Taking Ray and Python down in order would take seconds, for nothing. A cluster is told, if `in_order`.
     """
-    # Nothing is left to interrupt.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         if stream is None:  # closed by the shell before the start
