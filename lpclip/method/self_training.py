@@ -77,6 +77,7 @@ class Rounds:
         # One more student, of the same labels, sees the strong views as well: what they change lies within a class, so
         # that its boundaries turn away from it. Earlier, it would cost the rounds what they know of clean images.
         with_strong = self._pass(teacher, shared=shared, strong=True)  # step 7
+        shared = None  # a worker's largest tensors after the features
         yield self._graduate(last_solver, teacher, labelled, with_strong=with_strong)
 
     def _pass(
@@ -89,8 +90,8 @@ class Rounds:
     ) -> Pass:
         """Label all rows with the teacher, helped by the targets `shared` that the pass before gave their neighbours.
 
-        The sums are those of the base features, or of their mean with the `strong` views. Labels that differ from those
-        `before` (n,) are counted.
+        The sums are those of the base features, or of their mean with the `strong` views; then no targets are shared.
+        Labels that differ from those `before` (n,) are counted.
         """
         shard, (num_classes, dim) = self.shard, teacher.weight.shape
         teacher, head = teacher.to(shard.device), self.head.to(shard.device)
@@ -101,7 +102,7 @@ class Rounds:
         confidence = zeros(len(labels))
         earlier = None if before is None else torch.from_numpy(before).to(shard.device)
         own = None
-        if shard.neighbours is not None:
+        if shard.neighbours is not None and not strong:
             own = SharedTargets.zeros(shard.num_rows, num_classes, device=shard.device)
         for rows, features in shard.chunks(width=num_classes):
             zero_shot = shard.zero_shot_logits(rows, features, head=head)
