@@ -93,6 +93,10 @@ class SharedTargets:
         values = torch.zeros(size, device=device)
         return cls(values=values, classes=torch.zeros(size, dtype=torch.int32, device=device))
 
+    def to(self, device: torch.device) -> SharedTargets:
+        """The same with its tensors on another device."""
+        return SharedTargets(values=self.values.to(device), classes=self.classes.to(device))
+
     def fill(self, first_row: int, targets: Tensor) -> None:
         """Set the rows from `first_row` on to their targets (m, K)."""
         values, classes = targets.topk(self.values.shape[1], dim=1)

@@ -183,7 +183,9 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     options: dict[str, Any] = {"num_rows": shard.num_rows, "with_neighbours": work.num_neighbours > 0}
     number = of_first_worker(there.last_to_go_on_from(**options))
     start = there.states()[number - 1] if number else None
-    shared = there.targets(number - 1, num_rows=shard.num_rows) if number and work.num_neighbours else None
+    shared = None
+    if number and work.num_neighbours:
+        shared = there.targets(number - 1, num_rows=shard.num_rows).to(shard.device)
     for state, labelled in training.run(start, shared=shared):
         last = labelled
         if labelled.targets is not None:
