@@ -36,7 +36,8 @@ from lpclip.images.source import Source
 from lpclip.images.views import View
 from lpclip.progress import Progress, watched
 
-END_SECONDS = 10.0
+# What ends a pipeline is waited for so long, then it goes on beside the work.
+END_SECONDS = 3.0
 # So many tables of pixels may wait for each consumer, beside the one that each CPU is decoding.
 TABLES_AHEAD = 4
 # One thread of the driver plans all tasks, and a task costs it the same whatever its size. With a unit in a task for
